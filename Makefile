@@ -1,0 +1,30 @@
+# make demo: SFT -> reference table -> vBoN and KL-RL -> comparison, on film reviews.
+# make test: the whole test suite.   make lint: ruff and mypy.
+# Both make the environment first, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" bash configs/demo/run.sh
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --group dev -e ".[demo]" -c constraints.txt
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,73 @@
+"""What every reward goes through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vbon_lightning.rewards import RewardError, check_rewards, join_texts
+
+PROMPTS = ["one", "two"]
+RESPONSES = [["a", "b", "c"], ["d", "e", "f" * 500]]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda rows: torch.tensor(rows).double()])
+def test_any_numbers_become_float32(kind):
+    rewards = check_rewards(kind([[1, 2, 3], [4, 5, 6.5]]), PROMPTS, RESPONSES)
+    assert rewards.dtype == torch.float32
+    assert rewards.tolist() == [[1, 2, 3], [4, 5, 6.5]]
+
+
+def test_no_gradient_gets_out():
+    assert not check_rewards(torch.zeros(2, 3, requires_grad=True) * 2, PROMPTS, RESPONSES).requires_grad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("kind", [list, lambda rows: torch.tensor(rows, dtype=torch.float64)])
+def test_a_reward_that_is_no_finite_number_names_its_texts(bad, kind):
+    with pytest.raises(
+        RewardError, match="row 1, response 2 is .*prompt 'two', response 'f+ ... f+'"
+    ) as caught:
+        check_rewards(kind([[1.0, 2.0, 3.0], [4.0, 5.0, bad]]), PROMPTS, RESPONSES)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ([[1, 2, 3]], "1 rows of rewards came for 2 prompts"),
+        ([[1, 2, 3], [4, 5]], "row 1 has 2 rewards for 3 responses.*prompt 'two'"),
+        ([1, 2], r"shape \[2\], expected \[B, G\] = \[2, 3\]"),
+        (torch.zeros(3, 2), r"shape \[3, 2\], expected"),
+        (torch.zeros(6), r"shape \[6\], expected"),
+        (torch.zeros(2, 3, 1), r"shape \[2, 3, 1\], expected"),
+        ([["x", 2, 3], [4, 5, 6]], "should be .* numbers"),
+        ([[None, 2, 3], [4, 5, 6]], "should be .* numbers"),
+        (None, "should be .* numbers"),
+    ],
+)
+def test_wrong_shapes_are_refused(rewards, message):
+    with pytest.raises(RewardError, match=message):
+        check_rewards(rewards, PROMPTS, RESPONSES)
+
+
+def test_uneven_groups_are_refused():
+    with pytest.raises(RewardError, match="same number of responses"):
+        check_rewards([[1], [2, 3]], PROMPTS, [["a"], ["b", "c"]])
+    with pytest.raises(RewardError, match="2 prompts came with 1 lists"):
+        check_rewards([[1], [2]], PROMPTS, [["a"]])
+
+
+def test_no_prompts():
+    assert check_rewards([], [], []).shape == (0, 0)
+
+
+def test_join_texts():
+    assert join_texts(["x ", "y "], [["a", "b"], ["c", "d"]], "prompt_and_response") == [
+        "x a",
+        "x b",
+        "y c",
+        "y d",
+    ]
+    assert join_texts(["x ", "y "], [["a", "b"], ["c", "d"]], "response") == ["a", "b", "c", "d"]

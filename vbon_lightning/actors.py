@@ -1,0 +1,309 @@
+"""The policy, its reference and the reward, and what they do together: roll out and score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vbon_lightning.functional import token_statistics
+from vbon_lightning.models import (
+    ModelSpec,
+    as_spec,
+    check_same_vocabulary,
+    end_token_ids,
+    load_causal_lm,
+    load_tokenizer,
+    model_identity,
+)
+from vbon_lightning.rewards import RewardModel, check_rewards
+from vbon_lightning.sampling import prompt_noise, response_logits, sample_completions
+from vbon_lightning.types import Completions, PromptBatch, Rollout
+
+
+class ActorSpec:
+    """Names the policy, the reference and the reward, and how responses are sampled.
+
+    It is the one thing a data module and the modules share: ``VBoN(actors=datamodule.actors, n=4)``.
+
+    Args:
+        policy: The model to train: a hub name, a local directory, or a :class:`~vbon_lightning.models.ModelSpec`.
+        reference: The model to stay close to and to take Best-of-N of; the policy's own start by default.
+        reward: The reward model; not needed for supervised fine-tuning.
+        max_new_tokens: Longest response, in tokens.
+        temperature: Sampling temperature, > 0; log-probabilities and KL are of the tempered models.
+        missing_eos_penalty: Subtracted from the reward of responses that the length limit cut.
+    """
+
+    # Not a dataclass: jsonargparse would spread its fields over every module's options.
+    def __init__(
+        self,
+        policy: str | ModelSpec,
+        reference: str | ModelSpec | None = None,
+        reward: RewardModel | None = None,
+        max_new_tokens: int = 32,
+        temperature: float = 1.0,
+        missing_eos_penalty: float = 0.0,
+    ) -> None:
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if missing_eos_penalty < 0:
+            raise ValueError(f"missing_eos_penalty is subtracted, so it must be >= 0, got {missing_eos_penalty}")
+        self.policy, self.reference, self.reward = policy, reference, reward
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.missing_eos_penalty = missing_eos_penalty
+
+    @property
+    def policy_spec(self) -> ModelSpec:
+        """Return the policy's specification."""
+        return as_spec(self.policy)
+
+    @property
+    def reference_spec(self) -> ModelSpec:
+        """Return the reference's specification: the policy's start where none is named."""
+        return as_spec(self.policy if self.reference is None else self.reference)
+
+    def identity(self) -> dict[str, Any]:
+        """Describe the models by content, in plain values: what a checkpoint must agree with to be resumed."""
+        return {
+            "policy": model_identity(self.policy_spec),
+            "reference": model_identity(self.reference_spec),
+            "reward": None if self.reward is None else self.reward.identity(),
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "missing_eos_penalty": self.missing_eos_penalty,
+        }
+
+    def table_fingerprint(self, *, seed: int) -> dict[str, Any]:
+        """Describe what the reference table's responses and rewards depend on, in plain values."""
+        if self.reward is None:
+            raise ValueError("a reference table needs a reward: set `data.reward`")
+        return {
+            "reference": model_identity(self.reference_spec),
+            "reward": self.reward.identity(),
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "eos_rule": "first end token, kept; none added to a cut response",
+            "seed": seed,
+        }
+
+
+@dataclass
+class Actors:
+    """Loaded models and the operations on them; holds no trainable state of its own.
+
+    The reference and the reward are held here and not as sub-modules of a LightningModule: frozen weights
+    then stay out of checkpoints, of the optimizer and of DDP's traffic.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    reward: RewardModel | None
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    missing_eos_penalty: float = 0.0
+    _placed: Any = field(default=None, repr=False)
+
+    @classmethod
+    def load(
+        cls,
+        spec: ActorSpec,
+        *,
+        seed: int = 0,
+        trainable: bool = True,
+        reference: bool = True,
+        keep_dropout: bool = False,
+    ) -> Actors:
+        """Load what the specification names; dropout is off in the policy and the reference alike, unless kept.
+
+        Args:
+            spec: What to load.
+            seed: Initialises a policy that is made from a config.
+            trainable: Whether the policy's parameters get gradients.
+            reference: Whether to load the reference.
+            keep_dropout: Leave the policy's dropout as its config has it (supervised fine-tuning).
+        """
+        policy_spec, reference_spec = spec.policy_spec, spec.reference_spec
+        tokenizer = load_tokenizer(policy_spec)
+        if reference and reference_spec != policy_spec:
+            check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
+        policy = load_causal_lm(policy_spec, seed=seed, trainable=trainable, dropout=keep_dropout)
+        frozen = None
+        if reference:
+            frozen = load_causal_lm(reference_spec, seed=seed, trainable=False)
+        return cls(
+            policy=policy,
+            reference=frozen,
+            reward=spec.reward,
+            tokenizer=tokenizer,
+            end_ids=end_token_ids(policy, tokenizer),
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            missing_eos_penalty=spec.missing_eos_penalty,
+        )
+
+    def place(self) -> None:
+        """Move the frozen models to where the policy is, in its precision; a no-op once they are there."""
+        parameter = next(self.policy.parameters())
+        where = (parameter.device, parameter.dtype)
+        if self._placed != where:
+            if self.reference is not None:
+                self.reference.to(device=parameter.device, dtype=parameter.dtype)
+            if self.reward is not None:
+                self.reward.to(parameter.device)
+            self._placed = where
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        identities: Sequence[int | str] | None = None,
+    ) -> Completions:
+        """Sample G responses a prompt from a model; see :func:`~vbon_lightning.sampling.prompt_noise` for the noise."""
+        noise = prompt_noise(
+            prompts.index.tolist() if identities is None else identities,
+            num_samples=num_samples,
+            length=self.max_new_tokens,
+            seed=seed,
+            stream=stream,
+            step=step,
+        )
+        pad_id = self.tokenizer.pad_token_id
+        return sample_completions(
+            model,
+            prompts.tokens,
+            prompts.mask,
+            noise,
+            end_ids=self.end_ids,
+            pad_id=self.end_ids[0] if pad_id is None else pad_id,
+            temperature=self.temperature,
+        )
+
+    def token_ids(self, completions: Completions) -> list[list[list[int]]]:
+        """Return the responses' token ids without padding, the EOS included where there is one: ``[B][G][...]``."""
+        lengths = completions.mask.sum(-1).tolist()
+        tokens = completions.tokens.tolist()
+        return [
+            [ids[:length] for ids, length in zip(*group, strict=True)] for group in zip(tokens, lengths, strict=True)
+        ]
+
+    def decode(self, token_ids: list[list[list[int]]]) -> list[list[str]]:
+        """Decode ``[B][G]`` lists of token ids to text, special tokens left out."""
+        flat = self.tokenizer.batch_decode([ids for group in token_ids for ids in group], skip_special_tokens=True)
+        samples = len(token_ids[0]) if token_ids else 0
+        return [flat[start : start + samples] for start in range(0, len(flat), samples)]
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[str], responses: list[list[str]], token_ids: list[list[list[int]]], finished: Tensor
+    ) -> Tensor:
+        """Return rewards ``[B, G]``, the missing-EOS penalty included, on the device of ``finished``."""
+        if self.reward is None:
+            raise ValueError("this needs a reward: set `data.reward`")
+        raw = check_rewards(self.reward(prompts, responses, token_ids), prompts, responses)
+        raw = raw.to(device=finished.device, dtype=torch.float32)
+        return raw - self.missing_eos_penalty * (~finished).float()
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        reference_samples: int = 0,
+        statistics: bool = True,
+    ) -> Rollout:
+        """Sample from the policy, score the responses and, where asked, compare policy and reference token by token.
+
+        Args:
+            prompts: B prompts.
+            num_samples: G, samples a prompt.
+            seed: The run's seed.
+            stream: The noise's stream.
+            step: The rollout's number within the stream.
+            reference_samples: M reference responses a prompt to sample and score where the batch brings no
+                reference rewards (the ``online`` mode); 0 for none.
+            statistics: Fill in the policy's log-probabilities and the exact KL. A training step that does one
+                update a rollout gets them from its own forward pass, and leaves them out here.
+        """
+        self.place()
+        completions = self.sample(
+            self.policy, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step
+        )
+        token_ids = self.token_ids(completions)
+        responses = self.decode(token_ids)
+        rewards = self.score(prompts.text, responses, token_ids, completions.finished)
+        reference_rewards = prompts.reference_rewards
+        if reference_rewards is None and reference_samples > 0:
+            reference_rewards = self.reference_rewards(
+                prompts, num_samples=reference_samples, seed=seed, stream=f"{stream}/reference", step=step
+            )
+        zeros = torch.zeros_like(completions.log_probs)
+        rollout = Rollout(
+            prompts=prompts,
+            completions=completions,
+            responses=responses,
+            rewards=rewards,
+            log_probs=zeros,
+            reference_log_probs=zeros,
+            token_kl=zeros,
+            reference_rewards=reference_rewards,
+        )
+        if statistics:
+            logits = response_logits(self.policy, prompts, completions).logits
+            rollout = self.with_statistics(rollout, logits, self.reference_logits(rollout))
+        return rollout
+
+    def reference_rewards(
+        self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+    ) -> Tensor:
+        """Sample M responses a prompt from the reference and return their rewards ``[B, M]``."""
+        if self.reference is None:
+            raise ValueError("this needs the reference model")
+        completions = self.sample(
+            self.reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step
+        )
+        token_ids = self.token_ids(completions)
+        return self.score(prompts.text, self.decode(token_ids), token_ids, completions.finished)
+
+    @torch.no_grad()
+    def reference_logits(self, rollout: Rollout) -> Tensor:
+        """Return the reference's logits ``[B * G, T, V]`` on a rollout's responses."""
+        if self.reference is None:
+            raise ValueError("this needs the reference model")
+        return response_logits(self.reference, rollout.prompts, rollout.completions).logits
+
+    def with_statistics(self, rollout: Rollout, logits: Tensor, reference_logits: Tensor) -> Rollout:
+        """Fill in log-probabilities and the exact KL from logits ``[B * G, T, V]``; differentiable in ``logits``."""
+        shape, mask = rollout.completions.tokens.shape, rollout.completions.mask
+        statistics = token_statistics(
+            logits,
+            reference_logits,
+            rollout.completions.tokens.view(-1, shape[-1]),
+            temperature=self.temperature,
+        )
+
+        def masked(values: Tensor) -> Tensor:
+            return torch.where(mask, values.view(shape), 0.0)
+
+        return rollout._replace(
+            log_probs=masked(statistics.log_probs),
+            reference_log_probs=masked(statistics.reference_log_probs),
+            token_kl=masked(statistics.kl),
+        )

@@ -1,0 +1,11 @@
+"""Lightning callbacks; they read only the rollout in a step's outputs, and do nothing where there is none."""
+
+from __future__ import annotations
+
+from vbon_lightning.callbacks.kl_monitor import KLMonitor
+from vbon_lightning.callbacks.policy_export import PolicyExport
+from vbon_lightning.callbacks.reward_monitor import RewardMonitor
+from vbon_lightning.callbacks.sample_table import SampleTable
+from vbon_lightning.callbacks.win_rate import BestOfNWinRate
+
+__all__ = ["BestOfNWinRate", "KLMonitor", "PolicyExport", "RewardMonitor", "SampleTable"]

@@ -1,0 +1,135 @@
+"""The model card of an exported policy."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from vbon_lightning._markdown import markdown_cell, markdown_table
+
+_PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers", "datasets")
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+{base_entry}tags:
+- vbon-lightning
+- {tag}
+---
+
+# {title}
+
+A language model trained with {method} by `vbon_lightning`.
+
+- **Method:** {method}
+- **Base model:** {base}
+- **Reward:** {reward}
+- **Optimizer steps:** {steps}
+
+## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+inputs = tokenizer("Your prompt", return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
+```
+
+The generation config holds the sampling settings the policy was trained at.
+
+## Hyper-parameters
+
+{settings}
+## Metrics
+
+The last values logged in training, on the training run's own data.
+
+{metrics}
+## Versions
+
+{versions}"""
+
+
+def model_card(trainer: Trainer, pl_module: LightningModule) -> str:
+    """Write a model card: method, base, reward, hyper-parameters, metrics, versions and how to load it.
+
+    Args:
+        trainer: For the metrics and the number of steps.
+        pl_module: For the method, its hyper-parameters and, as far as it has them, the names of its models.
+    """
+    method = type(pl_module).__name__
+    actors = getattr(pl_module, "actor_spec", None)
+    base, is_hub_name = _base(actors)
+    return _CARD.format(
+        base_entry=f"base_model: {json.dumps(base)}\n" if is_hub_name else "",
+        tag=method.lower(),
+        title=f"{base} after {method}" if actors is not None else f"A policy after {method}",
+        method=method,
+        base=base,
+        reward=_reward(actors),
+        steps=trainer.global_step,
+        settings=_table(("setting", "value"), _flatten(dict(pl_module.hparams)), "ll"),
+        metrics=_table(
+            ("metric", "value"), {k: _number(v) for k, v in trainer.callback_metrics.items()}, "lr"
+        ),
+        versions=_table(("package", "version"), _versions(), "ll"),
+    )
+
+
+def _base(actors: Any) -> tuple[str, bool]:
+    spec = getattr(actors, "policy_spec", None)
+    name = getattr(spec, "name", None)
+    if name is None:
+        config = getattr(spec, "config", None)
+        return (
+            f"a new {config.get('model_type', 'model')} from a config" if config else "not recorded"
+        ), False
+    path = Path(str(name)).expanduser()
+    # Someone else's directories mean nothing to the reader, and may be private: only the last name is kept.
+    is_local = path.is_absolute() or path.exists() or len(path.parts) > 2
+    return (path.name if is_local else str(name)), not is_local
+
+
+def _reward(actors: Any) -> str:
+    identity = getattr(getattr(actors, "reward", None), "identity", None)
+    return f"`{json.dumps(identity(), sort_keys=True)}`" if callable(identity) else "none"
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):.5g}" if isinstance(value, (int, float, torch.Tensor)) else str(value)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _table(header: tuple[str, str], values: Mapping[str, str], align: str) -> str:
+    if not values:
+        return "None.\n"
+    rows = [[markdown_cell(key), markdown_cell(value)] for key, value in sorted(values.items())]
+    return markdown_table(header, rows, align=align)

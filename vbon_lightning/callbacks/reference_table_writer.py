@@ -1,0 +1,68 @@
+"""Write what the reference sampler predicts into the reference table, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from vbon_lightning.paths import resolve_path
+from vbon_lightning.reference_table import ReferenceTable, TableRow, table_summary
+from vbon_lightning.reference_table import ReferenceTableWriter as TableFiles
+
+
+class ReferenceTableWriter(BasePredictionWriter):
+    """Write each predicted batch to the data module's reference table as soon as it is there.
+
+    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing. Processes write
+    side by side. ``ReferenceSampler`` brings this callback along.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self._files: TableFiles | None = None
+        self._path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the table, refusing one made with other models or settings, before anything is sampled."""
+        if stage != "predict":
+            return
+        data = getattr(trainer, "datamodule", None)
+        if data is None or getattr(data, "reference_table", None) is None:
+            raise ValueError("`vbon predict` needs a place for the table: set data.reference_table to a directory")
+        self._path = Path(resolve_path(data.reference_table))
+        self._files = TableFiles(self._path, data.fingerprint(), shard=f"rank{trainer.global_rank}")
+        trainer.strategy.barrier("reference table opened")
+
+    def finished_keys(self) -> set[str]:
+        """Return the prompts the table holds already."""
+        return set() if self._files is None else self._files.finished_keys()
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one batch's rows."""
+        rows: list[TableRow] = prediction
+        if self._files is not None and rows:
+            self._files.write(rows)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge this process's files, and say what the table now holds."""
+        if self._files is None or self._path is None:
+            return
+        self._files.compact()
+        trainer.strategy.barrier("reference table written")
+        if trainer.is_global_zero:
+            summary = table_summary(ReferenceTable.open(self._path))
+            rank_zero_info(f"reference table {self._path}: " + ", ".join(f"{k} {v}" for k, v in summary.items()))

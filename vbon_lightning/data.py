@@ -1,0 +1,318 @@
+"""The data module that every module shares: prompts, texts and reference rewards, and the names of the models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.checks import check_same_settings
+from vbon_lightning.encoding import EncodedPrompt, EncodedText, collate_prompts, collate_texts, encode_prompts, encode_texts
+from vbon_lightning.models import ModelSpec, load_tokenizer
+from vbon_lightning.paths import resolve_path
+from vbon_lightning.reference_table import ReferenceTable
+from vbon_lightning.rewards import RewardModel
+from vbon_lightning.sampler import ShardedSampler
+from vbon_lightning.sources import TextSource, read_rows
+from vbon_lightning.types import PromptBatch, TextBatch
+
+Split = Literal["train", "val", "test"]
+
+
+class _Rows(Dataset):
+    """Rows of a split; an index beyond the end is a row that only evens out the ranks."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, bool, Any]:
+        return index % len(self.rows), index < len(self.rows), self.rows[index % len(self.rows)]
+
+
+class _ResumableLoader(DataLoader):
+    """A loader whose position lives in the module's batch counter, so that it has no state of its own to keep."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Accept the empty state; the sampler asks the module where training is."""
+
+
+class AlignmentDataModule(LightningDataModule):
+    """Bring prompts, texts and reference rewards to SFT, vBoN, KL-constrained RL and the reference sampler alike.
+
+    Modules that learn from rollouts get :class:`~vbon_lightning.types.PromptBatch`, supervised fine-tuning gets
+    :class:`~vbon_lightning.types.TextBatch`; which of them is asked of the module (``batch_kind``).
+
+    Args:
+        policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
+        reference: The model to stay close to and to take Best-of-N of; the policy's own start by default.
+        reward: The reward model.
+        train: Where training text comes from.
+        val: Where validation text comes from.
+        test: Where held-out text for ``vbon test`` and ``vbon compare`` comes from.
+        reference_table: Directory of the reference table: read when it is there, written by ``vbon predict``.
+        table_seed: Seeds the table's responses; part of its fingerprint.
+        table_splits: Splits whose prompts ``vbon predict`` fills into the table.
+        max_new_tokens: Longest response, in tokens.
+        temperature: Sampling temperature, > 0.
+        missing_eos_penalty: Subtracted from the reward of responses that the length limit cut, in the table's
+            rewards and in the policy's alike.
+        batch_size: Prompts (or texts) a step and rank.
+        eval_batch_size: The same for validation, test and predict; ``batch_size`` by default.
+        max_prompt_tokens: Longest prompt, in tokens.
+        too_long: What to do with a longer one: ``error`` names its row, ``truncate_left`` keeps its end.
+        max_text_tokens: Longest text for supervised fine-tuning.
+        long_text: What to do with a longer one: ``truncate`` drops its end (and the EOS with it), ``split`` makes
+            consecutive pieces of it, of which only the last has the EOS.
+        num_workers: Loader processes.
+        seed: Seeds the order of the training rows.
+    """
+
+    def __init__(
+        self,
+        policy: str | ModelSpec,
+        reference: str | ModelSpec | None = None,
+        reward: RewardModel | None = None,
+        train: TextSource | None = None,
+        val: TextSource | None = None,
+        test: TextSource | None = None,
+        reference_table: str | None = None,
+        table_seed: int = 0,
+        table_splits: list[Split] = ["train", "val", "test"],  # noqa: B006 (never mutated; a tuple reads worse in YAML)
+        max_new_tokens: int = 32,
+        temperature: float = 1.0,
+        missing_eos_penalty: float = 0.0,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_prompt_tokens: int | None = None,
+        too_long: Literal["error", "truncate_left"] = "error",
+        max_text_tokens: int | None = None,
+        long_text: Literal["truncate", "split"] = "truncate",
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        self.actors = ActorSpec(
+            policy=policy,
+            reference=reference,
+            reward=reward,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            missing_eos_penalty=missing_eos_penalty,
+        )
+        self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
+        self.reference_table = reference_table
+        self.table_seed, self.table_splits = table_seed, list(table_splits)
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.max_prompt_tokens, self.too_long = max_prompt_tokens, too_long
+        self.max_text_tokens, self.long_text = max_text_tokens, long_text
+        self.num_workers, self.seed = num_workers, seed
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._rows: dict[tuple[str, str], _Rows] = {}
+        self._table: ReferenceTable | None = None
+
+    # -- what there is ------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the policy's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.actors.policy_spec)
+        return self._tokenizer
+
+    def prompts(self, split: Split) -> list[EncodedPrompt]:
+        """Return a split's prompts as token ids and text."""
+        return list(self._split(split, "prompts").rows)
+
+    @property
+    def has_table(self) -> bool:
+        """Return whether a reference table is named and exists."""
+        return self.reference_table is not None and Path(resolve_path(self.reference_table)).exists()
+
+    def table(self) -> ReferenceTable:
+        """Open the reference table, refusing one made with other models or sampling settings.
+
+        Raises:
+            ValueError: If no table is named or it does not exist.
+            FingerprintMismatch: If it was made otherwise.
+        """
+        if self.reference_table is None:
+            raise ValueError("no reference table: set `data.reference_table` and make it with `vbon predict`")
+        if self._table is None:
+            self._table = ReferenceTable.open(resolve_path(self.reference_table), fingerprint=self.fingerprint())
+        return self._table
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the table's responses and rewards depend on."""
+        return self.actors.table_fingerprint(seed=self.table_seed)
+
+    def _batch_kind(self) -> str:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, "batch_kind", "prompts")
+
+    def _split(self, split: str, kind: str) -> _Rows:
+        if (split, kind) not in self._rows:
+            source = self.sources[split]
+            if source is None:
+                raise ValueError(f"no {split} data: set `data.{split}`")
+            rows = read_rows(source)
+            if kind == "prompts":
+                encoded: Sequence[Any] = encode_prompts(
+                    rows, self.tokenizer, source=source, max_tokens=self.max_prompt_tokens, too_long=self.too_long
+                )
+            else:
+                encoded = encode_texts(rows, self.tokenizer, max_tokens=self.max_text_tokens, long_text=self.long_text)
+            self._rows[split, kind] = _Rows(encoded)
+        return self._rows[split, kind]
+
+    # -- Lightning ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Read, tokenize and check everything a stage needs, before anything expensive starts."""
+        if stage == "predict":
+            return
+        kind = self._batch_kind()
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+            if self.sources[split] is None and (split, stage) == ("val", "fit"):
+                continue
+            self._split(split, kind)
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if kind == "prompts" and self.reference_table is not None and not getattr(module, "reference_samples", 0):
+            table = self.table()
+            for split in ("train", "val", "test"):
+                if (split, "prompts") in self._rows:
+                    rows = self._rows[split, "prompts"].rows
+                    table.rewards_matrix([row.key for row in rows], [row.text for row in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides the order and content of batches, to be compared when a run is resumed."""
+        return {"settings": self._settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to resume a run on other data."""
+        check_same_settings(state_dict.get("settings", {}), self._settings(), what="data")
+
+    def _settings(self) -> dict[str, Any]:
+        source = self.sources["train"]
+        return {
+            "train": None if source is None else {key: str(value) for key, value in vars(source).items()},
+            "batch_size": self.batch_size,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "too_long": self.too_long,
+            "max_text_tokens": self.max_text_tokens,
+            "long_text": self.long_text,
+            "seed": self.seed,
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        """Deal shuffled training rows, each batch once for every update that is made on its rollout."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        kind = self._batch_kind()
+        rows = self._split("train", kind)
+        world, rank = self._ranks()
+        if len(rows) < self.batch_size * world:
+            raise ValueError(
+                f"{len(rows)} training rows do not fill one batch of {self.batch_size} on {world} rank(s): "
+                "lower `data.batch_size` or widen `data.train`"
+            )
+        sampler = ShardedSampler(
+            len(rows),
+            batch_size=self.batch_size,
+            num_replicas=world,
+            rank=rank,
+            shuffle=True,
+            seed=self.seed,
+            drop_last=True,
+            repeats=getattr(module, "updates_per_rollout", 1),
+            position=(lambda: module.batches_seen) if hasattr(module, "batches_seen") else None,
+        )
+        return self._loader(_ResumableLoader, rows, kind, sampler, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Deal the validation rows in order; nothing where there is no validation split."""
+        return [] if self.sources["val"] is None else self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Deal the test rows in order."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each prompt once."""
+        prompts: dict[str, EncodedPrompt] = {}
+        for split in self.table_splits:
+            if self.sources[split] is not None:
+                for prompt in self._split(split, "prompts").rows:
+                    prompts.setdefault(prompt.key, prompt)
+        if not prompts:
+            raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
+        module = None if self.trainer is None else self.trainer.lightning_module
+        done = module.finished_keys() if hasattr(module, "finished_keys") else set()
+        rows = _Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
+        return self._loader(DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size)
+
+    def _evaluation(self, split: str) -> DataLoader:
+        kind = self._batch_kind()
+        rows = self._split(split, kind)
+        return self._loader(DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size)
+
+    def _sampler(self, size: int, batch_size: int) -> ShardedSampler:
+        world, rank = self._ranks()
+        return ShardedSampler(size, batch_size=batch_size, num_replicas=world, rank=rank)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _loader(self, cls: type[DataLoader], rows: _Rows, kind: str, sampler: ShardedSampler, size: int) -> DataLoader:
+        collate = self._collate_texts if kind == "text" else self._collate_prompts
+        return cls(
+            rows,
+            batch_size=size,
+            sampler=sampler,
+            collate_fn=collate if kind != "table" else self._collate_without_rewards,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def _collate_texts(self, items: list[tuple[int, bool, EncodedText]]) -> TextBatch:
+        return collate_texts(items, pad_id=self._pad_id())
+
+    def _collate_without_rewards(self, items: list[tuple[int, bool, EncodedPrompt]]) -> PromptBatch:
+        return collate_prompts(items, pad_id=self._pad_id())
+
+    def _collate_prompts(self, items: list[tuple[int, bool, EncodedPrompt]]) -> PromptBatch:
+        batch = self._collate_without_rewards(items)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if self.reference_table is None or getattr(module, "reference_samples", 0):
+            return batch
+        return batch._replace(reference_rewards=self.table_rewards([row for _, _, row in items]))
+
+    def table_rewards(self, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
+        """Return the table's rewards ``[B, M]`` of given prompts, the missing-EOS penalty subtracted."""
+        table = self.table()
+        keys, texts = [row.key for row in prompts], [row.text for row in prompts]
+        rewards = table.rewards_matrix(keys, texts)
+        if self.actors.missing_eos_penalty:
+            finished = table.finished_matrix(keys, texts)
+            rewards = rewards - self.actors.missing_eos_penalty * (1.0 - finished.float())
+        return rewards
+
+
+__all__ = ["AlignmentDataModule", "Split"]

@@ -1,0 +1,103 @@
+"""What Best-of-N does, by the M cached reference responses a prompt alone: nothing is sampled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.functional import bon_log_ratio, bon_order_weights
+from vbon_lightning.functional.reward_cdf import reward_counts
+
+KL_ESTIMATOR = (
+    "KL of Best-of-N to the reference with the cached responses as the reference's distribution: "
+    "sum_j w_j log(M w_j), w_j = (F_le^N - F_lt^N) / (M (F_le - F_lt)); never above log N - (N-1)/N"
+)
+
+
+def selection_weights(reference_rewards: Tensor, *, n: int) -> Tensor:
+    """Compute the probability that Best-of-n of a random n-subset returns each cached response.
+
+    ``(C(k_le, n) - C(k_lt, n)) / ((k_le - k_lt) C(M, n))`` with ``k_lt``, ``k_le`` the numbers of rewards below, and
+    at or below, the response's own. The mean of any value of the selected response under these weights is unbiased.
+
+    Args:
+        reference_rewards: ``[B, M]``.
+        n: N of Best-of-N, at most M.
+
+    Returns:
+        ``[B, M]`` float64, each row summing to 1.
+    """
+    below, at_or_below = reward_counts(reference_rewards, reference_rewards)
+    shares = _subset_shares(reference_rewards.shape[1], n).to(reference_rewards.device)
+    return (shares[at_or_below] - shares[below]) / (at_or_below - below)
+
+
+def bon_against_bon(reference_rewards: Tensor, *, n: int, m: int) -> Tensor:
+    """Estimate the win rate of Best-of-n over Best-of-m without bias, ties counted one half.
+
+    The mean over all pairs of disjoint subsets of n and m of the M cached responses. Without ties it is exactly
+    ``n / (n + m)``.
+
+    Args:
+        reference_rewards: ``[B, M]``.
+        n: N of the one Best-of-N.
+        m: N of its opponent, ``n + m <= M``.
+
+    Returns:
+        ``[B]`` float64.
+
+    Raises:
+        ValueError: If ``n + m > M``.
+    """
+    samples = reference_rewards.shape[1]
+    if n + m > samples:
+        raise ValueError(
+            f"Best-of-{n} against Best-of-{m} needs {n + m} cached responses a prompt, but there are {samples}"
+        )
+    wins = _outright_wins(reference_rewards, n, m) - _outright_wins(reference_rewards, m, n)
+    return (1 + wins) / 2
+
+
+def _outright_wins(reference_rewards: Tensor, n: int, m: int) -> Tensor:
+    # P(max of n is at a level of reward, max of m below it), summed over levels; drawing the m first, then the n.
+    below, at_or_below = reward_counts(reference_rewards, reference_rewards)
+    samples, device = reference_rewards.shape[1], reference_rewards.device
+    opponent_below = _subset_shares(samples, m).to(device)[below]
+    rest = _subset_shares(samples - m, n).to(device)
+    at_level = rest[(at_or_below - m).clamp(min=0)] - rest[(below - m).clamp(min=0)]
+    # Every response on a level brings the level's term: hence the division.
+    return (opponent_below * at_level / (at_or_below - below)).sum(-1)
+
+
+def bon_kl(reference_rewards: Tensor, *, n: float) -> Tensor:
+    """Estimate KL(Best-of-N || reference), with the cached responses in place of the reference's distribution.
+
+    ``sum_j w_j log(M w_j)``: the weights ``w_j = (F_le^N - F_lt^N) / (M (F_le - F_lt))`` are those of N draws with
+    replacement from the M responses, and ``M w_j`` is the tie-aware ratio of Best-of-N to the reference. It is exact
+    for the empirical distribution, hence between 0 and ``log N - (N-1)/N``, and low by less than 0.003 nats for
+    distinct rewards and ``M >= 4 N``.
+
+    Args:
+        reference_rewards: ``[B, M]``.
+        n: N of Best-of-N.
+
+    Returns:
+        ``[B]`` float64, in nats.
+    """
+    samples = reference_rewards.shape[1]
+    below, at_or_below = reward_counts(reference_rewards, reference_rewards)
+    log_ratio = bon_log_ratio(
+        torch.full(below.shape, -math.log(samples), dtype=torch.float64, device=below.device),
+        (below.double() / samples).log(),
+        n=n,
+        log_at_or_below=(at_or_below.double() / samples).log(),
+    )
+    weights = log_ratio.exp() / samples
+    return torch.where(weights > 0, weights * log_ratio, 0.0).sum(-1)
+
+
+def _subset_shares(m: int, n: int) -> Tensor:
+    # C(k, n) / C(m, n) for k = 0..m.
+    return torch.cat([torch.zeros(1, dtype=torch.float64), bon_order_weights(m, n).cumsum(0)])

@@ -1,0 +1,258 @@
+"""What a policy, or Best-of-N itself, is worth on a set of prompts: plain numbers, each with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.evaluation.best_of_n import KL_ESTIMATOR, bon_against_bon, bon_kl, selection_weights
+from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
+from vbon_lightning.functional import bon_kl_bound, bon_kl_estimate, bon_win_rate, bon_win_rate_bound
+from vbon_lightning.types import Rollout
+
+Judge = Callable[[Rollout], Tensor]
+"""Scores a rollout's responses ``[B, G]`` by a second scorer, one that no policy was trained against."""
+
+BEST_OF_N = "Best-of-N"
+"""The method of reports on Best-of-N itself."""
+REFERENCE = "reference"
+"""The method of the report on the reference, which is Best-of-1."""
+
+
+@dataclass
+class PolicyReport:
+    """A policy's numbers on a set of prompts: means over prompts with 95% intervals, KL in nats."""
+
+    name: str
+    """What it is called in tables and figures."""
+    method: str
+    """Its family, such as ``vBoN`` or ``KL-RL``; policies of one family look alike in the figure."""
+    prompts: int
+    samples: int
+    """Responses a prompt the numbers come from."""
+    reward: Estimate
+    kl: Estimate
+    """KL divergence from the reference over responses."""
+    kl_estimator: str
+    kl_check: Estimate | None = None
+    """The same KL estimated in another way."""
+    kl_check_estimator: str | None = None
+    kl_bound: float | None = None
+    """For Best-of-N: ``log N - (N-1)/N``."""
+    win_rate: Estimate | None = None
+    """Against one reference sample, a tie counting half."""
+    win_rate_bound: float | None = None
+    """For Best-of-N: ``N / (N+1)``."""
+    win_rate_vs_bon: dict[int, Estimate] = field(default_factory=dict)
+    """Against Best-of-n, by n; 1/2 for a policy that equals it."""
+    length: Estimate | None = None
+    """Tokens a response, the EOS included."""
+    finished: Estimate | None = None
+    """Share of responses that ended with an EOS."""
+    judge_reward: Estimate | None = None
+    """By a second scorer that no policy was trained against."""
+    n: int | None = None
+    """N, for Best-of-N itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        plain = asdict(self)
+        plain["win_rate_vs_bon"] = {str(n): value for n, value in plain["win_rate_vs_bon"].items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> PolicyReport:
+        """Make a report from :meth:`to_dict`'s values."""
+        estimates = ("reward", "kl", "kl_check", "win_rate", "length", "finished", "judge_reward")
+        values = dict(plain)
+        for key in estimates:
+            values[key] = None if values.get(key) is None else Estimate(**values[key])
+        values["win_rate_vs_bon"] = {
+            int(n): Estimate(**value) for n, value in plain.get("win_rate_vs_bon", {}).items()
+        }
+        return cls(**values)
+
+
+class _Columns:
+    """Collects one value a prompt under each name."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, valid: Tensor) -> None:
+        values = values.detach().double().cpu()
+        values = values.mean(-1) if values.ndim == 2 else values
+        self._parts.setdefault(name, []).append(values[valid.cpu()])
+
+    def estimate(self, name: str) -> Estimate | None:
+        return estimate_mean(torch.cat(self._parts[name])) if name in self._parts else None
+
+    def need(self, name: str) -> Estimate:
+        return estimate_mean(torch.cat(self._parts[name]))
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts.get("reward", []))
+
+
+def evaluate_policy(
+    rollouts: Iterable[Rollout],
+    *,
+    name: str,
+    method: str = "policy",
+    n_values: Sequence[int] = (),
+    judge: Judge | None = None,
+) -> PolicyReport:
+    """Average a policy's rollouts over prompts.
+
+    The KL is the mean over responses of the exact KL over the vocabulary, summed over each response's tokens; the
+    mean log-ratio of the sampled responses stands beside it as a check. Win rates are unbiased estimates from the M
+    reference rewards a prompt.
+
+    Args:
+        rollouts: Rollouts with log-probabilities and KL filled in; rows that only fill up a batch are left out.
+        name: What to call the policy.
+        method: Its family.
+        n_values: Which Best-of-n to compare with, each at most M; needs reference rewards.
+        judge: A second scorer.
+
+    Raises:
+        ValueError: If there is nothing to average, or reference rewards are missing where needed.
+    """
+    columns, samples = _Columns(), 0
+    for rollout in rollouts:
+        valid, mask, samples = rollout.prompts.valid, rollout.completions.mask, rollout.rewards.shape[1]
+        log_ratio = rollout.log_probs.double() - rollout.reference_log_probs.double()
+        columns.add("reward", rollout.rewards, valid)
+        columns.add("kl", torch.where(mask, rollout.token_kl.double(), 0.0).sum(-1), valid)
+        columns.add("kl_check", torch.where(mask, log_ratio, 0.0).sum(-1), valid)
+        columns.add("length", mask.sum(-1), valid)
+        columns.add("finished", rollout.completions.finished, valid)
+        if rollout.reference_rewards is not None:
+            rewards, reference = rollout.rewards.double(), rollout.reference_rewards.double()
+            _check_samples(n_values, reference.shape[1])
+            for n in {1, *n_values}:
+                columns.add(f"win_rate_{n}", bon_win_rate(rewards, reference, n=n), valid)
+        elif n_values:
+            raise ValueError(
+                f"win rates against Best-of-{max(n_values)} need reference rewards, but the rollouts of {name!r} "
+                "bring none: name a reference table"
+            )
+        if judge is not None:
+            columns.add("judge", judge(rollout), valid)
+    if len(columns) == 0:
+        raise ValueError(f"there are no prompts to evaluate {name!r} on")
+    return PolicyReport(
+        name=name,
+        method=method,
+        prompts=len(columns),
+        samples=samples,
+        reward=columns.need("reward"),
+        kl=columns.need("kl"),
+        kl_estimator="exact KL over the vocabulary at each token, summed over sampled responses",
+        kl_check=columns.need("kl_check"),
+        kl_check_estimator="mean log-ratio of the sampled responses",
+        win_rate=columns.estimate("win_rate_1"),
+        win_rate_vs_bon={
+            n: value for n in sorted(n_values) if (value := columns.estimate(f"win_rate_{n}")) is not None
+        },
+        length=columns.need("length"),
+        finished=columns.need("finished"),
+        judge_reward=columns.estimate("judge"),
+    )
+
+
+@torch.no_grad()
+def bon_reports(
+    reference_rewards: Tensor,
+    *,
+    n_values: Sequence[int],
+    log_probs: Tensor | None = None,
+    lengths: Tensor | None = None,
+    finished: Tensor | None = None,
+    judge_rewards: Tensor | None = None,
+) -> list[PolicyReport]:
+    """Report on the reference and on Best-of-N for each N, from the reference table alone.
+
+    Rewards, lengths and win rates are means over all n-subsets of the M cached responses, which is unbiased; see
+    :func:`~vbon_lightning.evaluation.best_of_n.bon_kl` for the KL.
+
+    Args:
+        reference_rewards: ``[B, M]``.
+        n_values: The N to report on; 1 is the reference, and comes first whether asked for or not.
+        log_probs: ``[B, M]`` log-probabilities of the responses under the reference; with them comes a second
+            estimate of the KL (Beirami et al., https://arxiv.org/abs/2401.01879).
+        lengths: ``[B, M]`` tokens of each response.
+        finished: ``[B, M]`` whether an EOS ended it.
+        judge_rewards: ``[B, M]`` a second scorer's rewards.
+
+    Raises:
+        ValueError: If shapes differ or N > M.
+    """
+    rewards = reference_rewards.double()
+    named = {"log_probs": log_probs, "lengths": lengths, "finished": finished, "judge_rewards": judge_rewards}
+    for name, values in named.items():
+        if values is not None and values.shape != rewards.shape:
+            raise ValueError(
+                f"{name} must have the rewards' shape {tuple(rewards.shape)}, got {tuple(values.shape)}"
+            )
+    wanted = sorted({1, *n_values})
+    _check_samples(wanted, rewards.shape[1])
+    return [
+        _bon_report(rewards, n, wanted, log_probs=log_probs, lengths=lengths, finished=finished, judge=judge_rewards)
+        for n in wanted
+    ]
+
+
+def _bon_report(
+    rewards: Tensor,
+    n: int,
+    opponents: Sequence[int],
+    *,
+    log_probs: Tensor | None,
+    lengths: Tensor | None,
+    finished: Tensor | None,
+    judge: Tensor | None,
+) -> PolicyReport:
+    weights, samples = selection_weights(rewards, n=n), rewards.shape[1]
+
+    def selected(values: Tensor | None) -> Estimate | None:
+        return None if values is None else estimate_mean((weights * values.double()).sum(-1))
+
+    def against(opponent: int) -> Estimate | None:
+        if n + opponent > samples:
+            return None
+        return estimate_mean(bon_against_bon(rewards, n=n, m=opponent))
+
+    return PolicyReport(
+        name=REFERENCE if n == 1 else f"Best-of-{n}",
+        method=REFERENCE if n == 1 else BEST_OF_N,
+        prompts=rewards.shape[0],
+        samples=samples,
+        reward=estimate_mean((weights * rewards).sum(-1)),
+        kl=estimate_mean(bon_kl(rewards, n=n)),
+        kl_estimator=KL_ESTIMATOR,
+        kl_check=None if log_probs is None else selected(bon_kl_estimate(log_probs.double(), n=n)),
+        kl_check_estimator=None if log_probs is None else "Beirami et al. (2024), from the selected probability",
+        kl_bound=bon_kl_bound(n),
+        win_rate=against(1),
+        win_rate_bound=bon_win_rate_bound(n),
+        win_rate_vs_bon={m: value for m in opponents if m > 1 and (value := against(m)) is not None},
+        length=selected(lengths),
+        finished=selected(finished),
+        judge_reward=selected(judge),
+        n=n,
+    )
+
+
+def _check_samples(n_values: Sequence[int], samples: int) -> None:
+    if any(n < 1 for n in n_values):
+        raise ValueError(f"Best-of-n needs n >= 1, got {list(n_values)}")
+    if n_values and max(n_values) > samples:
+        raise ValueError(
+            f"Best-of-{max(n_values)} needs at least {max(n_values)} reference responses a prompt, but there are "
+            f"{samples}: sample more of them or compare with a smaller n"
+        )

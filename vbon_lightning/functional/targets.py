@@ -1,0 +1,212 @@
+"""What each method maximises, and the advantages that follow from it.
+
+Every method here maximises ``E[score] - kl_coef KL(policy || reference)``; they differ in the score.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.functional._validate import (
+    check_float,
+    check_mask,
+    check_real,
+    check_same_shape,
+    check_shape,
+)
+from vbon_lightning.functional.best_of_n import bon_log_ratio, bon_log_ratio_bound, kl_weight
+from vbon_lightning.functional.policy_gradient import cost_to_go, leave_one_out
+from vbon_lightning.functional.reward_cdf import RewardCDF
+
+
+class Target(NamedTuple):
+    """The objective ``E[score] - kl_coef KL(policy || reference)``, to be maximised."""
+
+    score: Tensor
+    """``[B, G]``: the score of each response."""
+    kl_coef: float
+    """The coefficient of KL(policy || reference)."""
+
+
+@torch.no_grad()
+def vbon_target(
+    log_reference: Tensor, cdf: RewardCDF, *, n: float, bound: Literal["exact", "lower"] = "exact"
+) -> Target:
+    """Build the target of variational Best-of-N, ``min KL(policy || pi_bon)``, in its beta form.
+
+    ``-KL(policy || pi_bon) = E[log pi_bon - log p] - KL(policy || reference)``; everything is divided by n -
+    1, so that the objective is ``-KL(policy || pi_bon) / (n - 1)`` and the KL coefficient ``beta = 1 / (n -
+    1)``. With ``bound="lower"`` the log-ratio is replaced by ``log n + (n - 1) log F_lt``: KL-regularised RL
+    with reward log F. https://arxiv.org/abs/2407.06057.
+
+    Args:
+        log_reference: ``[B, G]``, log-probability of each response under the reference.
+        cdf: ``[B, G]`` log F_lt and log F_le at each response's reward.
+        n: number of samples of Best-of-N, any real > 1.
+        bound: ``"exact"`` for the log-ratio with ties, ``"lower"`` for its lower bound.
+
+    Returns:
+        :class:`Target` with ``kl_coef = 1 / (n - 1)``.
+
+    Raises:
+        TypeError: on a wrong dtype or an ``n`` that is not a number.
+        ValueError: if the shapes differ, ``n <= 1`` or ``bound`` is unknown.
+    """
+    weight = kl_weight(n)
+    check_float("log_reference", log_reference)
+    if bound == "exact":
+        log_ratio = bon_log_ratio(log_reference, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)
+    elif bound == "lower":
+        check_float("cdf.log_below", cdf.log_below)
+        check_same_shape("cdf.log_below", cdf.log_below, "log_reference", log_reference)
+        log_ratio = bon_log_ratio_bound(cdf.log_below, n=n)
+    else:
+        raise ValueError(f"bound must be 'exact' or 'lower', got {bound!r}")
+    return Target(score=weight * log_ratio, kl_coef=weight)
+
+
+def kl_rl_target(rewards: Tensor, *, beta: float) -> Target:
+    """Build the target of KL-regularised RL, ``max E[r] - beta KL(policy || reference)``.
+
+    Args:
+        rewards: ``[B, G]``.
+        beta: the KL coefficient, at least 0.
+
+    Returns:
+        :class:`Target` with the rewards as score.
+
+    Raises:
+        TypeError: on a wrong dtype or a ``beta`` that is not a number.
+        ValueError: if ``beta < 0``.
+    """
+    check_float("rewards", rewards)
+    check_real("beta", beta, at_least=0.0)
+    return Target(score=rewards.detach(), kl_coef=beta)
+
+
+def _check(target: Target, mask: Tensor, **tensors: Tensor) -> None:
+    check_mask("mask", mask)
+    check_float("target.score", target.score)
+    if mask.dim() != 3:
+        raise ValueError(f"mask must have shape [B, G, T], got {list(mask.shape)}")
+    check_shape("target.score", target.score, mask.shape[:-1], "[B, G]")
+    for name, tensor in tensors.items():
+        check_float(name, tensor)
+        check_same_shape(name, tensor, "mask", mask)
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
+@torch.no_grad()
+def token_rewards(target: Target, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Spread the target over tokens, for a critic: ``-kl_coef log(pi / ref)`` on each, the score on the last.
+
+    Args:
+        target: score ``[B, G]`` and KL coefficient.
+        log_probs: ``[B, G, T]`` under the policy that sampled.
+        reference_log_probs: ``[B, G, T]`` under the reference.
+        mask: ``[B, G, T]`` bool, True on response tokens, at least one a response.
+
+    Returns:
+        ``[B, G, T]``, 0 outside the mask; each response sums to ``score - kl_coef log(pi / ref)``.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: if the shapes do not fit.
+    """
+    _check(target, mask, log_probs=log_probs, reference_log_probs=reference_log_probs)
+    rewards = -target.kl_coef * _masked(log_probs - reference_log_probs, mask)
+    position = mask.long().cumsum(-1)
+    last = mask & (position == position[..., -1:])
+    return rewards + _masked(target.score.to(rewards.dtype).unsqueeze(-1).expand(mask.shape), last)
+
+
+@torch.no_grad()
+def sampled_kl_advantages(
+    target: Target, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor
+) -> Tensor:
+    """Compute advantages with the KL in the reward, as sampled: ``score_i - kl_coef sum_t log(pi / ref)``.
+
+    Less the mean of the siblings' (:func:`leave_one_out`), the same for all tokens of a response. With
+    :func:`reinforce_loss` the expected gradient is that of the target.
+
+    Args:
+        target: score ``[B, G]`` and KL coefficient.
+        log_probs: ``[B, G, T]`` under the policy.
+        reference_log_probs: ``[B, G, T]`` under the reference.
+        mask: ``[B, G, T]`` bool, True on response tokens.
+
+    Returns:
+        ``[B, G, T]`` without gradient, 0 outside the mask.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: if the shapes do not fit or ``G < 2``.
+    """
+    _check(target, mask, log_probs=log_probs, reference_log_probs=reference_log_probs)
+    log_ratio = _masked(log_probs - reference_log_probs, mask).sum(-1)
+    advantages = leave_one_out(target.score - target.kl_coef * log_ratio)
+    return _masked(advantages.unsqueeze(-1).expand(mask.shape), mask)
+
+
+@torch.no_grad()
+def rao_blackwell_advantages(
+    target: Target, token_kl: Tensor, mask: Tensor, *, log_ratio: Tensor | None = None
+) -> Tensor:
+    """Compute advantages with the exact KL of later tokens: ``score_i - kl_coef sum_{s > t} KL_s``.
+
+    Less the mean of the siblings' at the same position (:func:`leave_one_out`). The KL of token t itself is
+    missing here: add ``kl_coef *`` :func:`kl_penalty` to :func:`reinforce_loss`, which carries its exact
+    gradient. Together the expected gradient is that of the target, and no KL is estimated from the sampled
+    token; Better Estimation of the KL Divergence Between Language Models, https://arxiv.org/abs/2504.10637.
+
+    With ``log_ratio`` also ``kl_coef sum_{s < t} log(pi_s / ref_s)`` is subtracted. It depends only on the
+    prefix, so the gradient stays unbiased. At the optimum ``score - kl_coef log(pi / ref)`` is the same for
+    all responses, and what is left of the advantage of token t is its own centred log-ratio, which the
+    gradient of ``kl_penalty`` balances, and the noise of the later tokens.
+
+    Args:
+        target: score ``[B, G]`` and KL coefficient.
+        token_kl: ``[B, G, T]``, exact KL(policy || reference) over the vocabulary at each position.
+        mask: ``[B, G, T]`` bool, True on response tokens.
+        log_ratio: ``[B, G, T]``, ``log pi - log ref`` of the sampled tokens, to use the prefix baseline.
+
+    Returns:
+        ``[B, G, T]`` without gradient, 0 outside the mask.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: if the shapes do not fit or ``G < 2``.
+    """
+    _check(target, mask, token_kl=token_kl)
+    cost = cost_to_go(_masked(token_kl, mask))
+    if log_ratio is not None:
+        _check(target, mask, log_ratio=log_ratio)
+        kept = _masked(log_ratio, mask)
+        cost = cost + torch.cat([torch.zeros_like(kept[..., :1]), kept.cumsum(-1)[..., :-1]], -1)
+    return _masked(leave_one_out(target.score.unsqueeze(-1) - target.kl_coef * cost), mask)
+
+
+def kl_penalty(token_kl: Tensor, mask: Tensor) -> Tensor:
+    """Compute the mean KL of a response, ``mean_i sum_t KL_it``: the other half of the Rao-Blackwell loss.
+
+    Args:
+        token_kl: ``[..., T]``, differentiable.
+        mask: ``[..., T]`` bool, True on response tokens.
+
+    Returns:
+        A scalar: summed over tokens, averaged over responses.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: if the shapes differ.
+    """
+    check_float("token_kl", token_kl)
+    check_mask("mask", mask)
+    check_same_shape("mask", mask, "token_kl", token_kl)
+    return _masked(token_kl, mask).sum(-1).mean()

@@ -1,0 +1,246 @@
+"""Metrics over rollouts, kept as float64 sums that add up over batches and processes.
+
+Rows that only even out the processes (``valid`` False) count nowhere. A process without any rows may still
+call ``compute``: counts are part of every result, and a count of 0 comes with NaN means.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from vbon_lightning.functional import bon_win_rate
+
+__all__ = [
+    "KLSummary",
+    "MeanSummary",
+    "PromptMean",
+    "RewardStatistics",
+    "RewardSummary",
+    "SequenceKL",
+    "WinRate",
+]
+
+
+class MeanSummary(NamedTuple):
+    """A mean over prompts."""
+
+    mean: Tensor
+    """Mean of the prompts' values."""
+    standard_error: Tensor
+    """Its standard error over prompts; NaN below two prompts."""
+    prompts: Tensor
+    """Number of prompts."""
+
+
+class KLSummary(NamedTuple):
+    """The KL divergence of the policy from the reference, in nats, two ways."""
+
+    kl: Tensor
+    """Mean over responses of the exact KL over the vocabulary, summed over each response's tokens."""
+    kl_per_token: Tensor
+    """The same sum divided by the number of tokens."""
+    sampled: Tensor
+    """Mean over responses of ``log policy - log reference``: the same in expectation, but noisier."""
+    sampled_standard_error: Tensor
+    """Standard error of ``sampled`` over responses; NaN below two responses."""
+    responses: Tensor
+    """Number of responses."""
+
+
+class RewardSummary(NamedTuple):
+    """Rewards and lengths of responses."""
+
+    mean: Tensor
+    """Mean reward."""
+    std: Tensor
+    """Standard deviation of the rewards (``n - 1`` in the denominator); NaN below two responses."""
+    length: Tensor
+    """Mean number of tokens, the EOS included."""
+    finished: Tensor
+    """Share of responses that ended with an EOS."""
+    responses: Tensor
+    """Number of responses."""
+
+
+def _variance_of(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
+    # 0/0 below two values: NaN says that there is no variance to speak of.
+    return (squares - total * total / count).clamp(min=0) / (count - 1).clamp(min=0)
+
+
+def _rows(values: Tensor, valid: Tensor | None) -> Tensor:
+    return values.new_ones(len(values), dtype=torch.bool) if valid is None else valid.to(values.device)
+
+
+def _kept(values: Tensor, rows: Tensor) -> Tensor:
+    # Zeros rather than a selection, which would make the host wait for the device.
+    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values.double(), 0.0)
+
+
+class _Sums(Metric):
+    """A metric whose whole state is one vector of sums, so that a synchronisation is one gather."""
+
+    full_state_update = False
+
+    def __init__(self, size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sums: Tensor
+        self.add_state("sums", default=torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def update_called(self) -> bool:
+        """Return True: to compute without an update is no mistake here, the count says how much there was."""
+        return True
+
+    def _add(self, *terms: Tensor) -> None:
+        self.sums += torch.stack([term.to(self.sums) for term in terms])
+
+
+class _PromptSums(_Sums):
+    """Sums for a mean over prompts and its standard error."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(3, **kwargs)
+
+    def _add_prompts(self, values: Tensor, valid: Tensor | None) -> None:
+        values, rows = values.double(), _rows(values, valid)
+        values = _kept(values.mean(-1) if values.ndim == 2 else values, rows)
+        self._add(values.sum(), values.square().sum(), rows.sum())
+
+    def compute(self) -> MeanSummary:
+        """Return the mean over all prompts of all processes."""
+        total, squares, count = self.sums.unbind()
+        return MeanSummary(total / count, (_variance_of(total, squares, count) / count).sqrt(), count)
+
+
+class PromptMean(_PromptSums):
+    """Average a value a prompt, with its standard error over prompts."""
+
+    def update(self, values: Tensor, valid: Tensor | None = None) -> None:
+        """Add prompts.
+
+        Args:
+            values: ``[B]`` one value a prompt, or ``[B, G]`` to be averaged over its G samples first.
+            valid: ``[B]`` bool: rows to count; all by default.
+        """
+        self._add_prompts(values, valid)
+
+
+class WinRate(_PromptSums):
+    """Estimate, without bias, how often a response beats the best of n reference samples; a tie counts half.
+
+    With k of M cached rewards below r, ``C(k, n) / C(M, n)`` is the share of n-subsets that r beats (ties
+    left aside), an unbiased estimate of ``F(r)^n``; the plug-in ``(k / M)^n`` is not. See
+    :func:`vbon_lightning.functional.bon_win_rate`.
+
+    Args:
+        n: Number of reference samples the opponent picks the best of; 1 for a plain reference sample.
+        **kwargs: Passed on to ``torchmetrics.Metric``.
+    """
+
+    def __init__(self, n: int = 1, **kwargs: Any) -> None:
+        if n < 1:
+            raise ValueError(f"a win rate against Best-of-N needs n >= 1, got {n}")
+        super().__init__(**kwargs)
+        self.n = n
+
+    def update(self, rewards: Tensor, reference_rewards: Tensor, valid: Tensor | None = None) -> None:
+        """Add prompts.
+
+        Args:
+            rewards: ``[B, G]`` rewards of the policy's responses.
+            reference_rewards: ``[B, M]`` rewards of reference responses to the same prompts, ``M >= n``.
+            valid: ``[B]`` bool: rows to count; all by default.
+        """
+        self._add_prompts(bon_win_rate(rewards.double(), reference_rewards.double(), n=self.n), valid)
+
+
+class SequenceKL(_Sums):
+    """Average the KL divergence of the policy from the reference over responses, in nats.
+
+    The exact KL of a response is ``sum_t KL(policy || reference)`` over the whole vocabulary at each of its
+    positions; its mean over responses drawn from the policy is the KL between the two distributions over
+    responses.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(5, **kwargs)
+
+    def update(
+        self,
+        token_kl: Tensor,
+        log_probs: Tensor,
+        reference_log_probs: Tensor,
+        mask: Tensor,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Add responses.
+
+        Args:
+            token_kl: ``[B, G, T]`` KL over the vocabulary at each position.
+            log_probs: ``[B, G, T]`` log-probabilities of the sampled tokens under the policy.
+            reference_log_probs: ``[B, G, T]`` the same under the reference.
+            mask: ``[B, G, T]`` bool: True on response tokens.
+            valid: ``[B]`` bool: rows to count; all by default.
+        """
+        rows = _rows(mask, valid)
+        mask = mask & rows[:, None, None]
+        log_ratio = torch.where(mask, log_probs.double() - reference_log_probs.double(), 0.0).sum(-1)
+        self._add(
+            torch.where(mask, token_kl.double(), 0.0).sum(),
+            log_ratio.sum(),
+            log_ratio.square().sum(),
+            mask.sum(),
+            rows.sum() * mask.shape[1],
+        )
+
+    def compute(self) -> KLSummary:
+        """Return the means over all responses of all processes."""
+        kl, ratio, squares, tokens, count = self.sums.unbind()
+        return KLSummary(
+            kl=kl / count,
+            kl_per_token=kl / tokens,
+            sampled=ratio / count,
+            sampled_standard_error=(_variance_of(ratio, squares, count) / count).sqrt(),
+            responses=count,
+        )
+
+
+class RewardStatistics(_Sums):
+    """Average rewards, lengths and the share of finished responses."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(5, **kwargs)
+
+    def update(self, rewards: Tensor, mask: Tensor, finished: Tensor, valid: Tensor | None = None) -> None:
+        """Add responses.
+
+        Args:
+            rewards: ``[B, G]``.
+            mask: ``[B, G, T]`` bool: True on response tokens.
+            finished: ``[B, G]`` bool: True where an EOS was sampled.
+            valid: ``[B]`` bool: rows to count; all by default.
+        """
+        rows = _rows(rewards, valid)
+        kept = _kept(rewards, rows)
+        self._add(
+            kept.sum(),
+            kept.square().sum(),
+            _kept(mask.sum(-1), rows).sum(),
+            _kept(finished, rows).sum(),
+            rows.sum() * rewards.shape[1],
+        )
+
+    def compute(self) -> RewardSummary:
+        """Return the means over all responses of all processes."""
+        total, squares, tokens, finished, count = self.sums.unbind()
+        return RewardSummary(
+            mean=total / count,
+            std=_variance_of(total, squares, count).sqrt(),
+            length=tokens / count,
+            finished=finished / count,
+            responses=count,
+        )

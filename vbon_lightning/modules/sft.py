@@ -1,0 +1,102 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from vbon_lightning.actors import Actors, ActorSpec
+from vbon_lightning.functional import token_log_probs
+from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.sampling import noise_seed
+from vbon_lightning.types import TextBatch
+
+
+class SFT(AlignmentModule):
+    r"""Fit the policy to text, or to responses given prompts, the EOS included.
+
+    The loss is :math:`-\sum_t \log \pi(y_t \mid y_{<t}) / \#\text{tokens}`, the count taken over all ranks, so that
+    it does not depend on how the batch is split among them.
+
+    Args:
+        actors: The policy, as the data module names it.
+        dropout: Keep the dropout the model's own config asks for.
+        seed: Seeds dropout and the initialisation of a policy made from a config.
+        optimizer: Builds the optimizer from parameters.
+        lr_scheduler: Builds a learning-rate scheduler from the optimizer, stepped once an update.
+    """
+
+    batch_kind = "text"
+    needs_reference = False
+
+    def __init__(
+        self,
+        actors: ActorSpec,
+        dropout: bool = True,
+        seed: int = 0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self.dropout = dropout
+        self.nll = MeanMetric()
+        self.record_settings(dropout=dropout)
+
+    def configure_model(self) -> None:
+        """Load the policy, with its dropout where wanted."""
+        if self.actors is None:
+            self.actors = Actors.load(
+                self.actor_spec, seed=self.seed, reference=False, keep_dropout=self.dropout
+            )
+            self.policy = self.actors.policy
+            self.policy.train()
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
+        """Return the mean negative log-likelihood of the tokens to be learnt, in nats."""
+        # Dropout as a function of (seed, rank, batch): ranks differ, and a resumed run continues the same stream.
+        torch.manual_seed(noise_seed(self.seed, "dropout", self.global_rank, self.batches_seen))
+        total, count = self._negative_log_likelihood(batch)
+        self.batches_seen += 1
+        all_tokens = self.all_gather(count).sum() if self.trainer.world_size > 1 else count
+        loss = total * self.trainer.world_size / all_tokens.clamp(min=1)
+        self.log("train/nll", (total / count.clamp(min=1)).detach(), prog_bar=True)
+        return {"loss": loss}
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Log the mean negative log-likelihood and the perplexity."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Log the mean negative log-likelihood and the perplexity."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log over all ranks, each token once."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log over all ranks, each token once."""
+        self._log_epoch("test")
+
+    def _evaluate(self, batch: TextBatch) -> None:
+        total, count = self._negative_log_likelihood(batch)
+        self.nll.update(total / count.clamp(min=1), weight=count)
+
+    def _log_epoch(self, stage: str) -> None:
+        nll = self.nll.compute()
+        self.nll.reset()
+        self.log_dict({f"{stage}/nll": nll, f"{stage}/perplexity": nll.exp()}, prog_bar=True)
+
+    def _negative_log_likelihood(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        """Return the summed negative log-likelihood and the number of tokens it is over."""
+        output = self.loaded.policy(
+            input_ids=batch.tokens,
+            attention_mask=None if bool(batch.mask.all()) else batch.mask.long(),
+            use_cache=False,
+        )
+        log_probs = token_log_probs(output.logits[:, :-1], batch.tokens[:, 1:])
+        counted = batch.loss_mask[:, 1:] & batch.valid[:, None]
+        return -torch.where(counted, log_probs, 0.0).sum(), counted.sum()

@@ -1,0 +1,79 @@
+"""Variational Best-of-N."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
+from vbon_lightning.modules.policy_gradient import PolicyGradient
+from vbon_lightning.types import Rollout
+
+
+class VBoN(PolicyGradient):
+    r"""Fine-tune the policy towards the distribution that Best-of-N induces, by the backward KL.
+
+    Maximises :math:`\frac{1}{N-1} E_\pi[\log \pi_{bon}(y) - \log \pi_{ref}(y)] - \frac{1}{N-1} KL(\pi \| \pi_{ref})`,
+    which is :math:`-KL(\pi \| \pi_{bon}) / (N-1)` (Amini, Vieira, Ash and Cotterell, "Variational Best-of-N
+    Alignment", 2025), with the reward's distribution function under the reference estimated from M reference
+    rewards a prompt, ties included.
+
+    Args:
+        actors: The policy, reference and reward, as the data module names them.
+        n: N of Best-of-N, any real number > 1.
+        bound: ``exact`` for the distribution itself, ``lower`` for the paper's lower bound (KL-constrained RL with
+            reward log F and beta = 1/(N-1)).
+        cdf_estimator: How the distribution function is estimated from M rewards: ``jeffreys`` (k + 1/2)/(M + 1),
+            ``add_one`` (the authors'), ``laplace`` or ``digamma``.
+        **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
+    """
+
+    def __init__(
+        self,
+        actors: ActorSpec,
+        n: float = 4.0,
+        bound: Literal["exact", "lower"] = "exact",
+        cdf_estimator: Literal["jeffreys", "add_one", "laplace", "digamma"] = "jeffreys",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(actors, **kwargs)
+        if not n > 1:
+            raise ValueError(f"model.n must be > 1 (Best-of-1 is the reference itself), got {n}")
+        if bound not in ("exact", "lower"):
+            raise ValueError(f"model.bound must be exact or lower, got {bound!r}")
+        self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
+        self.record_settings(n=n, bound=bound, cdf_estimator=cdf_estimator)
+
+    def setup(self, stage: str) -> None:
+        """Refuse to start without enough reference rewards, before anything expensive."""
+        if stage == "predict":
+            return
+        samples, what = self.reference_samples, "model.reference_samples"
+        if not samples:
+            data = getattr(self.trainer, "datamodule", None)
+            if data is None or not hasattr(data, "table"):
+                return
+            samples, what = data.table().samples, f"the reference table {data.reference_table}"
+        if samples < self.n:
+            raise ValueError(
+                f"{what} has M = {samples} reference rewards a prompt, fewer than n = {self.n:g}: Best-of-n cannot be "
+                "estimated from them; sample more or lower model.n"
+            )
+        if samples < 4 * self.n:
+            warnings.warn(
+                f"{what} has M = {samples} reference rewards a prompt for n = {self.n:g}: the estimate of log F near "
+                "the top has a standard deviation of about sqrt(n/M); M of at least 4 n is advised",
+                stacklevel=2,
+            )
+
+    def target(self, rollout: Rollout) -> Target:
+        """Return the log-ratio of Best-of-N to the reference over N - 1, and the KL's weight 1/(N - 1)."""
+        if rollout.reference_rewards is None:
+            raise ValueError(
+                "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`) or sample "
+                "them at every step (model.reference_samples)"
+            )
+        cdf = reward_cdf(rollout.rewards, rollout.reference_rewards, estimator=self.cdf_estimator)
+        log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
+        return vbon_target(log_reference, cdf, n=self.n, bound=self.bound)

@@ -1,0 +1,21 @@
+"""The reference table: M responses of the reference a prompt, their rewards, and what made them."""
+
+from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
+from vbon_lightning.reference_table.json_lines import export_jsonl, import_jsonl
+from vbon_lightning.reference_table.reader import PromptNotInTable, ReferenceTable
+from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, prompt_key
+from vbon_lightning.reference_table.summary import table_summary
+from vbon_lightning.reference_table.writer import ReferenceTableWriter
+
+__all__ = [
+    "FingerprintMismatch",
+    "PromptNotInTable",
+    "ReferenceTable",
+    "ReferenceTableError",
+    "ReferenceTableWriter",
+    "TableRow",
+    "export_jsonl",
+    "import_jsonl",
+    "prompt_key",
+    "table_summary",
+]

@@ -1,0 +1,142 @@
+"""The provenance of a table: which reference, reward, temperature, length and EOS rule made it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vbon_lightning.reference_table.shards import (
+    ReferenceTableError,
+    atomic_file,
+    shard_files,
+    sync_directory,
+)
+
+_FILE = "fingerprint.json"
+_ABSENT = "(absent)"
+
+
+class FingerprintMismatch(ReferenceTableError):
+    """The table was made under other settings than the run that wants to use it.
+
+    Attributes:
+        differences: each differing field with the table's value and the run's value.
+    """
+
+    def __init__(self, path: Path, differences: Mapping[str, tuple[Any, Any]]) -> None:
+        """Write the message."""
+        self.path, self.differences = path, dict(differences)
+        lines = "".join(
+            f"\n  {field}: the table has {table!r}, this run has {run!r}"
+            for field, (table, run) in self.differences.items()
+        )
+        super().__init__(
+            f"the reference table {path} was made under other settings:{lines}\n"
+            "Use the table's settings, or make a new table in another directory with `vbon predict`"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let the error cross a process boundary."""
+        return type(self), (self.path, self.differences)
+
+
+def plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint as it reads back from JSON.
+
+    Raises:
+        TypeError: if it holds something JSON cannot.
+    """
+    try:
+        value: dict[str, Any] = json.loads(json.dumps(dict(fingerprint), allow_nan=False, sort_keys=True))
+        return value
+    except (TypeError, ValueError) as problem:
+        raise TypeError(
+            f"a fingerprint holds plain values only (strings, numbers, lists, mappings): {problem}"
+        ) from problem
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or (name and not value):
+        return {name: value}
+    fields: dict[str, Any] = {}
+    for key, inner in value.items():
+        fields.update(_flat(inner, f"{name}.{key}" if name else key))
+    return fields
+
+
+def check(path: Path, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Compare a table's fingerprint with a run's.
+
+    Raises:
+        FingerprintMismatch: naming each field that differs.
+    """
+    ours, theirs = _flat(plain(run)), _flat(dict(table))
+    differences = {
+        field: (theirs.get(field, _ABSENT), ours.get(field, _ABSENT))
+        for field in sorted(theirs.keys() | ours.keys())
+        if field not in theirs or field not in ours or theirs[field] != ours[field]
+    }
+    if differences:
+        raise FingerprintMismatch(path, differences)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Read the fingerprint of the table in ``directory``.
+
+    Raises:
+        ReferenceTableError: if there is no table, or its fingerprint is missing or broken.
+    """
+    path = directory / _FILE
+    try:
+        fingerprint = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if directory.is_dir() and shard_files(directory):
+            raise ReferenceTableError(
+                f"{directory} holds shards of a reference table but no {_FILE}, "
+                "so what made them is unknown; put the file back, "
+                "or make the table anew in another directory with `vbon predict`"
+            ) from None
+        raise ReferenceTableError(
+            f"there is no reference table in {directory}; make it with `vbon predict`"
+        ) from None
+    except ValueError as problem:
+        raise ReferenceTableError(
+            f"{path} is not valid JSON ({problem}); put the file back, or make the table anew in another "
+            "directory with `vbon predict`"
+        ) from problem
+    if not isinstance(fingerprint, dict):
+        raise ReferenceTableError(f"{path} must hold a JSON object, got {type(fingerprint).__name__}")
+    return fingerprint
+
+
+def claim(directory: Path, fingerprint: Mapping[str, Any], shard: str) -> dict[str, Any]:
+    """Write the fingerprint of a new table, or check it against the one of an existing table.
+
+    Of several first writers exactly one puts its file there; the others compare with it.
+
+    Raises:
+        FingerprintMismatch: if the table was made under other settings.
+        ReferenceTableError: if there are shards without a fingerprint.
+    """
+    path = directory / _FILE
+    ours = plain(fingerprint)
+    if not path.exists() and not shard_files(directory):
+        content = (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode()
+        mine = directory / f".fingerprint-{shard}.json"
+        with atomic_file(mine) as stream:
+            stream.write(content)
+        try:
+            os.link(mine, path)  # unlike a rename this fails when another writer was first
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                mine.replace(path)
+        mine.unlink(missing_ok=True)
+        sync_directory(directory)
+    theirs = read(directory)
+    check(directory, theirs, ours)
+    return theirs

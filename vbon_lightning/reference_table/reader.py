@@ -1,0 +1,280 @@
+"""Read a reference table, only the columns and row groups that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.reference_table import fingerprint as fingerprints
+from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, open_shard, shard_files
+
+_T = TypeVar("_T")
+_UNKNOWN = {
+    "log_probs": "reference log-probabilities",
+    "finished": "flags that tell finished from truncated responses",
+}
+
+
+class PromptNotInTable(ReferenceTableError, KeyError):
+    """A prompt that the table holds no responses for."""
+
+    def __str__(self) -> str:
+        """Return the message as it is; KeyError would quote it."""
+        return str(self.args[0])
+
+
+class _Place(NamedTuple):
+    file: Path
+    group: int
+    offset: int
+
+
+class ReferenceTable:
+    """M reference responses and rewards for each prompt, read as they are needed.
+
+    Made by :meth:`open`. Rewards, log-probabilities and flags are kept in memory once asked for, one tensor a
+    prompt; texts and tokens are read from the disk at each :meth:`row`.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], keys: Collection[str] | None) -> None:
+        """Take the parts; :meth:`open` finds them."""
+        self.path = path
+        self.fingerprint = fingerprint
+        """What made the table, as the first writer stored it."""
+        self._wanted = None if keys is None else frozenset(keys)
+        self._columns: dict[str, dict[str, Tensor | None]] = {}
+        self._samples: int | None = None
+        self._places = self._retrying(self._scan)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        fingerprint: Mapping[str, Any] | None = None,
+        keys: Collection[str] | None = None,
+    ) -> ReferenceTable:
+        """Open the table in a directory.
+
+        Args:
+            path: the directory.
+            fingerprint: what this run expects to have made the table; None to take it as it is.
+            keys: prompts to restrict the table to; None for all. A key the table lacks is no error here.
+
+        Returns:
+            The table.
+
+        Raises:
+            FingerprintMismatch: if the table was made under other settings; it names each field.
+            ReferenceTableError: if there is no table, it is empty, or a file of it is broken.
+        """
+        directory = Path(path)
+        stored = fingerprints.read(directory)
+        if fingerprint is not None:
+            fingerprints.check(directory, stored, fingerprint)
+        return cls(directory, stored, keys)
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether the prompt with this key is in the table."""
+        return key in self._places
+
+    def keys(self) -> list[str]:
+        """Return the prompts' keys, in the table's order."""
+        return list(self._places)
+
+    @property
+    def samples(self) -> int:
+        """M, the number of responses a prompt; the minimum over the prompts where it differs."""
+        if self._samples is None:
+            if not self._places:
+                raise ReferenceTableError(
+                    f"none of the prompts asked for is in the reference table {self.path}"
+                )
+            self._samples = min(
+                len(values) for values in self._column("rewards").values() if values is not None
+            )
+        return self._samples
+
+    def rewards(self, key: str, text: str | None = None) -> Tensor:
+        """Return the rewards of a prompt's reference responses.
+
+        Args:
+            key: the prompt's key.
+            text: the prompt, for the error message.
+
+        Returns:
+            ``[M]`` float32.
+
+        Raises:
+            PromptNotInTable: if the table lacks the prompt.
+        """
+        return self._values("rewards", key, text)
+
+    def finished(self, key: str, text: str | None = None) -> Tensor:
+        """Return which of a prompt's reference responses ended with an EOS.
+
+        Args:
+            key: the prompt's key.
+            text: the prompt, for the error message.
+
+        Returns:
+            ``[M]`` bool.
+
+        Raises:
+            PromptNotInTable: if the table lacks the prompt.
+            ReferenceTableError: if that is unknown, as in tables imported from JSON Lines.
+        """
+        return self._values("finished", key, text)
+
+    def log_probs(self, key: str, text: str | None = None) -> Tensor:
+        """Return the reference log-probabilities (nats) of a prompt's reference responses.
+
+        Args:
+            key: the prompt's key.
+            text: the prompt, for the error message.
+
+        Returns:
+            ``[M]`` float32, at the table's temperature.
+
+        Raises:
+            PromptNotInTable: if the table lacks the prompt.
+            ReferenceTableError: if they are unknown, as in tables imported from JSON Lines.
+        """
+        return self._values("log_probs", key, text)
+
+    def rewards_matrix(self, keys: Sequence[str], texts: Sequence[str] | None = None) -> Tensor:
+        """Return :meth:`rewards` of several prompts, cut to the common M: ``[K, samples]`` float32."""
+        return self._matrix("rewards", keys, texts)
+
+    def finished_matrix(self, keys: Sequence[str], texts: Sequence[str] | None = None) -> Tensor:
+        """Return :meth:`finished` of several prompts, cut to the common M: ``[K, samples]`` bool."""
+        return self._matrix("finished", keys, texts)
+
+    def log_probs_matrix(self, keys: Sequence[str], texts: Sequence[str] | None = None) -> Tensor:
+        """Return :meth:`log_probs` of several prompts, cut to the common M: ``[K, samples]`` float32."""
+        return self._matrix("log_probs", keys, texts)
+
+    def row(self, key: str, text: str | None = None) -> TableRow:
+        """Read all there is about one prompt.
+
+        Args:
+            key: the prompt's key.
+            text: the prompt, for the error message.
+
+        Returns:
+            The row, texts and tokens included.
+
+        Raises:
+            PromptNotInTable: if the table lacks the prompt.
+        """
+
+        def read() -> TableRow:
+            place = self._place(key, text)
+            with open_shard(place.file) as file:
+                table = file.read_row_group(place.group).slice(place.offset, 1)
+            return TableRow(**table.to_pylist()[0])
+
+        return self._retrying(read)
+
+    def rows(self) -> Iterator[TableRow]:
+        """Yield all rows in the table's order, holding one row group in memory at a time."""
+        at: tuple[Path, int] | None = None
+        group: list[dict[str, Any]] = []
+        for key in self.keys():
+            place = self._places[key]
+            if (place.file, place.group) != at:
+                try:
+                    with open_shard(place.file) as file:
+                        group = file.read_row_group(place.group).to_pylist()
+                except FileNotFoundError:
+                    at = None
+                    yield self.row(key)
+                    continue
+                at = (place.file, place.group)
+            yield TableRow(**group[place.offset])
+
+    def _scan(self) -> dict[str, _Place]:
+        places: dict[str, _Place] = {}
+        empty = True
+        for path in shard_files(self.path):
+            with open_shard(path) as file:
+                for group in range(file.num_row_groups):
+                    column = file.read_row_group(group, columns=["key"]).column(0)
+                    for offset, key in enumerate(column.to_pylist()):
+                        empty = False
+                        if key not in places and (self._wanted is None or key in self._wanted):
+                            places[key] = _Place(path, group, offset)
+        if empty:
+            raise ReferenceTableError(f"reference table {self.path} is empty; fill it with `vbon predict`")
+        return places
+
+    def _retrying(self, read: Callable[[], _T]) -> _T:
+        """Read again when a shard went away because its writer merged it into another."""
+        for _ in range(10):
+            try:
+                return read()
+            except FileNotFoundError:
+                if hasattr(self, "_places"):
+                    self._places = self._retrying(self._scan)
+        return read()
+
+    def _place(self, key: str, text: str | None) -> _Place:
+        place = self._places.get(key)
+        if place is None:
+            what = f"prompt {text!r} (key {key})" if text is not None else f"the prompt with key {key}"
+            raise PromptNotInTable(
+                f"{what} is not among the {len(self)} prompts of the reference table {self.path}; "
+                "add it with `vbon predict`, with the tokenizer and the prompt template of the table"
+            )
+        return place
+
+    def _column(self, name: str) -> dict[str, Tensor | None]:
+        if name not in self._columns:
+            self._columns[name] = self._retrying(lambda: self._load(name))
+        return self._columns[name]
+
+    def _load(self, name: str) -> dict[str, Tensor | None]:
+        by_file: dict[Path, dict[int, list[tuple[str, int]]]] = {}
+        for key, place in self._places.items():
+            by_file.setdefault(place.file, {}).setdefault(place.group, []).append((key, place.offset))
+        loaded: dict[str, Tensor | None] = {}
+        for path, groups in by_file.items():
+            with open_shard(path) as file:
+                for group, members in groups.items():
+                    lists = file.read_row_group(group, columns=[name]).column(0).combine_chunks()
+                    known = lists.is_valid().to_pylist()
+                    bounds = lists.offsets.to_pylist()
+                    values = lists.values.to_numpy(zero_copy_only=False)
+                    for key, i in members:
+                        part = values[bounds[i] : bounds[i + 1]]
+                        loaded[key] = torch.from_numpy(part.copy()) if known[i] else None
+        return loaded
+
+    def _values(self, name: str, key: str, text: str | None) -> Tensor:
+        self._place(key, text)
+        values = self._column(name)[key]
+        if values is None:
+            raise ReferenceTableError(
+                f"the reference table {self.path} holds no {_UNKNOWN[name]}: JSON Lines imports do not carry "
+                "them; make the table with `vbon predict` if they are needed"
+            )
+        return values
+
+    def _matrix(self, name: str, keys: Sequence[str], texts: Sequence[str] | None) -> Tensor:
+        if texts is not None and len(texts) != len(keys):
+            raise ValueError(f"expected one text a key, got {len(texts)} texts and {len(keys)} keys")
+        rows = [
+            self._values(name, key, None if texts is None else texts[i])[: self.samples]
+            for i, key in enumerate(keys)
+        ]
+        if not rows:
+            return torch.zeros(0, self.samples, dtype=torch.bool if name == "finished" else torch.float32)
+        return torch.stack(rows)

@@ -1,0 +1,179 @@
+"""The table's rows and files: keys of prompts, the Parquet schema, shards that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_tokens", pa.list_(pa.int32())),
+        ("responses", pa.list_(pa.string())),
+        ("response_tokens", pa.list_(pa.list_(pa.int32()))),
+        ("rewards", pa.list_(pa.float32())),
+        ("log_probs", pa.list_(pa.float32())),
+        ("finished", pa.list_(pa.bool_())),
+    ]
+)
+ROW_GROUP = 64  # prompts that are read together when one row is asked for
+_SHARD_FILE = re.compile(r"part-(?P<shard>.+)-(?P<count>\d{6,})\.parquet")
+
+
+class ReferenceTableError(ValueError):
+    """A reference table that is missing, broken or does not hold what was asked for."""
+
+
+class TableRow(NamedTuple):
+    """One prompt of the table with its M reference responses."""
+
+    key: str
+    """:func:`prompt_key` of ``prompt_tokens``."""
+    prompt: str
+    """The prompt as text."""
+    prompt_tokens: list[int]
+    """Token ids of the prompt, without padding."""
+    responses: list[str]
+    """M responses as text."""
+    response_tokens: list[list[int]]
+    """M lists of token ids, the EOS included where one was sampled."""
+    rewards: list[float]
+    """M rewards, stored as float32."""
+    log_probs: list[float] | None
+    """M sequence log-probabilities (nats) under the reference at the table's temperature; None if unknown."""
+    finished: list[bool] | None
+    """M flags: True where an EOS ended the response; None if unknown."""
+
+
+def prompt_key(tokens: Sequence[int]) -> str:
+    """Hash a prompt's token ids: SHA-256 over little-endian int32, in hexadecimal.
+
+    Token ids, not text: a round trip through a tokenizer may change the text.
+
+    Args:
+        tokens: token ids of the prompt without padding.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: if there are no tokens, or one does not fit.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"a prompt needs at least one token in a flat list, got shape {tuple(ids.shape)}")
+    if ids.min() < 0 or ids.max() >= 2**31:
+        raise ValueError(f"token ids must be in [0, 2**31), got {int(ids.min())} to {int(ids.max())}")
+    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
+
+
+def shard_count(path: Path, shard: str) -> int | None:
+    """Return the running number of a shard file of the writer named ``shard``, None for any other file."""
+    match = _SHARD_FILE.fullmatch(path.name)
+    return int(match["count"]) if match and match["shard"] == shard else None
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """List the complete shards by writer, then by number: the order in which duplicates are resolved."""
+    found = []
+    for path in directory.iterdir():
+        match = _SHARD_FILE.fullmatch(path.name)
+        if match:
+            found.append((match["shard"], int(match["count"]), path))
+    return [path for _, _, path in sorted(found)]
+
+
+@contextmanager
+def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when it is complete and on the disk.
+
+    Args:
+        path: the name to appear.
+        temporary: where it is written until then, in the same directory; default ``.<name>.tmp``.
+
+    Yields:
+        A binary stream.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Put a directory's entries on the disk, where the platform can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a shard for reading and turn whatever is wrong with its bytes into one error.
+
+    Raises:
+        FileNotFoundError: if it is gone (another process may have compacted it).
+        ReferenceTableError: if it is truncated or corrupt, or not a shard of such a table.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                raise ReferenceTableError(
+                    f"{path} is not a shard of a reference table: expected the columns {SCHEMA.names}, "
+                    f"got {file.schema_arrow.names} or other types; move that file elsewhere"
+                )
+            yield file
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pa.ArrowException, OSError) as problem:
+        raise ReferenceTableError(
+            f"{path} is truncated or corrupt ({problem}); delete that file and run `vbon predict` again: "
+            "it resumes and makes only the prompts that are missing"
+        ) from problem
+
+
+def shard_keys(path: Path) -> list[str]:
+    """Read the prompt keys of one shard, in its order."""
+    with open_shard(path) as file:
+        return list(file.read(columns=["key"]).column(0).to_pylist())
+
+
+def write_tables(stream: BinaryIO, tables: Iterator[pa.Table]) -> None:
+    """Write tables as one Parquet file with row groups of :data:`ROW_GROUP` prompts and page checksums."""
+    with pq.ParquetWriter(stream, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        waiting: pa.Table = SCHEMA.empty_table()
+        for table in tables:
+            waiting = pa.concat_tables([waiting, table])
+            whole = len(waiting) - len(waiting) % ROW_GROUP
+            if whole:
+                writer.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)
+                waiting = waiting.slice(whole)
+        if len(waiting):
+            writer.write_table(waiting, row_group_size=ROW_GROUP)
+
+
+def rows_to_table(rows: Sequence[TableRow]) -> pa.Table:
+    """Turn rows into an Arrow table of the table's schema."""
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+    return pa.table(columns, schema=SCHEMA)

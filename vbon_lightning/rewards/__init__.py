@@ -1,0 +1,16 @@
+"""Reward models: from texts to numbers."""
+
+from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, join_texts
+from vbon_lightning.rewards.classifier import ClassifierReward
+from vbon_lightning.rewards.function import CallableReward
+from vbon_lightning.rewards.vader import VaderReward
+
+__all__ = [
+    "CallableReward",
+    "ClassifierReward",
+    "RewardError",
+    "RewardModel",
+    "VaderReward",
+    "check_rewards",
+    "join_texts",
+]

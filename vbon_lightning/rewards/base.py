@@ -1,0 +1,167 @@
+"""What a reward model is, and the check that every reward goes through."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Text = Literal["prompt_and_response", "response"]
+"""Which text a reward model reads."""
+
+
+class RewardError(ValueError):
+    """A reward that cannot be used, or a reward model that cannot be set up."""
+
+
+class RewardModel(ABC):
+    """Base of the reward models here; any object with ``__call__`` and ``identity`` will do.
+
+    A reward model is no ``nn.Module``, so that its weights stay out of checkpoints and of the optimizer.
+    """
+
+    @abstractmethod
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        token_ids: Sequence[Sequence[Sequence[int]]],
+    ) -> Tensor:
+        """Score responses.
+
+        Args:
+            prompts: B prompts as text.
+            responses: B lists of G responses as text.
+            token_ids: B lists of G lists of response token ids, EOS included.
+
+        Returns:
+            ``[B, G]`` float32 rewards, higher is better.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Describe the reward in plain text, for fingerprints: equal where the rewards are equal."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device; does nothing unless a subclass says otherwise.
+
+        Args:
+            device: The device.
+        """
+        del device
+        return self
+
+
+def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
+    """Check rewards for shape and finiteness, and return them as a float32 tensor.
+
+    Args:
+        rewards: ``[B, G]`` numbers: a tensor, an array or nested lists.
+        prompts: B prompts.
+        responses: B lists of G responses.
+
+    Returns:
+        ``[B, G]`` float32, without a gradient, on the device the rewards came on.
+
+    Raises:
+        RewardError: If the shape is not ``[B, G]``, or a reward is NaN or infinite; it names the row, the
+            prompt and the response.
+    """
+    if len(responses) != len(prompts):
+        raise RewardError(
+            f"{len(prompts)} prompts came with {len(responses)} lists of responses: expected one each"
+        )
+    sizes = {len(row) for row in responses}
+    if len(sizes) > 1:
+        raise RewardError(f"every prompt needs the same number of responses, but they have {sorted(sizes)}")
+    if not isinstance(rewards, Tensor):
+        _check_lists(rewards, prompts, responses)
+        try:
+            rewards = torch.as_tensor(rewards, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(
+                f"rewards should be [B, G] numbers, but they are {type(rewards).__name__}: {error}"
+            ) from error
+    rewards = rewards.detach().to(torch.float32)
+    if not prompts:
+        return rewards.reshape(0, rewards.shape[1] if rewards.ndim == 2 else 0)
+    expected = (len(prompts), sizes.pop())
+    if tuple(rewards.shape) != expected:
+        raise RewardError(
+            f"rewards have shape {list(rewards.shape)}, expected [B, G] = {list(expected)}: "
+            "one number for each response of each prompt"
+        )
+    finite = torch.isfinite(rewards)
+    if not finite.all():
+        row, column = (int(index) for index in (~finite).nonzero()[0])
+        raise RewardError(
+            f"the reward of row {row}, response {column} is {float(rewards[row, column])} "
+            f"({int((~finite).sum())} such rewards in this batch): a reward must be a finite number; "
+            f"prompt {shorten(prompts[row])}, response {shorten(responses[row][column])}"
+        )
+    return rewards
+
+
+def join_texts(prompts: Sequence[str], responses: Sequence[Sequence[str]], text: Text) -> list[str]:
+    """Return the B * G texts to score, row by row.
+
+    Args:
+        prompts: B prompts.
+        responses: B lists of G responses.
+        text: ``prompt_and_response`` for the two concatenated as they are, ``response`` for the response
+            alone.
+    """
+    if len(responses) != len(prompts):
+        raise RewardError(
+            f"{len(prompts)} prompts came with {len(responses)} lists of responses: expected one each"
+        )
+    if text == "response":
+        return [response for row in responses for response in row]
+    return [prompt + response for prompt, row in zip(prompts, responses, strict=True) for response in row]
+
+
+def check_text(text: str) -> None:
+    """Check a ``text`` argument.
+
+    Args:
+        text: The argument.
+
+    Raises:
+        RewardError: If it is not one of :data:`Text`.
+    """
+    if text not in ("prompt_and_response", "response"):
+        raise RewardError(f"`text` is {text!r}, expected 'prompt_and_response' or 'response'")
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Quote a text for a message, its middle left out where it is long.
+
+    Args:
+        text: The text.
+        limit: Characters to keep.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    return repr(text)
+
+
+def _check_lists(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> None:
+    # Lists of unequal lengths would fail in torch without saying whose they are.
+    if not isinstance(rewards, (list, tuple)):
+        return
+    if len(rewards) != len(prompts):
+        raise RewardError(
+            f"{len(rewards)} rows of rewards came for {len(prompts)} prompts: expected one row each"
+        )
+    for index, (row, prompt, texts) in enumerate(zip(rewards, prompts, responses, strict=True)):
+        if isinstance(row, (list, tuple)) and len(row) != len(texts):
+            raise RewardError(
+                f"row {index} has {len(row)} rewards for {len(texts)} responses: expected one each; "
+                f"prompt {shorten(prompt)}, first response {shorten(texts[0]) if texts else 'none'}"
+            )

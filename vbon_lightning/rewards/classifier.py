@@ -1,0 +1,238 @@
+"""A Hugging Face sequence classifier as a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from vbon_lightning.models import (
+    ModelSpec,
+    check_no_missing_weights,
+    disable_dropout,
+    load_tokenizer,
+    locate,
+    model_identity,
+    parse_dtype,
+)
+from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class ClassifierReward(RewardModel):
+    """Score text by one label of a sequence classifier, or by a scalar reward model (one output).
+
+    The model is loaded at the first call. A text's score does not depend on the other texts of its batch.
+
+    Args:
+        model: Hub name or local directory; may use ``~``, ``${VAR}`` and ``package:NAME/path/inside``.
+        label: The label to score, by its index or by its name in the model's config. A model with one output
+            has only that one.
+        output: ``logit``: the label's logit. ``log_odds``: the logit minus the log-sum-exp of the other
+            labels' logits, which is the logit of the label's probability. ``probability``: the softmax, or
+            the sigmoid for a model with one output or independent labels.
+        text: ``prompt_and_response`` to score the two concatenated, ``response`` to score the response alone.
+        batch_size: Texts in one forward pass; texts of similar length go together.
+        max_length: Longest text in tokens; longer ones lose their end. Default: the longest the model takes.
+        tokenizer: Hub name or local directory of the tokenizer. Default: the model's own.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Run model code that comes with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        label: int | str = 1,
+        output: Literal["logit", "log_odds", "probability"] = "logit",
+        text: Literal["prompt_and_response", "response"] = "prompt_and_response",
+        batch_size: int = 32,
+        max_length: int | None = None,
+        tokenizer: str | None = None,
+        dtype: str = "float32",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        check_text(text)
+        if output not in ("logit", "log_odds", "probability"):
+            raise RewardError(f"`output` is {output!r}, expected 'logit', 'log_odds' or 'probability'")
+        if batch_size < 1:
+            raise RewardError(f"`batch_size` is {batch_size}, expected at least 1")
+        if max_length is not None and max_length < 1:
+            raise RewardError(f"`max_length` is {max_length}, expected at least 1")
+        parse_dtype(dtype)
+        self.model = model
+        self.label = label
+        self.output = output
+        self.text = text
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self._device = torch.device("cpu")
+        self._loaded: tuple[Any, PreTrainedTokenizerBase, int] | None = None
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        token_ids: Sequence[Sequence[Sequence[int]]] = (),
+    ) -> Tensor:
+        """Score responses; see :meth:`RewardModel.__call__`."""
+        del token_ids
+        texts = join_texts(prompts, responses, self.text)
+        columns = len(responses[0]) if responses else 0
+        if any(len(row) != columns for row in responses):
+            raise RewardError(
+                f"every prompt needs the same number of responses: {[len(row) for row in responses]}"
+            )
+        scores = self._scores(texts).view(len(prompts), columns)
+        return check_rewards(scores, prompts, responses)
+
+    def identity(self) -> dict[str, str]:
+        """Describe the reward by its arguments and its model's identity."""
+        arguments = {
+            "class": "ClassifierReward",
+            "label": str(self.label),
+            "output": self.output,
+            "text": self.text,
+            "max_length": str(self.max_length),
+        }
+        return arguments | {f"model.{key}": value for key, value in model_identity(self._spec()).items()}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the classifier to a device, now or when it is loaded.
+
+        Args:
+            device: The device.
+        """
+        self._device = torch.device(device)
+        if self._loaded is not None:
+            self._loaded[0].to(self._device)
+        return self
+
+    def _spec(self) -> ModelSpec:
+        return ModelSpec(
+            name=self.model,
+            tokenizer=self.tokenizer,
+            dtype=self.dtype,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def _load(self) -> tuple[Any, PreTrainedTokenizerBase, int]:
+        name, _ = locate("model", self.model)
+        tokenizer = load_tokenizer(self._spec())
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                dtype=parse_dtype(self.dtype),
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **({} if self.revision is None else {"revision": self.revision}),
+            )
+        except Exception as error:  # transformers raises many types here; every one means the same to a user
+            reason = " ".join(str(error).split())[:400]
+            raise RewardError(f"`model`: cannot load the sequence classifier {name!r}: {reason}") from error
+        check_no_missing_weights(name, info)
+        # Padding goes to the right and a decoder is read at its last token before it, so both must mean the
+        # same id.
+        tokenizer.padding_side = "right"
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+        disable_dropout(model)
+        model.requires_grad_(False).eval().to(self._device)
+        return model, tokenizer, _label_index(self.label, model.config, name)
+
+    @torch.no_grad()
+    def _scores(self, texts: list[str]) -> Tensor:
+        if self._loaded is None:
+            self._loaded = self._load()
+        model, tokenizer, label = self._loaded
+        if not texts:
+            return torch.zeros(0, device=self._device)
+        longest = _max_length(self.max_length, model.config, tokenizer)
+        encoded = tokenizer(
+            texts,
+            truncation=longest is not None,
+            max_length=longest,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        # A decoder's tokenizer makes nothing of an empty text, and a model needs one token to read.
+        blank = next(
+            token
+            for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+            if token is not None
+        )
+        encoded = [ids or [blank] for ids in encoded]
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
+        scores = torch.empty(len(encoded), dtype=torch.float32, device=self._device)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            ids, mask = _pad([encoded[row] for row in rows], int(tokenizer.pad_token_id), self._device)
+            # Rewards must not depend on the trainer's precision, or a table made elsewhere would not match.
+            with torch.autocast(self._device.type, enabled=False):
+                logits = model(input_ids=ids, attention_mask=mask).logits.float()
+            scores[torch.tensor(rows, device=self._device)] = self._read(logits, label, model.config)
+        return scores
+
+    def _read(self, logits: Tensor, label: int, config: Any) -> Tensor:
+        chosen = logits[:, label]
+        independent = (
+            logits.shape[1] == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
+        )
+        if self.output == "logit":
+            return chosen
+        if self.output == "probability":
+            return chosen.sigmoid() if independent else logits.softmax(-1)[:, label]
+        if independent:
+            return chosen
+        others = torch.cat([logits[:, :label], logits[:, label + 1 :]], dim=1)
+        return chosen - others.logsumexp(-1)
+
+
+def _pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return ids.to(device), mask.to(device)
+
+
+def _max_length(given: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    # Tokenizers that know no limit say so by a huge number.
+    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 10**9 else []
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions:
+        # RoBERTa's kin number positions from the pad token's id on.
+        offset = tokenizer.pad_token_id + 1 if "roberta" in str(config.model_type) else 0
+        limits.append(positions - offset)
+    longest = min(limits, default=None)
+    if given is not None and longest is not None and given > longest:
+        raise RewardError(f"`max_length` is {given}, but the classifier takes at most {longest} tokens")
+    return given or longest
+
+
+def _label_index(label: int | str, config: Any, name: str) -> int:
+    names = {int(index): str(text) for index, text in (config.id2label or {}).items()}
+    count = int(config.num_labels)
+    if isinstance(label, str):
+        found = [index for index, text in names.items() if text == label]
+        found = found or [index for index, text in names.items() if text.lower() == label.lower()]
+        if len(found) != 1:
+            raise RewardError(f"`label`: {name!r} has no label {label!r}; it has {', '.join(names.values())}")
+        return found[0]
+    if count == 1 and label in (0, 1):
+        return 0
+    if not 0 <= label < count:
+        raise RewardError(f"`label` is {label}, but {name!r} has {count} labels, 0 to {count - 1}: {names}")
+    return label

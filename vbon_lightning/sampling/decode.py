@@ -1,0 +1,141 @@
+"""Sample G responses a prompt from a causal language model, one prefill a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from vbon_lightning.types import Completions
+
+_COMPACT_BELOW = 0.875
+"""Finished rows are dropped from the cache once the running ones are fewer than this share of it."""
+
+
+@lru_cache(maxsize=64)
+def _takes_logits_to_keep(model_class: type) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+
+
+def keep_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """Return the forward argument that limits logits to the last ``count`` positions, where the model knows it."""
+    return {"logits_to_keep": count} if _takes_logits_to_keep(type(model)) else {}
+
+
+def check_context(model: PreTrainedModel, prompt_length: int, response_length: int) -> None:
+    """Refuse prompts and responses that together exceed the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and prompt_length + response_length > limit:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens and a response of {response_length} exceed the model's context of "
+            f"{limit} tokens: lower `max_prompt_tokens` or `max_new_tokens`"
+        )
+
+
+@torch.no_grad()
+def sample_completions(
+    model: PreTrainedModel,
+    prompt_tokens: Tensor,
+    prompt_mask: Tensor,
+    noise: Tensor,
+    *,
+    end_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+) -> Completions:
+    """Sample responses by inverting the cumulative distribution at given uniforms.
+
+    Each prompt is run once and its key-value cache shared by its samples; finished rows leave the batch; the
+    log-probabilities come from the pass that chose the token. There is no top-k or top-p: they would make the
+    sampling distribution another one than the policy's.
+
+    Args:
+        model: A causal language model.
+        prompt_tokens: ``[B, P]`` long, padded on the left.
+        prompt_mask: ``[B, P]`` bool.
+        noise: ``[B, G, T]`` float64 uniforms (:func:`~vbon_lightning.sampling.prompt_noise`); T limits the length.
+        end_ids: Token ids that end a response.
+        pad_id: What stands behind the end in the returned tokens (never read: masks come from the first EOS).
+        temperature: Sampling temperature, > 0.
+
+    Returns:
+        :class:`~vbon_lightning.types.Completions`, as long as the longest response.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    batch, prompt_length = prompt_tokens.shape
+    _, samples, length = noise.shape
+    if length < 1:
+        raise ValueError(f"noise must hold at least one token a sample, got shape {tuple(noise.shape)}")
+    check_context(model, prompt_length, length)
+    device = prompt_tokens.device
+    rows = batch * samples
+    noise = noise.to(device).reshape(rows, length)
+    ends = torch.as_tensor(list(end_ids), device=device)
+
+    tokens = torch.full((rows, length), pad_id, dtype=torch.long, device=device)
+    log_probs = torch.zeros(rows, length, device=device)
+    mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    padded = not bool(prompt_mask.all())
+    positions = (prompt_mask.long().cumsum(-1) - 1).clamp_(min=0)
+    output = model(
+        input_ids=prompt_tokens,
+        attention_mask=prompt_mask.long() if padded else None,
+        position_ids=positions,
+        past_key_values=DynamicCache(config=model.config),
+        use_cache=True,
+        **keep_logits(model, 1),
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(samples)
+    logits = output.logits[:, -1].repeat_interleave(samples, dim=0)
+    next_position = prompt_mask.long().sum(-1).repeat_interleave(samples)
+    attention = prompt_mask.long().repeat_interleave(samples, dim=0) if padded else None
+    active = torch.arange(rows, device=device)
+
+    for step in range(length):
+        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+        cumulative = log_p.double().exp_().cumsum_(-1)
+        threshold = noise[active, step, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=log_p.shape[-1] - 1)
+        running = ~finished[active]
+        log_probs[active, step] = torch.where(running, log_p.gather(-1, chosen).squeeze(-1), 0.0)
+        chosen = chosen.squeeze(-1)
+        tokens[active, step] = torch.where(running, chosen, pad_id)
+        mask[active, step] = running
+        finished[active] |= torch.isin(chosen, ends)
+        if step + 1 == length:
+            break
+
+        keep = (~finished[active]).nonzero().squeeze(-1)
+        if keep.numel() == 0:
+            break
+        if keep.numel() < _COMPACT_BELOW * active.numel():
+            cache.batch_select_indices(keep)
+            active, chosen = active[keep], chosen[keep]
+            attention = attention[keep] if attention is not None else None
+        if attention is not None:
+            attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=-1)
+        output = model(
+            input_ids=chosen[:, None],
+            attention_mask=attention,
+            position_ids=(next_position[active] + step)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, logits = output.past_key_values, output.logits[:, -1]
+
+    longest = step + 1
+    shape = (batch, samples, longest)
+    return Completions(
+        tokens=tokens[:, :longest].reshape(shape),
+        mask=mask[:, :longest].reshape(shape),
+        finished=finished.view(batch, samples),
+        log_probs=log_probs[:, :longest].reshape(shape),
+    )

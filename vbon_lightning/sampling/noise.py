@@ -1,0 +1,44 @@
+"""Sampling noise as a pure function of (seed, stream, step, prompt).
+
+A global random state would make samples depend on the number of processes, on the batch a prompt happens to
+stand in and on everything drawn before. Here each prompt owns its noise, so that two processes draw what one
+would have drawn, no two ranks draw the same, and a resumed run continues as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def noise_seed(*parts: int | str) -> int:
+    """Mix integers and strings into one 63-bit seed, the same on every machine and in every process."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def prompt_noise(
+    identities: Sequence[int | str], *, num_samples: int, length: int, seed: int, stream: str, step: int
+) -> Tensor:
+    """Draw the uniforms that turn into tokens, one a token, for each prompt by its own generator.
+
+    Args:
+        identities: B prompt identities: rows of a data set, or keys of a table.
+        num_samples: G, samples a prompt.
+        length: T, tokens a sample.
+        seed: The run's seed.
+        stream: What the noise is for (``"train"``, ``"val"``, ``"table"`` ...): streams are independent.
+        step: The rollout's number within the stream.
+
+    Returns:
+        ``[B, G, T]`` float64 on the CPU, uniform on [0, 1).
+    """
+    noise = torch.empty(len(identities), num_samples, length, dtype=torch.float64)
+    generator = torch.Generator()
+    for row, identity in enumerate(identities):
+        generator.manual_seed(noise_seed(seed, stream, step, identity))
+        noise[row] = torch.rand(num_samples, length, dtype=torch.float64, generator=generator)
+    return noise

@@ -1,0 +1,73 @@
+"""The records that travel between the parts, each field with its shape.
+
+B prompts, G samples a prompt, P prompt tokens (left-padded), T response tokens (right-padded),
+M reference rewards a prompt. Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PromptBatch(NamedTuple):
+    """A batch of prompts, ready to be sampled from."""
+
+    index: Tensor
+    """``[B]`` long: the prompt's row in its split; with the seed and the step it fixes the sampling noise."""
+    valid: Tensor
+    """``[B]`` bool: False for rows that only even out the last batch over several processes."""
+    tokens: Tensor
+    """``[B, P]`` long: prompt token ids, padded on the left."""
+    mask: Tensor
+    """``[B, P]`` bool: True on prompt tokens, False on padding."""
+    text: list[str]
+    """B prompts as text, special tokens left out."""
+    reference_rewards: Tensor | None = None
+    """``[B, M]`` float32: rewards of M reference responses, from the reference table."""
+
+
+class TextBatch(NamedTuple):
+    """A batch of texts for supervised fine-tuning, padded on the right."""
+
+    tokens: Tensor
+    """``[B, L]`` long."""
+    mask: Tensor
+    """``[B, L]`` bool: True on real tokens (prompt, response and EOS)."""
+    loss_mask: Tensor
+    """``[B, L]`` bool: True on the tokens to be predicted (the response and its EOS; for plain text all but the first)."""
+    valid: Tensor
+    """``[B]`` bool, as in :class:`PromptBatch`."""
+
+
+class Completions(NamedTuple):
+    """Responses as they were sampled."""
+
+    tokens: Tensor
+    """``[B, G, T]`` long: response token ids, the EOS included, then padding."""
+    mask: Tensor
+    """``[B, G, T]`` bool: True up to and including the first EOS."""
+    finished: Tensor
+    """``[B, G]`` bool: True where an EOS was sampled, False where the length limit cut the response."""
+    log_probs: Tensor
+    """``[B, G, T]`` float32: log-probability of each token at the sampling temperature, 0 outside the mask."""
+
+
+class Rollout(NamedTuple):
+    """What a training or evaluation step learned about its prompts; callbacks read only this."""
+
+    prompts: PromptBatch
+    completions: Completions
+    responses: list[list[str]]
+    """B lists of G decoded responses, special tokens left out."""
+    rewards: Tensor
+    """``[B, G]`` float32: rewards, the missing-EOS penalty included."""
+    log_probs: Tensor
+    """``[B, G, T]`` float32: policy log-probabilities at the sampling temperature, 0 outside the mask."""
+    reference_log_probs: Tensor
+    """``[B, G, T]`` float32: the same under the reference."""
+    token_kl: Tensor
+    """``[B, G, T]`` float32: KL(policy || reference) over the whole vocabulary at each response position, 0 outside the mask."""
+    reference_rewards: Tensor | None
+    """``[B, M]`` float32: rewards of reference responses, from the table or sampled on the spot."""
