@@ -250,6 +250,10 @@ class AlignmentDataModule(LightningDataModule):
         """Deal the test rows in order."""
         return self._evaluation("test")
 
+    def split_dataloader(self, split: Split) -> DataLoader:
+        """Deal any split's rows in order, each once, without a Trainer."""
+        return self._evaluation(split)
+
     def predict_dataloader(self) -> DataLoader:
         """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each prompt once."""
         prompts: dict[str, EncodedPrompt] = {}

@@ -175,7 +175,8 @@ def test_estimated_best_of_n_is_a_probability(
     b = None if log_b is None else torch.tensor([log_b], dtype=torch.float64)
     log_prob = bon_log_prob(p, a, n=n, log_at_or_below=b).item()
     log_ratio = bon_log_ratio(p, a, n=n, log_at_or_below=b).item()
-    assert log_prob <= 0 and not math.isnan(log_ratio)
+    assert log_prob <= 0
+    assert not math.isnan(log_ratio)
     assert log_ratio <= math.log(n) + 1e-12
     # The clamp at zero must only ever remove rounding.
     assert log_p + log_ratio <= 1e-9

@@ -64,7 +64,7 @@ def test_equal_models_have_zero_kl_and_zero_gradient() -> None:
     got = vocabulary_kl(policy, policy.detach().clone())
     assert torch.equal(got, torch.zeros(50))
     got.sum().backward()
-    assert policy.grad.abs().max().item() < 1e-7
+    assert policy.grad.abs().max().item() < 1e-6
 
 
 def test_rounding_never_makes_the_kl_negative_and_keeps_the_gradient() -> None:
@@ -92,14 +92,15 @@ def test_token_statistics_equal_the_single_functions(dtype: torch.dtype) -> None
     torch.testing.assert_close(got.kl, vocabulary_kl(policy, reference, temperature=0.7))
     alone = token_statistics(policy, None, tokens, temperature=0.7)
     torch.testing.assert_close(alone.log_probs, got.log_probs)
-    assert alone.reference_log_probs is None and alone.kl is None
+    assert alone.reference_log_probs is None
+    assert alone.kl is None
 
 
 # --- k1, k2, k3 -------------------------------------------------------------------------------------------
 
 
 def pointwise(logits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Both log-laws over 6 tokens and the exact gradient of KL(policy || reference) in the policy's logits."""
+    """Both log-laws over 6 tokens and the exact gradient of the KL in the policy's logits."""
     theta = logits[0][0, 0].clone().requires_grad_()
     log_policy, log_reference = theta.log_softmax(-1), logits[1][0, 0].log_softmax(-1)
     exact = (log_policy.exp() * (log_policy - log_reference)).sum()
@@ -116,7 +117,9 @@ def test_estimators_under_the_policy(logits: tuple[Tensor, Tensor]) -> None:
     assert expected[0] == pytest.approx(exact.item(), abs=1e-14)
     assert expected[2] == pytest.approx(exact.item(), abs=1e-14)
     assert abs(expected[1] - exact.item()) > 1e-3
-    assert (k2 >= 0).all() and (k3 >= 0).all() and (k1 < 0).any()
+    assert (k2 >= 0).all()
+    assert (k3 >= 0).all()
+    assert (k1 < 0).any()
 
 
 def expected_loss_gradient(estimator, theta: Tensor, log_reference: Tensor) -> Tensor:
@@ -157,17 +160,38 @@ def test_k2_as_a_loss_has_the_right_gradient(logits: tuple[Tensor, Tensor]) -> N
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: kl_k1(torch.zeros(2), torch.zeros(3)), ValueError, "reference_log_probs must have the shape"),
-        (lambda: kl_k3(torch.zeros(2).int(), torch.zeros(2)), TypeError, "log_probs must have a floating-point"),
-        (lambda: vocabulary_kl(torch.zeros(2, 3), torch.zeros(2, 4)), ValueError,
-         r"reference_logits must have the shape of logits, \[2, 3\], got \[2, 4\]"),
-        (lambda: vocabulary_kl(torch.zeros(3), torch.zeros(3), temperature=-1), ValueError, "temperature must be"),
-        (lambda: token_statistics(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2).long()), ValueError,
-         "reference_logits must have the shape"),
-        (lambda: token_statistics(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3).long()), ValueError,
-         "tokens must have shape"),
+        (
+            lambda: kl_k1(torch.zeros(2), torch.zeros(3)),
+            ValueError,
+            "reference_log_probs must have the shape",
+        ),
+        (
+            lambda: kl_k3(torch.zeros(2).int(), torch.zeros(2)),
+            TypeError,
+            "log_probs must have a floating-point",
+        ),
+        (
+            lambda: vocabulary_kl(torch.zeros(2, 3), torch.zeros(2, 4)),
+            ValueError,
+            r"reference_logits must have the shape of logits, \[2, 3\], got \[2, 4\]",
+        ),
+        (
+            lambda: vocabulary_kl(torch.zeros(3), torch.zeros(3), temperature=-1),
+            ValueError,
+            "temperature must be",
+        ),
+        (
+            lambda: token_statistics(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2).long()),
+            ValueError,
+            "reference_logits must have the shape",
+        ),
+        (
+            lambda: token_statistics(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3).long()),
+            ValueError,
+            "tokens must have shape",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -156,7 +156,8 @@ def test_gae_with_lambda_one_is_return_minus_value(mask: Tensor) -> None:
     got = generalized_advantage_estimation(rewards, values, mask, lam=1.0)
     want = torch.where(mask, rewards, 0.0).flip(-1).cumsum(-1).flip(-1)
     torch.testing.assert_close(got.returns, torch.where(mask, want, 0.0), rtol=0, atol=1e-13)
-    assert not got.advantages.requires_grad and not got.returns.requires_grad
+    assert not got.advantages.requires_grad
+    assert not got.returns.requires_grad
 
 
 def test_value_loss_against_a_loop(mask: Tensor) -> None:
@@ -172,7 +173,8 @@ def test_value_loss_against_a_loop(mask: Tensor) -> None:
             want += max((v - r) ** 2, (near - r) ** 2) / 2 / (B * G)
     assert got.item() == pytest.approx(want, abs=1e-13)
     got.backward()
-    assert values.grad.isfinite().all() and not values.grad[~mask].any()
+    assert values.grad.isfinite().all()
+    assert not values.grad[~mask].any()
 
 
 ROW, MASK = torch.zeros(1, 2, 3), torch.ones(1, 2, 3).bool()
@@ -181,23 +183,54 @@ ROW, MASK = torch.zeros(1, 2, 3), torch.ones(1, 2, 3).bool()
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: leave_one_out(torch.zeros(4, 1)), ValueError, r"G >= 2 samples a prompt, got G = 1 in \[4, 1\]"),
+        (
+            lambda: leave_one_out(torch.zeros(4, 1)),
+            ValueError,
+            r"G >= 2 samples a prompt, got G = 1 in \[4, 1\]",
+        ),
         (lambda: leave_one_out(torch.zeros(4)), ValueError, r"values must have shape \[B, G, ...\]"),
         (lambda: normalise_advantages(ROW, MASK[0]), ValueError, "mask must have the shape of advantages"),
         (lambda: normalise_advantages(ROW, eps=-1), ValueError, "eps must be at least 0"),
         (lambda: cost_to_go(torch.tensor(1.0)), ValueError, r"costs must have shape \[..., T\]"),
-        (lambda: reinforce_loss(ROW, torch.zeros(2, 2), MASK), ValueError,
-         r"advantages must have.*\[1, 2, 3\], or of its responses, \[1, 2\], got \[2, 2\]"),
+        (
+            lambda: reinforce_loss(ROW, torch.zeros(2, 2), MASK),
+            ValueError,
+            r"advantages must have.*\[1, 2, 3\], or of its responses, \[1, 2\], got \[2, 2\]",
+        ),
         (lambda: reinforce_loss(ROW[0], ROW, MASK), ValueError, r"log_probs must have the shape of mask"),
-        (lambda: reinforce_loss(ROW, ROW, MASK.float()), TypeError, "mask must be a bool tensor, got torch.float32"),
-        (lambda: clipped_surrogate_loss(ROW, ROW, ROW, MASK, clip=0), ValueError, "clip must be greater than 0"),
-        (lambda: clipped_surrogate_loss(ROW, ROW[0], ROW, MASK), ValueError, "old_log_probs must have the shape"),
-        (lambda: generalized_advantage_estimation(ROW, ROW, MASK, gamma=1.1), ValueError, "gamma must be at most 1"),
-        (lambda: generalized_advantage_estimation(ROW, ROW, MASK, lam=-0.1), ValueError, "lam must be at least 0"),
-        (lambda: clipped_value_loss(ROW, ROW, ROW[0], MASK), ValueError, "returns must have the shape of mask"),
+        (
+            lambda: reinforce_loss(ROW, ROW, MASK.float()),
+            TypeError,
+            "mask must be a bool tensor, got torch.float32",
+        ),
+        (
+            lambda: clipped_surrogate_loss(ROW, ROW, ROW, MASK, clip=0),
+            ValueError,
+            "clip must be greater than 0",
+        ),
+        (
+            lambda: clipped_surrogate_loss(ROW, ROW[0], ROW, MASK),
+            ValueError,
+            "old_log_probs must have the shape",
+        ),
+        (
+            lambda: generalized_advantage_estimation(ROW, ROW, MASK, gamma=1.1),
+            ValueError,
+            "gamma must be at most 1",
+        ),
+        (
+            lambda: generalized_advantage_estimation(ROW, ROW, MASK, lam=-0.1),
+            ValueError,
+            "lam must be at least 0",
+        ),
+        (
+            lambda: clipped_value_loss(ROW, ROW, ROW[0], MASK),
+            ValueError,
+            "returns must have the shape of mask",
+        ),
         (lambda: clipped_value_loss(ROW, ROW, ROW, MASK, clip=-1), ValueError, "clip must be greater than 0"),
     ],
-)  # fmt: skip
+)
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -56,8 +56,10 @@ def test_estimates_are_finite_ordered_and_monotone(estimator: str, rewards: list
     values = torch.tensor([sorted(rewards)])
     log_below, log_at_or_below = reward_cdf(values, torch.tensor([reference]), estimator=estimator)
     assert log_below.isfinite().all()
-    assert (log_below <= log_at_or_below).all() and (log_at_or_below <= 0).all()
-    assert (log_below.diff(dim=-1) >= 0).all() and (log_at_or_below.diff(dim=-1) >= 0).all()
+    assert (log_below <= log_at_or_below).all()
+    assert (log_at_or_below <= 0).all()
+    assert (log_below.diff(dim=-1) >= 0).all()
+    assert (log_at_or_below.diff(dim=-1) >= 0).all()
 
 
 @ESTIMATORS
@@ -115,7 +117,8 @@ def test_dtypes_mix_and_nan_stays_nan() -> None:
     assert got.log_below.dtype == torch.bfloat16
     assert got.log_below.isnan().tolist() == [[False, True]]
     poisoned = reward_cdf(torch.tensor([[0.5]]), torch.tensor([[0.0, math.nan]]))
-    assert poisoned.log_below.isnan().all() and poisoned.log_at_or_below.isnan().all()
+    assert poisoned.log_below.isnan().all()
+    assert poisoned.log_at_or_below.isnan().all()
 
 
 def test_no_gradient_flows() -> None:
@@ -126,15 +129,19 @@ def test_no_gradient_flows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((torch.zeros(1, 2), torch.zeros(1, 3)), {"estimator": "mean"}, ValueError,
-         "estimator must be one of jeffreys, add_one, laplace, digamma, got 'mean'"),
+        (
+            (torch.zeros(1, 2), torch.zeros(1, 3)),
+            {"estimator": "mean"},
+            ValueError,
+            "estimator must be one of jeffreys, add_one, laplace, digamma, got 'mean'",
+        ),
         ((torch.zeros(2), torch.zeros(1, 3)), {}, ValueError, r"rewards must have shape \[B, G\], got \[2\]"),
         ((torch.zeros(1, 2), torch.zeros(3)), {}, ValueError, r"reference_rewards must have shape \[B, M\]"),
         ((torch.zeros(2, 2), torch.zeros(3, 3)), {}, ValueError, r"agree on B, got \[2, 2\] and \[3, 3\]"),
         ((torch.zeros(1, 2), torch.zeros(1, 0)), {}, ValueError, "at least one sample a prompt, got M = 0"),
         ((torch.zeros(1, 2).long(), torch.zeros(1, 3)), {}, TypeError, "rewards must have a floating-point"),
     ],
-)  # fmt: skip
+)
 def test_refusals_say_what_came_and_what_was_expected(arguments, options, error, message) -> None:
     with pytest.raises(error, match=message):
         reward_cdf(*arguments, **options)

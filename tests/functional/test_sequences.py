@@ -79,15 +79,29 @@ def test_sequence_log_prob_sums_in_float64() -> None:
         (lambda: response_mask(torch.zeros(2).long(), eos_id=[]), ValueError, "at least one token id"),
         (lambda: response_mask(torch.zeros(2).long(), eos_id=["</s>"]), TypeError, "got '</s>'"),
         (lambda: response_mask(torch.tensor(1), eos_id=1), ValueError, "got a scalar"),
-        (lambda: token_log_probs(torch.zeros(2, 3), torch.zeros(3).long()), ValueError,
-         r"tokens must have shape logits.shape\[:-1\] = \[2\], got \[3\]"),
-        (lambda: token_log_probs(torch.zeros(2, 3), torch.zeros(2).long(), temperature=0.0), ValueError,
-         "temperature must be greater than 0, got 0.0"),
+        (
+            lambda: token_log_probs(torch.zeros(2, 3), torch.zeros(3).long()),
+            ValueError,
+            r"tokens must have shape logits.shape\[:-1\] = \[2\], got \[3\]",
+        ),
+        (
+            lambda: token_log_probs(torch.zeros(2, 3), torch.zeros(2).long(), temperature=0.0),
+            ValueError,
+            "temperature must be greater than 0, got 0.0",
+        ),
         (lambda: token_log_probs(torch.zeros(2, 3), torch.zeros(2)), TypeError, "tokens must hold integers"),
-        (lambda: sequence_log_prob(torch.zeros(2, 3), torch.ones(2, 3)), TypeError, "mask must be a bool tensor"),
-        (lambda: sequence_log_prob(torch.zeros(2, 3), torch.ones(2).bool()), ValueError, "mask must have the shape"),
+        (
+            lambda: sequence_log_prob(torch.zeros(2, 3), torch.ones(2, 3)),
+            TypeError,
+            "mask must be a bool tensor",
+        ),
+        (
+            lambda: sequence_log_prob(torch.zeros(2, 3), torch.ones(2).bool()),
+            ValueError,
+            "mask must have the shape",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -20,7 +20,7 @@ def rollout_of(outputs: Any) -> Rollout | None:
 
 
 class RolloutMetrics(Callback, ABC):
-    """Keep metrics over rollouts and log them, ``train/...`` by steps, ``val/...`` and ``test/...`` by epochs.
+    """Keep metrics over rollouts and log them: ``train/...`` by step, ``val/...`` and ``test/...`` by epoch.
 
     Each ``train/...`` value is over everything since the one before. ``compute`` gathers over the processes,
     so all of them must get there together: at a given ``global_step`` and at the end of an epoch, whether or

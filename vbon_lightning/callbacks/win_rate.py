@@ -51,7 +51,9 @@ class BestOfNWinRate(RolloutMetrics):
     def update(self, metrics: dict[str, Metric], rollout: Rollout, stage: str) -> None:
         """Add a rollout to the metrics."""
         if rollout.reference_rewards is None:
-            self._warn("BestOfNWinRate logs nothing: it needs reference rewards, from a reference table or sampled")
+            self._warn(
+                "BestOfNWinRate logs nothing: it needs reference rewards, from a reference table or sampled"
+            )
             return
         self._check_samples(rollout.reference_rewards.shape[-1])
         for metric in metrics.values():
@@ -67,8 +69,8 @@ class BestOfNWinRate(RolloutMetrics):
         if samples < largest:
             raise ValueError(
                 f"the win rate against Best-of-{largest} needs at least {largest} reference rewards a "
-                f"prompt, but there are {samples}: sample more of them, or set BestOfNWinRate's `n` to at most "
-                f"{samples}"
+                f"prompt, but there are {samples}: sample more of them, or set BestOfNWinRate's `n` to "
+                f"at most {samples}"
             )
         if samples < 4 * largest and largest > 1:
             self._warn(

@@ -11,16 +11,18 @@ from vbon_lightning.functional import bon_log_ratio, bon_order_weights
 from vbon_lightning.functional.reward_cdf import reward_counts
 
 KL_ESTIMATOR = (
-    "KL of Best-of-N to the reference with the cached responses as the reference's distribution: "
+    "the cached responses stand for the reference, "
     "sum_j w_j log(M w_j), w_j = (F_le^N - F_lt^N) / (M (F_le - F_lt)); never above log N - (N-1)/N"
 )
+KL_CHECK_ESTIMATOR = "estimator of Beirami et al. (2024) from the selected response's probability"
 
 
 def selection_weights(reference_rewards: Tensor, *, n: int) -> Tensor:
     """Compute the probability that Best-of-n of a random n-subset returns each cached response.
 
-    ``(C(k_le, n) - C(k_lt, n)) / ((k_le - k_lt) C(M, n))`` with ``k_lt``, ``k_le`` the numbers of rewards below, and
-    at or below, the response's own. The mean of any value of the selected response under these weights is unbiased.
+    ``(C(k_le, n) - C(k_lt, n)) / ((k_le - k_lt) C(M, n))`` with ``k_lt``, ``k_le`` the numbers of rewards
+    below, and at or below, the response's own. The mean of any value of the selected response under these
+    weights is unbiased.
 
     Args:
         reference_rewards: ``[B, M]``.
@@ -37,8 +39,8 @@ def selection_weights(reference_rewards: Tensor, *, n: int) -> Tensor:
 def bon_against_bon(reference_rewards: Tensor, *, n: int, m: int) -> Tensor:
     """Estimate the win rate of Best-of-n over Best-of-m without bias, ties counted one half.
 
-    The mean over all pairs of disjoint subsets of n and m of the M cached responses. Without ties it is exactly
-    ``n / (n + m)``.
+    The mean over all pairs of disjoint subsets of n and m of the M cached responses. Without ties it is
+    exactly ``n / (n + m)``.
 
     Args:
         reference_rewards: ``[B, M]``.
@@ -54,14 +56,15 @@ def bon_against_bon(reference_rewards: Tensor, *, n: int, m: int) -> Tensor:
     samples = reference_rewards.shape[1]
     if n + m > samples:
         raise ValueError(
-            f"Best-of-{n} against Best-of-{m} needs {n + m} cached responses a prompt, but there are {samples}"
+            f"Best-of-{n} against Best-of-{m} needs {n + m} cached responses a prompt, not {samples}"
         )
     wins = _outright_wins(reference_rewards, n, m) - _outright_wins(reference_rewards, m, n)
     return (1 + wins) / 2
 
 
 def _outright_wins(reference_rewards: Tensor, n: int, m: int) -> Tensor:
-    # P(max of n is at a level of reward, max of m below it), summed over levels; drawing the m first, then the n.
+    # P(max of n is at a level of reward, max of m below it), summed over levels; drawing the m first, then
+    # the n.
     below, at_or_below = reward_counts(reference_rewards, reference_rewards)
     samples, device = reference_rewards.shape[1], reference_rewards.device
     opponent_below = _subset_shares(samples, m).to(device)[below]
@@ -72,12 +75,12 @@ def _outright_wins(reference_rewards: Tensor, n: int, m: int) -> Tensor:
 
 
 def bon_kl(reference_rewards: Tensor, *, n: float) -> Tensor:
-    """Estimate KL(Best-of-N || reference), with the cached responses in place of the reference's distribution.
+    """Estimate KL(Best-of-N || reference), the cached responses standing for the reference.
 
-    ``sum_j w_j log(M w_j)``: the weights ``w_j = (F_le^N - F_lt^N) / (M (F_le - F_lt))`` are those of N draws with
-    replacement from the M responses, and ``M w_j`` is the tie-aware ratio of Best-of-N to the reference. It is exact
-    for the empirical distribution, hence between 0 and ``log N - (N-1)/N``, and low by less than 0.003 nats for
-    distinct rewards and ``M >= 4 N``.
+    ``sum_j w_j log(M w_j)``: the weights ``w_j = (F_le^N - F_lt^N) / (M (F_le - F_lt))`` are those of N draws
+    with replacement from the M responses, and ``M w_j`` is the tie-aware ratio of Best-of-N to the reference.
+    It is exact for the empirical distribution, hence between 0 and ``log N - (N-1)/N``, and low by less than
+    0.003 nats for distinct rewards and ``M >= 4 N``.
 
     Args:
         reference_rewards: ``[B, M]``.

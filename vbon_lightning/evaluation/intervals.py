@@ -25,8 +25,8 @@ class Estimate:
 def estimate_mean(per_prompt: Tensor, *, confidence: float = 0.95) -> Estimate:
     """Estimate a mean over prompts with Student's t interval.
 
-    ``mean ± t_{(1 + confidence) / 2, B - 1} s / sqrt(B)``, with s the standard deviation of the prompts' values.
-    Responses to one prompt are not independent of each other, so the interval is over prompts.
+    ``mean ± t_{(1 + confidence) / 2, B - 1} s / sqrt(B)``, with s the standard deviation of the prompts'
+    values. Responses to one prompt are not independent of each other, so the interval is over prompts.
 
     Args:
         per_prompt: ``[B]`` one value a prompt.
@@ -37,7 +37,9 @@ def estimate_mean(per_prompt: Tensor, *, confidence: float = 0.95) -> Estimate:
     """
     values = per_prompt.detach().double().cpu()
     if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"an interval over prompts needs one value a prompt, got shape {tuple(values.shape)}")
+        raise ValueError(
+            f"an interval over prompts needs one value a prompt, got shape {tuple(values.shape)}"
+        )
     if bool(values.isnan().any()):
         raise ValueError("an interval over prompts needs numbers, but some of the prompts' values are NaN")
     count = len(values)

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbon_lightning.evaluation.best_of_n import KL_ESTIMATOR, bon_against_bon, bon_kl, selection_weights
+from vbon_lightning.evaluation.best_of_n import (
+    KL_CHECK_ESTIMATOR,
+    KL_ESTIMATOR,
+    bon_against_bon,
+    bon_kl,
+    selection_weights,
+)
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
 from vbon_lightning.functional import bon_kl_bound, bon_kl_estimate, bon_win_rate, bon_win_rate_bound
 from vbon_lightning.types import Rollout
@@ -108,12 +114,12 @@ def evaluate_policy(
 ) -> PolicyReport:
     """Average a policy's rollouts over prompts.
 
-    The KL is the mean over responses of the exact KL over the vocabulary, summed over each response's tokens; the
-    mean log-ratio of the sampled responses stands beside it as a check. Win rates are unbiased estimates from the M
-    reference rewards a prompt.
+    The KL is the mean over responses of the exact KL over the vocabulary, summed over each response's tokens;
+    the mean log-ratio of the sampled responses stands beside it as a check. Win rates are unbiased estimates
+    from the M reference rewards a prompt.
 
     Args:
-        rollouts: Rollouts with log-probabilities and KL filled in; rows that only fill up a batch are left out.
+        rollouts: Rollouts with log-probabilities and KL filled in; filler rows count nowhere.
         name: What to call the policy.
         method: Its family.
         n_values: Which Best-of-n to compare with, each at most M; needs reference rewards.
@@ -138,8 +144,8 @@ def evaluate_policy(
                 columns.add(f"win_rate_{n}", bon_win_rate(rewards, reference, n=n), valid)
         elif n_values:
             raise ValueError(
-                f"win rates against Best-of-{max(n_values)} need reference rewards, but the rollouts of {name!r} "
-                "bring none: name a reference table"
+                f"win rates against Best-of-{max(n_values)} need reference rewards, but the rollouts of "
+                f"{name!r} bring none: name a reference table"
             )
         if judge is not None:
             columns.add("judge", judge(rollout), valid)
@@ -177,8 +183,8 @@ def bon_reports(
 ) -> list[PolicyReport]:
     """Report on the reference and on Best-of-N for each N, from the reference table alone.
 
-    Rewards, lengths and win rates are means over all n-subsets of the M cached responses, which is unbiased; see
-    :func:`~vbon_lightning.evaluation.best_of_n.bon_kl` for the KL.
+    Rewards, lengths and win rates are means over all n-subsets of the M cached responses, which is unbiased;
+    see :func:`~vbon_lightning.evaluation.best_of_n.bon_kl` for the KL.
 
     Args:
         reference_rewards: ``[B, M]``.
@@ -202,7 +208,9 @@ def bon_reports(
     wanted = sorted({1, *n_values})
     _check_samples(wanted, rewards.shape[1])
     return [
-        _bon_report(rewards, n, wanted, log_probs=log_probs, lengths=lengths, finished=finished, judge=judge_rewards)
+        _bon_report(
+            rewards, n, wanted, log_probs=log_probs, lengths=lengths, finished=finished, judge=judge_rewards
+        )
         for n in wanted
     ]
 
@@ -218,6 +226,8 @@ def _bon_report(
     judge: Tensor | None,
 ) -> PolicyReport:
     weights, samples = selection_weights(rewards, n=n), rewards.shape[1]
+    # The reference's KL to itself needs no second estimate.
+    kl_check = None if log_probs is None or n == 1 else bon_kl_estimate(log_probs.double(), n=n)
 
     def selected(values: Tensor | None) -> Estimate | None:
         return None if values is None else estimate_mean((weights * values.double()).sum(-1))
@@ -235,8 +245,8 @@ def _bon_report(
         reward=estimate_mean((weights * rewards).sum(-1)),
         kl=estimate_mean(bon_kl(rewards, n=n)),
         kl_estimator=KL_ESTIMATOR,
-        kl_check=None if log_probs is None else selected(bon_kl_estimate(log_probs.double(), n=n)),
-        kl_check_estimator=None if log_probs is None else "Beirami et al. (2024), from the selected probability",
+        kl_check=selected(kl_check),
+        kl_check_estimator=None if kl_check is None else KL_CHECK_ESTIMATOR,
         kl_bound=bon_kl_bound(n),
         win_rate=against(1),
         win_rate_bound=bon_win_rate_bound(n),
@@ -253,6 +263,6 @@ def _check_samples(n_values: Sequence[int], samples: int) -> None:
         raise ValueError(f"Best-of-n needs n >= 1, got {list(n_values)}")
     if n_values and max(n_values) > samples:
         raise ValueError(
-            f"Best-of-{max(n_values)} needs at least {max(n_values)} reference responses a prompt, but there are "
-            f"{samples}: sample more of them or compare with a smaller n"
+            f"Best-of-{max(n_values)} needs at least {max(n_values)} reference responses a prompt, but there "
+            f"are {samples}: sample more of them or compare with a smaller n"
         )

@@ -44,17 +44,10 @@ def _log_mean_power(x: Tensor, n: float) -> Tensor:
 def _log_ratio(log_p: Tensor, log_a: Tensor, log_b: Tensor | None, n: float) -> Tensor:
     """``log((b^n - a^n) / (b - a))`` once the CDF agrees with p: ``a <= 1 - p`` and ``a + p <= b <= 1``."""
     log_a = torch.minimum(log_a, _log1mexp(log_p))
-    log_a_plus_p = torch.logaddexp(log_a, log_p).clamp(max=0.0)
-    # x = log(a / b). With b = a + p it is log1p(-p / b), which keeps its digits however small p is.
-    share = torch.exp(log_p - log_a_plus_p)
-    x = torch.where(share < 0.5, torch.log1p(-share), log_a - log_a_plus_p)
-    if log_b is None:
-        log_b = log_a_plus_p
-    else:
-        log_b = log_b.clamp(max=0.0)
-        x = torch.where(log_b > log_a_plus_p, log_a - log_b, x)
-        log_b = torch.maximum(log_b, log_a_plus_p)
-    x = torch.where(log_b == -torch.inf, log_b, x.clamp(max=0.0))  # a = p = 0 left -inf + inf
+    log_a_plus_p = torch.logaddexp(log_a, log_p)
+    log_b = log_a_plus_p if log_b is None else torch.maximum(log_b, log_a_plus_p)
+    log_b = log_b.clamp(max=0.0)
+    x = torch.where(log_b == -torch.inf, log_b, (log_a - log_b).clamp(max=0.0))  # a = p = 0: not -inf + inf
     return (n - 1) * log_b + _log_mean_power(x, n)
 
 
@@ -307,7 +300,8 @@ def bon_expected_reward(reference_rewards: Tensor, *, n: int) -> Tensor:
 
 def _win_rate(count_below: Tensor, count_at_or_below: Tensor, m: int, n: int, like: Tensor) -> Tensor:
     shares = _subset_shares(m, n).to(like.device, working_dtype(like))
-    return (shares[count_below] + shares[count_at_or_below]) / 2
+    # Only counts at NaN rewards, which the callers overwrite, can lie out of range.
+    return (shares[count_below.clamp(0, m)] + shares[count_at_or_below.clamp(0, m)]) / 2
 
 
 @torch.no_grad()
@@ -361,6 +355,6 @@ def bon_self_win_rate(reference_rewards: Tensor, *, n: int) -> Tensor:
     m = reference_rewards.shape[1]
     check_count("n", n, at_most=m - 1, of="M - 1, one of the M cached samples being the opponent")
     below, at_or_below = reward_counts(reference_rewards, reference_rewards)
-    loses = _win_rate(below, (at_or_below - 1).clamp(min=0), m - 1, n, reference_rewards)
+    loses = _win_rate(below, at_or_below - 1, m - 1, n, reference_rewards)
     unknown = reference_rewards.isnan().any(-1)
     return (1 - loses.mean(-1)).masked_fill(unknown, torch.nan).to(reference_rewards.dtype)

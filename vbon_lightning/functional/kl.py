@@ -80,7 +80,7 @@ def _kl_of_log_softmax(log_policy: Tensor, log_reference: Tensor) -> Tensor:
     # Where the policy puts nothing the term is 0, also if the reference puts nothing there (-inf minus -inf).
     log_ratio = torch.where(policy > 0, log_policy - log_reference, torch.zeros_like(policy))
     kl = (policy * log_ratio).sum(-1)
-    return kl + (kl.clamp(min=0) - kl).detach()  # rounding below zero goes, the gradient stays
+    return kl - kl.detach().clamp(max=0)  # rounding below zero goes, the gradient stays
 
 
 def _check_reference_logits(logits: Tensor, reference_logits: Tensor) -> None:

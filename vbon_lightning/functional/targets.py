@@ -165,10 +165,15 @@ def rao_blackwell_advantages(
     gradient. Together the expected gradient is that of the target, and no KL is estimated from the sampled
     token; Better Estimation of the KL Divergence Between Language Models, https://arxiv.org/abs/2504.10637.
 
-    With ``log_ratio`` also ``kl_coef sum_{s < t} log(pi_s / ref_s)`` is subtracted. It depends only on the
-    prefix, so the gradient stays unbiased. At the optimum ``score - kl_coef log(pi / ref)`` is the same for
-    all responses, and what is left of the advantage of token t is its own centred log-ratio, which the
-    gradient of ``kl_penalty`` balances, and the noise of the later tokens.
+    With ``log_ratio`` the baseline becomes the value that the prefix has at the optimum: there
+    ``score - kl_coef log(pi / ref)`` is the same for all responses, so the score to expect is that constant,
+    taken from the siblings, plus ``kl_coef`` times the log-ratio so far. It depends on the prefix and the
+    siblings only, so the gradient stays unbiased. The advantage is then that of :func:`sampled_kl_advantages`
+    with the KL from token t on exchanged for its expectation,
+    ``A_i + kl_coef (sum_{s >= t} log(pi_s / ref_s) - sum_{s > t} KL_s)``.
+
+    Which of the three has the least variance depends on the policy. Near the optimum it is the sampled KL,
+    whose noise cancels that of the score: there its advantages are all zero.
 
     Args:
         target: score ``[B, G]`` and KL coefficient.
@@ -184,12 +189,13 @@ def rao_blackwell_advantages(
         ValueError: if the shapes do not fit or ``G < 2``.
     """
     _check(target, mask, token_kl=token_kl)
-    cost = cost_to_go(_masked(token_kl, mask))
-    if log_ratio is not None:
-        _check(target, mask, log_ratio=log_ratio)
-        kept = _masked(log_ratio, mask)
-        cost = cost + torch.cat([torch.zeros_like(kept[..., :1]), kept.cumsum(-1)[..., :-1]], -1)
-    return _masked(leave_one_out(target.score.unsqueeze(-1) - target.kl_coef * cost), mask)
+    later_kl = cost_to_go(_masked(token_kl, mask))
+    if log_ratio is None:
+        return _masked(leave_one_out(target.score.unsqueeze(-1) - target.kl_coef * later_kl), mask)
+    _check(target, mask, log_ratio=log_ratio)
+    kept = _masked(log_ratio, mask)
+    sampled = leave_one_out(target.score - target.kl_coef * kept.sum(-1)).unsqueeze(-1)
+    return _masked(sampled + target.kl_coef * (kept + cost_to_go(kept) - later_kl), mask)
 
 
 def kl_penalty(token_kl: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""The exported policy, loaded again by transformers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tests.callbacks.replay import make_trainer
+from tests.helpers import EOS, tiny_llama, tiny_tokenizer
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.callbacks import PolicyExport, policy_export
+from vbon_lightning.rewards import CallableReward
+
+
+class Tiny(LightningModule):
+    """Pull a tiny Llama somewhere, and bring what an export asks for."""
+
+    def __init__(self, policy: str = "hub-user/base-model") -> None:
+        super().__init__()
+        self.policy, self.tokenizer = tiny_llama(), tiny_tokenizer()
+        reward = CallableReward("tests.helpers:unused", arguments={"scale": 2})
+        self.actor_spec = ActorSpec(policy=policy, reward=reward)
+        self.save_hyperparameters({"n": 4.0, "estimator": "reinforce"})
+
+    def generation_settings(self) -> dict[str, Any]:
+        return {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 9, "eos_token_id": EOS}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.policy(batch).logits.square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/win_rate", 0.625)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.arange(24).view(4, 6) + 3, batch_size=2)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 13)[None]).logits
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[Tiny, Path]:
+    module = Tiny()
+    make_trainer(tmp_path, PolicyExport()).fit(module)
+    return module, tmp_path / "run" / "0" / "export"
+
+
+def test_the_export_is_the_trained_policy(exported: tuple[Tiny, Path]) -> None:
+    module, directory = exported
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(logits(loaded), logits(module.policy))
+    assert not torch.allclose(logits(loaded), logits(tiny_llama()))  # it was trained
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = "One day, a fish | é"
+    assert tokenizer(text).input_ids == module.tokenizer(text).input_ids
+    assert tokenizer.eos_token_id == module.tokenizer.eos_token_id
+
+
+def test_the_generation_config_is_the_policys(exported: tuple[Tiny, Path]) -> None:
+    config = GenerationConfig.from_pretrained(exported[1])
+    expected = exported[0].generation_settings()
+    assert {key: getattr(config, key) for key in expected} == expected
+    model = AutoModelForCausalLM.from_pretrained(exported[1])
+    assert model.generate(torch.tensor([[5, 6]])).shape[1] <= 2 + 9
+
+
+def test_the_model_card(exported: tuple[Tiny, Path]) -> None:
+    card = (exported[1] / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    entries = yaml.safe_load(front)
+    assert entries["base_model"] == "hub-user/base-model"
+    assert entries["library_name"] == "transformers"
+    assert entries["tags"] == ["vbon-lightning", "tiny"]
+    for piece in ("**Method:** Tiny", "tests.helpers:unused", "| n | 4.0 |", "| val/win_rate | 0.625 |", "| torch |"):
+        assert piece in body, piece
+    assert "**Optimizer steps:** 2" in body
+
+
+def test_the_card_keeps_directories_private(tmp_path: Path) -> None:
+    private = tmp_path / "secret-project" / "base"
+    private.mkdir(parents=True)
+    make_trainer(tmp_path, PolicyExport(str(tmp_path / "out"))).fit(Tiny(policy=str(private)))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "secret-project" not in card
+    assert "**Base model:** base\n" in card
+    assert "base_model:" not in card
+
+
+def test_an_older_export_is_replaced_whole(tmp_path: Path) -> None:
+    out = tmp_path / "nested" / "out"
+    out.mkdir(parents=True)
+    (out / "stale.txt").write_text("old")
+    make_trainer(tmp_path, PolicyExport(str(out))).fit(Tiny())
+    assert not (out / "stale.txt").exists()
+    assert (out / "model.safetensors").is_file()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing is left beside it
+
+
+def test_a_failure_leaves_the_older_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "nested" / "out"
+    out.mkdir(parents=True)
+    (out / "stale.txt").write_text("old")
+
+    def fail(*_: object) -> str:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(policy_export, "model_card", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        make_trainer(tmp_path, PolicyExport(str(out))).fit(Tiny())
+    assert [path.name for path in out.parent.rglob("*")] == ["out", "stale.txt"]
+
+
+@pytest.mark.parametrize(("every_validation", "exports"), [(False, 1), (True, 3)])
+def test_exports_after_each_validation_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_validation: bool, exports: int
+) -> None:
+    steps: list[int] = []
+    write = policy_export.save_pretrained
+
+    def count(model: Any, *arguments: Any, **keywords: Any) -> None:
+        steps.append(trainer.global_step)
+        write(model, *arguments, **keywords)
+
+    monkeypatch.setattr(policy_export, "save_pretrained", count)
+    callback = PolicyExport(str(tmp_path / "out"), every_validation=every_validation)
+    trainer = make_trainer(tmp_path, callback, max_epochs=2, num_sanity_val_steps=1)
+    trainer.fit(Tiny())
+    assert len(steps) == exports
+    assert steps[-1] == 4
+    trainer.validate(Tiny(), verbose=False)
+    assert len(steps) == exports  # only within training
+
+
+def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, PolicyExport(str(tmp_path / "out")), fast_dev_run=True)
+    trainer.fit(Tiny())
+    assert trainer.global_step == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_logger_exports_to_its_root(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, PolicyExport(), logger=False, default_root_dir=str(tmp_path))
+    trainer.fit(Tiny())
+    assert (tmp_path / "export" / "model.safetensors").is_file()

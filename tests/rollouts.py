@@ -1,0 +1,68 @@
+"""Rollouts made by hand, with random numbers in every field."""
+
+from __future__ import annotations
+
+import torch
+
+from vbon_lightning.types import Completions, PromptBatch, Rollout
+
+
+def make_rollout(
+    prompts: int = 3,
+    samples: int = 4,
+    length: int = 5,
+    *,
+    references: int | None = 16,
+    seed: int = 0,
+    first: int = 0,
+    levels: int | None = 7,
+    fillers: int = 0,
+) -> Rollout:
+    """Make a rollout.
+
+    Args:
+        prompts: B.
+        samples: G.
+        length: T.
+        references: M, None for no reference rewards.
+        seed: Seeds all numbers.
+        first: Index of the first prompt.
+        levels: Rewards take so many values, so that they tie; None for rewards that do not.
+        fillers: How many rows at the end are not valid; they hold NaN where a number can.
+    """
+    noise = torch.Generator().manual_seed(seed)
+
+    def rewards(*shape: int) -> torch.Tensor:
+        values = torch.rand(shape, generator=noise)
+        return values if levels is None else (values * levels).floor() / levels
+
+    lengths = torch.randint(1, length + 1, (prompts, samples), generator=noise)
+    mask = torch.arange(length) < lengths[..., None]
+    valid = torch.arange(prompts) < prompts - fillers
+    shape = (prompts, samples, length)
+    log_probs = torch.where(mask, torch.randn(shape, generator=noise) - 2, 0.0)
+    reference_log_probs = torch.where(mask, torch.randn(shape, generator=noise) - 3, 0.0)
+    token_kl = torch.where(mask, torch.rand(shape, generator=noise), 0.0)
+    policy_rewards = rewards(prompts, samples)
+    for values in (log_probs, token_kl, policy_rewards):
+        values[~valid] = torch.nan
+    tokens = torch.randint(3, 90, shape, generator=noise)
+    reference = None if references is None else rewards(prompts, references)
+    batch = PromptBatch(
+        index=torch.arange(first, first + prompts),
+        valid=valid,
+        tokens=torch.ones(prompts, 2, dtype=torch.long),
+        mask=torch.ones(prompts, 2, dtype=torch.bool),
+        text=[f"prompt | {first + row}" for row in range(prompts)],
+        reference_rewards=reference,
+    )
+    return Rollout(
+        prompts=batch,
+        completions=Completions(tokens, mask, lengths % 2 == 0, log_probs),
+        responses=[[f"response {first + row}.{sample}" for sample in range(samples)] for row in range(prompts)],
+        rewards=policy_rewards,
+        log_probs=log_probs,
+        reference_log_probs=reference_log_probs,
+        token_kl=token_kl,
+        reference_rewards=reference,
+    )

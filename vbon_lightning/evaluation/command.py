@@ -1,0 +1,186 @@
+"""The ``vbon compare`` command: exported policies, the reference and Best-of-N itself on held-out prompts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vbon_lightning.actors import Actors, ActorSpec
+from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.evaluation.reports import Judge, PolicyReport, bon_reports, evaluate_policy
+from vbon_lightning.evaluation.texts import text_samples
+from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
+from vbon_lightning.models import as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
+from vbon_lightning.reference_table import ReferenceTableError
+from vbon_lightning.rewards import RewardModel, check_rewards
+from vbon_lightning.types import PromptBatch, Rollout
+
+Split = Literal["train", "val", "test"]
+
+
+@torch.no_grad()
+def compare(
+    data: AlignmentDataModule,
+    policies: dict[str, str],
+    output: str = "runs/comparison",
+    n: list[int] = [2, 4, 8],  # noqa: B006 (never mutated)
+    samples: int = 16,
+    split: Split = "test",
+    title: str = "Best-of-N and policies aligned to it",
+    judge: RewardModel | None = None,
+    shown_prompts: int = 6,
+    shown_samples: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    command: str | None = None,
+) -> list[PolicyReport]:
+    """Evaluate exported policies, the reference and Best-of-N on held-out prompts.
+
+    Writes ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md`` into ``output`` and logs them to
+    TensorBoard there. Policies are sampled afresh; Best-of-N and all win rates come from the reference table.
+
+    Args:
+        data: The prompts, the reference, the reward, and the table that holds the prompts' reference responses.
+        policies: Directory (or hub name) of each policy, by the name to show. The first word of a name is its
+            method: policies of one method look alike in the picture.
+        output: Directory to write to.
+        n: Which Best-of-N to show and to compare with.
+        samples: Responses sampled a prompt and policy.
+        split: Which of the data's splits has the held-out prompts.
+        title: Title of the table and the picture.
+        judge: A second reward, one that no policy was trained against.
+        shown_prompts: How many prompts to show with their responses.
+        shown_samples: How many responses a policy to show.
+        seed: Seeds the sampling; policies share their noise.
+        device: ``cpu``, ``cuda``, ... or ``auto``.
+        command: The command to print with the table.
+    """
+    if not policies:
+        raise ValueError("name at least one policy to compare: --policies.NAME DIRECTORY")
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    spec = data.actors
+    prompts, table = data.prompts(split), data.table()
+    keys, texts = [prompt.key for prompt in prompts], [prompt.text for prompt in prompts]
+    rewards = data.table_rewards(prompts)  # refuses prompts without a row before any model is loaded
+    if max(n, default=1) > rewards.shape[1]:
+        raise ValueError(f"n={max(n)} needs as many reference responses a prompt; the table has {rewards.shape[1]}")
+    for name, path in policies.items():
+        check_same_vocabulary(data.tokenizer, load_tokenizer(as_spec(path)))
+        del name
+
+    actors = Actors.load(
+        ActorSpec(
+            policy=spec.reference_spec,
+            reward=spec.reward,
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            missing_eos_penalty=spec.missing_eos_penalty,
+        ),
+        trainable=False,
+        reference=False,
+    )
+    actors.policy.to(place)
+    actors.reference = actors.policy
+    scorer = None if judge is None else _judge(actors, judge)
+
+    # Each batch prompts x samples rows; the loader is rebuilt for every policy, so that all see the same batches.
+    def rollouts(label: str, number: int, limit: int | None = None) -> Iterator[Rollout]:
+        loader = data.split_dataloader(split)
+        for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
+            if limit is not None and done * loader.batch_size >= limit:
+                return
+            yield actors.rollout(_to(batch, place), num_samples=number, seed=seed, stream="compare", step=0)
+
+    shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
+    reports = _best_of_n(table, keys, texts, rewards, n, judge)
+    for name, path in policies.items():
+        actors.policy = load_causal_lm(as_spec(path), trainable=False).to(place)
+        kept: list[Rollout] = []
+        reports.append(
+            evaluate_policy(
+                _keep(rollouts(name, samples), kept, shown_prompts),
+                name=name,
+                method=name.split()[0],
+                n_values=n,
+                judge=scorer,
+            )
+        )
+        shown[name] = kept
+    files = write_comparison(
+        reports,
+        output,
+        title=title,
+        command=command,
+        samples=text_samples(shown, prompts=shown_prompts, samples=shown_samples),
+    )
+    print(comparison_markdown(reports, title=title, command=command))
+    print("\n".join(f"wrote {path}" for path in files.values()))
+    return reports
+
+
+def _best_of_n(
+    table: Any, keys: list[str], texts: list[str], rewards: Tensor, n: Sequence[int], judge: RewardModel | None
+) -> list[PolicyReport]:
+    """Report on the reference and on Best-of-N from the table."""
+    samples = rewards.shape[1]
+    rows = [table.row(key, text) for key, text in zip(keys, texts, strict=True)]
+    lengths = torch.tensor([[len(ids) for ids in row.response_tokens[:samples]] for row in rows])
+    log_probs = finished = judged = None
+    with suppress(ReferenceTableError):  # imported tables do not know them
+        log_probs = table.log_probs_matrix(keys, texts)
+        finished = table.finished_matrix(keys, texts)
+    if judge is not None:
+        responses = [list(row.responses[:samples]) for row in rows]
+        ids = [[list(tokens) for tokens in row.response_tokens[:samples]] for row in rows]
+        judged = check_rewards(judge(texts, responses, ids), texts, responses)
+    return bon_reports(
+        rewards, n_values=n, log_probs=log_probs, lengths=lengths, finished=finished, judge_rewards=judged
+    )
+
+
+def _judge(actors: Actors, judge: RewardModel) -> Judge:
+    def score(rollout: Rollout) -> Tensor:
+        ids = actors.token_ids(rollout.completions)
+        return check_rewards(
+            judge(rollout.prompts.text, rollout.responses, ids), rollout.prompts.text, rollout.responses
+        )
+
+    return score
+
+
+def _keep(rollouts: Iterator[Rollout], kept: list[Rollout], prompts: int) -> Iterator[Rollout]:
+    """Pass rollouts on, keeping the first few for the samples."""
+    for rollout in rollouts:
+        if sum(len(part.responses) for part in kept) < prompts:
+            kept.append(rollout)
+        yield rollout
+
+
+def _to(batch: PromptBatch, device: torch.device) -> PromptBatch:
+    return PromptBatch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of ``vbon compare``."""
+    parser = ArgumentParser(prog="vbon compare", description=compare.__doc__)
+    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser.add_function_arguments(compare, skip={"command"})
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the arguments of ``vbon compare`` and run it."""
+    parser = build_parser()
+    config = parser.parse_args(list(args))
+    values = dict(parser.instantiate_classes(config).items())
+    values.pop("config", None)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    compare(**values, command="vbon compare " + shlex.join(args))

@@ -1,0 +1,149 @@
+"""A comparison as files: numbers for programs, a table and texts for people, a figure, and TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning.evaluation.drawing import pareto_figure
+from vbon_lightning.evaluation.intervals import Estimate
+from vbon_lightning.evaluation.reports import PolicyReport
+from vbon_lightning.evaluation.texts import TextSample, samples_markdown
+from vbon_lightning.reference_table.shards import atomic_file
+
+
+def write_comparison(
+    reports: Sequence[PolicyReport],
+    directory: str | os.PathLike[str],
+    *,
+    title: str,
+    command: str | None = None,
+    samples: Sequence[TextSample] = (),
+    tensorboard: bool = True,
+) -> dict[str, Path]:
+    """Write ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md``, each atomically.
+
+    Args:
+        reports: Policies and Best-of-N, in the order the table should have.
+        directory: Where to; made if needed.
+        title: Title of the table and the figure.
+        command: The command that made the comparison, to be shown with it.
+        samples: Responses to read; without any there is no ``samples.md``.
+        tensorboard: Also log table, figure and numbers for TensorBoard, to the same directory.
+
+    Returns:
+        The files written, by name.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    figure = pareto_figure(reports, title=title)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    table = comparison_markdown(reports, title=title, command=command)
+    plain = {"title": title, "command": command, "reports": [report.to_dict() for report in reports]}
+    contents = {
+        "comparison.json": (json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        "comparison.md": table.encode(),
+        "pareto.png": image.getvalue(),
+    }
+    if samples:
+        contents["samples.md"] = f"# {title}: samples\n\n{samples_markdown(samples)}".encode()
+    written = {}
+    for name, content in contents.items():
+        written[name] = directory / name
+        with atomic_file(written[name]) as stream:
+            stream.write(content)
+    if tensorboard:
+        _log_to_tensorboard(reports, directory, table=table, figure_title=title, samples=samples)
+    return written
+
+
+def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command: str | None = None) -> str:
+    """Format reports as a Markdown table with 95% intervals, and say below how they were estimated."""
+    # Best-of-N against itself is arithmetic; the columns are for what the policies were compared with.
+    policies = [report for report in reports if report.n is None] or reports
+    opponents = sorted({n for report in policies for n in report.win_rate_vs_bon})
+    optional = {
+        "judge reward": [report.judge_reward for report in reports],
+        "tokens": [report.length for report in reports],
+        "finished": [report.finished for report in reports],
+    }
+    columns: dict[str, list[str]] = {
+        "policy": [
+            f"**{markdown_cell(report.name)}**" if report.n is None else report.name for report in reports
+        ],
+        "method": [markdown_cell(report.method) for report in reports],
+        "reward": [str(report.reward) for report in reports],
+        "KL (nats)": [str(report.kl) for report in reports],
+        "win rate": [_cell(report.win_rate) for report in reports],
+    }
+    for n in opponents:
+        columns[f"win rate over Best-of-{n}"] = [_cell(report.win_rate_vs_bon.get(n)) for report in reports]
+    columns |= {
+        name: [_cell(value) for value in values]
+        for name, values in optional.items()
+        if any(value is not None for value in values)
+    }
+    rows = list(zip(*columns.values(), strict=True))
+    table = markdown_table(list(columns), rows, align="ll" + "r" * (len(columns) - 2))
+    shown = "" if command is None else f"```sh\n{command}\n```\n\n"
+    return f"# {title}\n\n{shown}{table}\n{_notes(reports)}"
+
+
+def _cell(value: Estimate | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _notes(reports: Sequence[PolicyReport]) -> str:
+    prompts = sorted({report.prompts for report in reports})
+    count = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
+    lines = [
+        f"Means over {count} prompts ± half of the 95% interval (Student's t over prompts).",
+        "Win rates are against one response of the reference or the best of n; a tie counts one half.",
+    ]
+    for estimator in dict.fromkeys(report.kl_estimator for report in reports):
+        lines.append(f"KL of {_names(reports, 'kl_estimator', estimator)}: {estimator}.")
+    for check in dict.fromkeys(
+        report.kl_check_estimator for report in reports if report.kl_check is not None
+    ):
+        values = [
+            f"{report.name} {report.kl_check}" for report in reports if report.kl_check_estimator == check
+        ]
+        lines.append(f"KL checked by the {check}: {', '.join(values)}.")
+    if any(report.judge_reward is not None for report in reports):
+        lines.append(
+            "The judge is a second scorer: where it disagrees with the reward, suspect reward hacking."
+        )
+    return "".join(f"- {markdown_cell(line)}\n" for line in lines)
+
+
+def _names(reports: Sequence[PolicyReport], key: str, value: str) -> str:
+    return ", ".join(report.name for report in reports if getattr(report, key) == value)
+
+
+def _log_to_tensorboard(
+    reports: Sequence[PolicyReport],
+    directory: Path,
+    *,
+    table: str,
+    figure_title: str,
+    samples: Sequence[TextSample],
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+
+    with SummaryWriter(str(directory)) as writer:
+        writer.add_text("comparison", table)
+        if samples:
+            writer.add_text("samples", samples_markdown(samples))
+        writer.add_figure("pareto", pareto_figure(reports, title=figure_title))
+        for report in reports:
+            for name in ("reward", "kl", "win_rate", "judge_reward", "length", "finished"):
+                value: Estimate | None = getattr(report, name)
+                if value is not None:
+                    writer.add_scalar(f"{report.name}/{name}", value.mean)
+            for n, value in report.win_rate_vs_bon.items():
+                writer.add_scalar(f"{report.name}/win_rate_vs_bon{n}", value.mean)
