@@ -1,3 +1,49 @@
 """PyTorch Lightning modules that align language models to Best-of-N."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vbon_lightning.actors import ActorSpec
+    from vbon_lightning.data import AlignmentDataModule
+    from vbon_lightning.models import ModelSpec
+    from vbon_lightning.modules import KLRL, SFT, ReferenceSampler, VBoN
+    from vbon_lightning.sources import TextSource
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "KLRL",
+    "SFT",
+    "ActorSpec",
+    "AlignmentDataModule",
+    "ModelSpec",
+    "ReferenceSampler",
+    "TextSource",
+    "VBoN",
+]
+
+_HOMES = {
+    "KLRL": "modules",
+    "SFT": "modules",
+    "ActorSpec": "actors",
+    "AlignmentDataModule": "data",
+    "ModelSpec": "models",
+    "ReferenceSampler": "modules",
+    "TextSource": "sources",
+    "VBoN": "modules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public class when it is first asked for, so that the maths alone does not load Lightning."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted([*globals(), *__all__])

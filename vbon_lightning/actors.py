@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.functional import token_statistics
 from vbon_lightning.models import (
+    ModelError,
     ModelSpec,
     as_spec,
     check_same_vocabulary,
@@ -49,12 +51,14 @@ class ActorSpec:
         temperature: float = 1.0,
         missing_eos_penalty: float = 0.0,
     ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if missing_eos_penalty < 0:
-            raise ValueError(f"missing_eos_penalty is subtracted, so it must be >= 0, got {missing_eos_penalty}")
+        if not 0 <= missing_eos_penalty < math.inf:
+            raise ValueError(
+                f"missing_eos_penalty is subtracted, so it must be finite and >= 0, got {missing_eos_penalty}"
+            )
         self.policy, self.reference, self.reward = policy, reference, reward
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.missing_eos_penalty = missing_eos_penalty
@@ -80,12 +84,17 @@ class ActorSpec:
             "missing_eos_penalty": self.missing_eos_penalty,
         }
 
-    def table_fingerprint(self, *, seed: int) -> dict[str, Any]:
-        """Describe what the reference table's responses and rewards depend on, in plain values."""
+    def table_fingerprint(self, *, seed: int, model_seed: int = 0) -> dict[str, Any]:
+        """Describe what the reference table's responses and rewards depend on, in plain values.
+
+        Args:
+            seed: Seed of the table's responses.
+            model_seed: Seed of a reference that is made from a config.
+        """
         if self.reward is None:
             raise ValueError("a reference table needs a reward: set `data.reward`")
         return {
-            "reference": model_identity(self.reference_spec),
+            "reference": model_identity(self.reference_spec, seed=model_seed),
             "reward": self.reward.identity(),
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
@@ -130,6 +139,9 @@ class Actors:
             trainable: Whether the policy's parameters get gradients.
             reference: Whether to load the reference.
             keep_dropout: Leave the policy's dropout as its config has it (supervised fine-tuning).
+
+        Raises:
+            ModelError: If policy and reference differ in vocabulary, or in the tokens that end a response.
         """
         policy_spec, reference_spec = spec.policy_spec, spec.reference_spec
         tokenizer = load_tokenizer(policy_spec)
@@ -139,6 +151,7 @@ class Actors:
         frozen = None
         if reference:
             frozen = load_causal_lm(reference_spec, seed=seed, trainable=False)
+            _check_same_outputs(policy, frozen, tokenizer)
         return cls(
             policy=policy,
             reference=frozen,
@@ -156,8 +169,8 @@ class Actors:
         where = (parameter.device, parameter.dtype)
         if self._placed != where:
             if self.reference is not None:
-                self.reference.to(device=parameter.device, dtype=parameter.dtype)
-            if self.reward is not None:
+                nn.Module.to(self.reference, device=parameter.device, dtype=parameter.dtype)
+            if self.reward is not None and hasattr(self.reward, "to"):
                 self.reward.to(parameter.device)
             self._placed = where
 
@@ -172,7 +185,7 @@ class Actors:
         step: int,
         identities: Sequence[int | str] | None = None,
     ) -> Completions:
-        """Sample G responses a prompt from a model; see :func:`~vbon_lightning.sampling.prompt_noise` for the noise."""
+        """Sample G responses a prompt; :func:`~vbon_lightning.sampling.prompt_noise` says how."""
         noise = prompt_noise(
             prompts.index.tolist() if identities is None else identities,
             num_samples=num_samples,
@@ -197,14 +210,40 @@ class Actors:
         lengths = completions.mask.sum(-1).tolist()
         tokens = completions.tokens.tolist()
         return [
-            [ids[:length] for ids, length in zip(*group, strict=True)] for group in zip(tokens, lengths, strict=True)
+            [ids[:length] for ids, length in zip(*group, strict=True)]
+            for group in zip(tokens, lengths, strict=True)
         ]
 
-    def decode(self, token_ids: list[list[list[int]]]) -> list[list[str]]:
-        """Decode ``[B][G]`` lists of token ids to text, special tokens left out."""
-        flat = self.tokenizer.batch_decode([ids for group in token_ids for ids in group], skip_special_tokens=True)
-        samples = len(token_ids[0]) if token_ids else 0
-        return [flat[start : start + samples] for start in range(0, len(flat), samples)]
+    def decode(self, token_ids: list[list[list[int]]], prompts: PromptBatch | None = None) -> list[list[str]]:
+        """Decode ``[B][G]`` lists of token ids to text, special tokens left out.
+
+        With the prompts, each response is decoded behind its prompt's last token, so that ``prompt + response`` is
+        the text the model wrote: on their own, many tokenizers drop the space a response begins with.
+        """
+        lasts = [None] * len(token_ids) if prompts is None else prompts.tokens[:, -1].tolist()
+        heads = ["" if last is None else self._decode([[last]])[0] for last in lasts]
+        texts = self._decode(
+            [
+                ids if last is None else [last, *ids]
+                for last, group in zip(lasts, token_ids, strict=True)
+                for ids in group
+            ]
+        )
+        decoded, start = [], 0
+        for head, group in zip(heads, token_ids, strict=True):
+            behind = texts[start : start + len(group)]
+            # Where half a character stands at the seam, it belongs to neither side.
+            decoded.append(
+                [
+                    text[len(head) :] if text.startswith(head) else self._decode([ids])[0]
+                    for ids, text in zip(group, behind, strict=True)
+                ]
+            )
+            start += len(group)
+        return decoded
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @torch.no_grad()
     def score(
@@ -247,7 +286,7 @@ class Actors:
             self.policy, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step
         )
         token_ids = self.token_ids(completions)
-        responses = self.decode(token_ids)
+        responses = self.decode(token_ids, prompts)
         rewards = self.score(prompts.text, responses, token_ids, completions.finished)
         reference_rewards = prompts.reference_rewards
         if reference_rewards is None and reference_samples > 0:
@@ -280,7 +319,7 @@ class Actors:
             self.reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step
         )
         token_ids = self.token_ids(completions)
-        return self.score(prompts.text, self.decode(token_ids), token_ids, completions.finished)
+        return self.score(prompts.text, self.decode(token_ids, prompts), token_ids, completions.finished)
 
     @torch.no_grad()
     def reference_logits(self, rollout: Rollout) -> Tensor:
@@ -295,15 +334,34 @@ class Actors:
         statistics = token_statistics(
             logits,
             reference_logits,
-            rollout.completions.tokens.view(-1, shape[-1]),
+            rollout.completions.tokens.reshape(-1, shape[-1]),
             temperature=self.temperature,
         )
 
-        def masked(values: Tensor) -> Tensor:
+        def masked(values: Tensor | None) -> Tensor:
+            assert values is not None  # there are reference logits
             return torch.where(mask, values.view(shape), 0.0)
 
         return rollout._replace(
             log_probs=masked(statistics.log_probs),
             reference_log_probs=masked(statistics.reference_log_probs),
             token_kl=masked(statistics.kl),
+        )
+
+
+def _check_same_outputs(
+    policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Check what the tokenizers do not tell: padded vocabularies, and the tokens that end a response."""
+    sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"policy and reference need one vocabulary, but their outputs have {sizes[0]} and {sizes[1]} entries: "
+            "resize the embeddings of one, or name another reference"
+        )
+    ends = [end_token_ids(model, tokenizer) for model in (policy, reference)]
+    if set(ends[0]) != set(ends[1]):
+        raise ModelError(
+            f"policy and reference end their responses differently, with the tokens {list(ends[0])} and "
+            f"{list(ends[1])}: give both the same `eos_token_id` in generation_config.json"
         )

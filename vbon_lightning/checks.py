@@ -10,6 +10,19 @@ class ConfigMismatchError(ValueError):
     """A checkpoint was made with other settings than the run that would resume it."""
 
 
+def plain(value: Any) -> Any:
+    """Keep what can be compared and stored as text of nested settings: numbers, strings, None, lists and mappings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items() if not _is_opaque(part)}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value if not _is_opaque(part)]
+    return value
+
+
+def _is_opaque(value: Any) -> bool:
+    return not (value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping)))
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """List where two nested mappings of plain values differ, as ``key: old -> new`` lines."""
     found = []

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import warnings
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers.utils import logging as transformers_logging
 
-from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.modules import KLRL, SFT, ReferenceSampler, VBoN
+from vbon_lightning.reference_table import ReferenceTableError
 
-__all__ = ["KLRL", "SFT", "ReferenceSampler", "VBoN", "VbonCLI", "main"]
+__all__ = ["KLRL", "SFT", "ReferenceSampler", "VBoN", "VbonCLI", "main", "run"]
+
+TRACEBACK = "VBON_TRACEBACK"
+"""Environment variable: set it to 1 to see where an error comes from."""
+
+_USER_ERRORS = (ValueError, OSError, MisconfigurationException, ReferenceTableError)
 
 
-def _whole_seed(seed: Any) -> int:
-    return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+def _whole_seed(seed: int | bool) -> int:
+    # seed_everything knows True (choose one) and False (none), but noise and data order always need a number.
+    return int(seed)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Save the configuration beside the logs; without a logger there is no such place."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class VbonCLI(LightningCLI):
@@ -36,10 +53,6 @@ class VbonCLI(LightningCLI):
         data module compare the two when the checkpoint is loaded, and refuse to go on where they differ.
         """
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; predictions are written to the table, not kept in memory."""
-        return super().instantiate_trainer(**kwargs)
-
     def before_instantiate_classes(self) -> None:
         """Keep predictions out of memory: the reference table has them."""
         if self.subcommand == "predict":
@@ -47,34 +60,51 @@ class VbonCLI(LightningCLI):
 
 
 def run(args: ArgsType = None) -> VbonCLI:
-    """Parse arguments and run ``fit``, ``validate``, ``test`` or ``predict``."""
+    """Parse arguments and run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        args: The arguments, those of the command line by default.
+    """
     return VbonCLI(
         LightningModule,
         AlignmentDataModule,
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_kwargs={"prog": "vbon", "description": "Align language models to Best-of-N."},
+        args=args,
         subclass_mode_model=True,
         subclass_mode_data=False,
         auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "vbon", "description": "Align language models to Best-of-N."},
-        args=args,
+        load_from_checkpoint_support=False,
     )
+
+
+def quiet() -> None:
+    """Silence what speaks of Lightning's internals, of other products, or of choices made on purpose here."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    transformers_logging.disable_progress_bar()
 
 
 def main() -> None:
     """Run the command line: LightningCLI's subcommands, and ``compare``."""
-    # These speak of Lightning's internals or of choices made on purpose here.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    if sys.argv[1:2] == ["compare"]:
-        from vbon_lightning.evaluation.command import main as compare
-
-        compare(sys.argv[2:])
-        return
+    quiet()
     try:
-        run()
-    except (ValueError, ConfigMismatchError) as problem:
-        if "--traceback" in sys.argv:
+        if sys.argv[1:2] == ["compare"]:
+            from vbon_lightning.evaluation.command import main as compare
+
+            compare(sys.argv[2:])
+        else:
+            run()
+    except _USER_ERRORS as problem:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
-        sys.exit(f"vbon: {type(problem).__name__}: {problem}")
+        sys.exit(f"vbon: {problem}")

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.checks import check_same_settings
-from vbon_lightning.encoding import EncodedPrompt, EncodedText, collate_prompts, collate_texts, encode_prompts, encode_texts
+from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.encoding import (
+    EncodedPrompt,
+    EncodedText,
+    collate_prompts,
+    collate_texts,
+    encode_prompts,
+    encode_texts,
+)
 from vbon_lightning.models import ModelSpec, load_tokenizer
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable
@@ -33,6 +42,11 @@ class _Rows(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all rows."""
+        return hashlib.sha256(repr([tuple(row) for row in self.rows]).encode()).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> tuple[int, bool, Any]:
         return index % len(self.rows), index < len(self.rows), self.rows[index % len(self.rows)]
@@ -103,9 +117,16 @@ class AlignmentDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {size}")
+        for name, value, known in (
+            ("too_long", too_long, ("error", "truncate_left")),
+            ("long_text", long_text, ("truncate", "split")),
+            *(("table_splits", split, get_args(Split)) for split in table_splits),
+        ):
+            if value not in known:
+                raise ValueError(f"data.{name} must be one of {', '.join(known)}; got {value!r}")
         self.actors = ActorSpec(
             policy=policy,
             reference=reference,
@@ -117,7 +138,8 @@ class AlignmentDataModule(LightningDataModule):
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
         self.reference_table = reference_table
         self.table_seed, self.table_splits = table_seed, list(table_splits)
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_prompt_tokens, self.too_long = max_prompt_tokens, too_long
         self.max_text_tokens, self.long_text = max_text_tokens, long_text
         self.num_workers, self.seed = num_workers, seed
@@ -125,7 +147,7 @@ class AlignmentDataModule(LightningDataModule):
         self._rows: dict[tuple[str, str], _Rows] = {}
         self._table: ReferenceTable | None = None
 
-    # -- what there is ------------------------------------------------------------------------------------------
+    # -- what there is -----------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -138,11 +160,6 @@ class AlignmentDataModule(LightningDataModule):
         """Return a split's prompts as token ids and text."""
         return list(self._split(split, "prompts").rows)
 
-    @property
-    def has_table(self) -> bool:
-        """Return whether a reference table is named and exists."""
-        return self.reference_table is not None and Path(resolve_path(self.reference_table)).exists()
-
     def table(self) -> ReferenceTable:
         """Open the reference table, refusing one made with other models or sampling settings.
 
@@ -153,16 +170,34 @@ class AlignmentDataModule(LightningDataModule):
         if self.reference_table is None:
             raise ValueError("no reference table: set `data.reference_table` and make it with `vbon predict`")
         if self._table is None:
-            self._table = ReferenceTable.open(resolve_path(self.reference_table), fingerprint=self.fingerprint())
+            self._table = ReferenceTable.open(
+                resolve_path(self.reference_table), fingerprint=self.fingerprint()
+            )
         return self._table
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the table's responses and rewards depend on."""
-        return self.actors.table_fingerprint(seed=self.table_seed)
+        return self.actors.table_fingerprint(
+            seed=self.table_seed, model_seed=getattr(self._module, "seed", self.seed)
+        )
 
+    def longest(self) -> int:
+        """Return the most tokens that a prompt or text read so far has."""
+        return max((len(row.tokens) for rows in self._rows.values() for row in rows.rows), default=0)
+
+    @property
+    def _module(self) -> LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    @property
     def _batch_kind(self) -> str:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(module, "batch_kind", "prompts")
+        return getattr(self._module, "batch_kind", "prompts")
+
+    @property
+    def _reads_table(self) -> bool:
+        """Whether prompts come with the table's rewards: there is a table, and the module does not sample afresh."""
+        online = getattr(self._module, "reference_samples", 0)
+        return self._batch_kind == "prompts" and self.reference_table is not None and not online
 
     def _split(self, split: str, kind: str) -> _Rows:
         if (split, kind) not in self._rows:
@@ -172,44 +207,56 @@ class AlignmentDataModule(LightningDataModule):
             rows = read_rows(source)
             if kind == "prompts":
                 encoded: Sequence[Any] = encode_prompts(
-                    rows, self.tokenizer, source=source, max_tokens=self.max_prompt_tokens, too_long=self.too_long
+                    rows,
+                    self.tokenizer,
+                    source=source,
+                    max_tokens=self.max_prompt_tokens,
+                    too_long=self.too_long,
                 )
             else:
-                encoded = encode_texts(rows, self.tokenizer, max_tokens=self.max_text_tokens, long_text=self.long_text)
+                encoded = encode_texts(
+                    rows, self.tokenizer, max_tokens=self.max_text_tokens, long_text=self.long_text
+                )
             self._rows[split, kind] = _Rows(encoded)
         return self._rows[split, kind]
 
-    # -- Lightning ----------------------------------------------------------------------------------------------
+    # -- Lightning ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Read, tokenize and check everything a stage needs, before anything expensive starts."""
         if stage == "predict":
             return
-        kind = self._batch_kind()
+        kind = self._batch_kind
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
             if self.sources[split] is None and (split, stage) == ("val", "fit"):
                 continue
-            self._split(split, kind)
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        if kind == "prompts" and self.reference_table is not None and not getattr(module, "reference_samples", 0):
-            table = self.table()
-            for split in ("train", "val", "test"):
-                if (split, "prompts") in self._rows:
-                    rows = self._rows[split, "prompts"].rows
-                    table.rewards_matrix([row.key for row in rows], [row.text for row in rows])
+            rows = self._split(split, kind).rows
+            world, _ = self._ranks()
+            if split == "train" and len(rows) < self.batch_size * world:
+                raise ValueError(
+                    f"{len(rows)} training rows do not fill one batch of {self.batch_size} on {world} rank(s): "
+                    "lower `data.batch_size` or widen `data.train`"
+                )
+            if self._reads_table:  # names a prompt that the table lacks
+                self.table_rewards(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the order and content of batches, to be compared when a run is resumed."""
-        return {"settings": self._settings()}
+        return self._settings()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume a run on other data."""
-        check_same_settings(state_dict.get("settings", {}), self._settings(), what="data")
+        """Refuse to resume a run on other data.
+
+        Raises:
+            ConfigMismatchError: Naming what differs.
+        """
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            check_same_settings(state_dict, self._settings(), what="data")
 
     def _settings(self) -> dict[str, Any]:
         source = self.sources["train"]
-        return {
-            "train": None if source is None else {key: str(value) for key, value in vars(source).items()},
+        settings: dict[str, Any] = {
+            "train": None if source is None else plain(vars(source)),
             "batch_size": self.batch_size,
             "max_prompt_tokens": self.max_prompt_tokens,
             "too_long": self.too_long,
@@ -217,18 +264,18 @@ class AlignmentDataModule(LightningDataModule):
             "long_text": self.long_text,
             "seed": self.seed,
         }
+        if source is not None:
+            settings["train_content"] = self._split("train", self._batch_kind).digest
+        if self._reads_table:
+            settings |= {"table_seed": self.table_seed, "reference rewards a prompt": self.table().samples}
+        return settings
 
     def train_dataloader(self) -> DataLoader:
         """Deal shuffled training rows, each batch once for every update that is made on its rollout."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        kind = self._batch_kind()
+        module: Any = self._module
+        kind = self._batch_kind
         rows = self._split("train", kind)
         world, rank = self._ranks()
-        if len(rows) < self.batch_size * world:
-            raise ValueError(
-                f"{len(rows)} training rows do not fill one batch of {self.batch_size} on {world} rank(s): "
-                "lower `data.batch_size` or widen `data.train`"
-            )
         sampler = ShardedSampler(
             len(rows),
             batch_size=self.batch_size,
@@ -262,16 +309,24 @@ class AlignmentDataModule(LightningDataModule):
                 for prompt in self._split(split, "prompts").rows:
                     prompts.setdefault(prompt.key, prompt)
         if not prompts:
-            raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
-        module = None if self.trainer is None else self.trainer.lightning_module
+            raise ValueError(
+                f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}"
+            )
+        module: Any = self._module
         done = module.finished_keys() if hasattr(module, "finished_keys") else set()
-        rows = _Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
-        return self._loader(DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size)
+        rows = _Rows(
+            [prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1]
+        )
+        return self._loader(
+            DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
+        )
 
     def _evaluation(self, split: str) -> DataLoader:
-        kind = self._batch_kind()
+        kind = self._batch_kind
         rows = self._split(split, kind)
-        return self._loader(DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size)
+        return self._loader(
+            DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
+        )
 
     def _sampler(self, size: int, batch_size: int) -> ShardedSampler:
         world, rank = self._ranks()
@@ -280,7 +335,9 @@ class AlignmentDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _loader(self, cls: type[DataLoader], rows: _Rows, kind: str, sampler: ShardedSampler, size: int) -> DataLoader:
+    def _loader(
+        self, cls: type[DataLoader], rows: _Rows, kind: str, sampler: ShardedSampler, size: int
+    ) -> DataLoader:
         collate = self._collate_texts if kind == "text" else self._collate_prompts
         return cls(
             rows,
@@ -303,8 +360,7 @@ class AlignmentDataModule(LightningDataModule):
 
     def _collate_prompts(self, items: list[tuple[int, bool, EncodedPrompt]]) -> PromptBatch:
         batch = self._collate_without_rewards(items)
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if self.reference_table is None or getattr(module, "reference_samples", 0):
+        if not self._reads_table:
             return batch
         return batch._replace(reference_rewards=self.table_rewards([row for _, _, row in items]))
 

@@ -36,10 +36,15 @@ class EncodedText(NamedTuple):
 
 
 def encode_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode a prompt with the tokenizer's own opening tokens (BOS) and without a closing EOS."""
+    """Encode a prompt with the tokenizer's own opening tokens (BOS), without an EOS it would close texts with.
+
+    An EOS that the prompt itself ends with, as in a template, stays.
+    """
     tokens = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    if tokens and tokenizer.eos_token_id is not None and tokens[-1] == tokenizer.eos_token_id and len(tokens) > 1:
-        tokens.pop()
+    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tokens[-len(bare) :] != bare or not bare:
+            tokens.pop()
     return tokens
 
 
@@ -56,6 +61,8 @@ def encode_prompts(
     Raises:
         PromptError: Naming the row of a prompt that is too long or has no tokens.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise PromptError(f"data.max_prompt_tokens must be at least 1, got {max_tokens}")
     where = "" if source is None else f"{source.path}, "
     encoded = []
     for row in rows:
@@ -69,6 +76,11 @@ def encode_prompts(
                     f"{max_tokens}: raise it, set data.too_long=truncate_left, or shorten the prompt"
                 )
             opening = tokens[:1] if tokens[0] == tokenizer.bos_token_id else []
+            if len(opening) == max_tokens:
+                raise PromptError(
+                    f"{where}row {row.row}: data.max_prompt_tokens={max_tokens} leaves nothing of the prompt "
+                    "but its BOS token: raise it"
+                )
             tokens = opening + tokens[len(tokens) - max_tokens + len(opening) :]
             text = tokenizer.decode(tokens, skip_special_tokens=True)
         encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens)))
@@ -85,9 +97,12 @@ def encode_texts(
     """Encode texts for supervised fine-tuning, each closed by the EOS unless it is cut.
 
     A prompt/response pair is learnt on the response and its EOS only; plain text on all but its first token.
+    Pieces of a split text share one token, the last of one piece and the first of the next, so that every token
+    but the text's first is learnt once.
 
     Raises:
-        PromptError: If the tokenizer has no EOS, or a prompt leaves no room for its response.
+        PromptError: If the tokenizer has no EOS, a text has no tokens, or a prompt leaves no room for its
+            response.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -99,10 +114,14 @@ def encode_texts(
         if row.response is None:
             tokens = [*encode_prompt_ids(tokenizer, row.text), eos]
             context = 1
+            if len(tokens) == 1:
+                raise PromptError(f"row {row.row}: the text {row.text!r} has no tokens")
         else:
             prompt = encode_prompt_ids(tokenizer, row.prompt)
             tokens = [*prompt, *tokenizer(row.response, add_special_tokens=False)["input_ids"], eos]
             context = len(prompt)
+            if not prompt:
+                raise PromptError(f"row {row.row}: the prompt {row.prompt!r} has no tokens")
             if max_tokens is not None and context >= max_tokens:
                 raise PromptError(
                     f"row {row.row}: its prompt of {context} tokens leaves no room for a response within "
@@ -113,8 +132,9 @@ def encode_texts(
         elif long_text == "truncate" or row.response is not None:
             pieces = [tokens[:max_tokens]]
         else:
-            pieces = [tokens[start : start + max_tokens] for start in range(0, len(tokens), max_tokens)]
-        encoded += [EncodedText(piece, context) for piece in pieces if len(piece) > context]
+            starts = range(0, len(tokens) - 1, max_tokens - 1)
+            pieces = [tokens[start : start + max_tokens] for start in starts]
+        encoded += [EncodedText(piece, context) for piece in pieces]
     return encoded
 
 

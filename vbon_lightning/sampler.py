@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DistributedSampler
 
+from vbon_lightning.sampling import noise_seed
+
 
 class ShardedSampler(DistributedSampler):
     """Deal rows out to ranks, batch by batch, as a pure function of (seed, epoch, rank).
@@ -64,7 +66,7 @@ class ShardedSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         epoch, start = (self.epoch, 0) if self.position is None else divmod(self.position(), self.batches)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(noise_seed(self.seed, "shuffle", epoch))
             order = torch.randperm(self.size, generator=generator).tolist()
         else:
             order = list(range(self.size))

@@ -88,7 +88,13 @@ def test_the_model_card(exported: tuple[Tiny, Path]) -> None:
     assert entries["base_model"] == "hub-user/base-model"
     assert entries["library_name"] == "transformers"
     assert entries["tags"] == ["vbon-lightning", "tiny"]
-    for piece in ("**Method:** Tiny", "tests.helpers:unused", "| n | 4.0 |", "| val/win_rate | 0.625 |", "| torch |"):
+    for piece in (
+        "**Method:** Tiny",
+        "tests.helpers:unused",
+        "| n | 4.0 |",
+        "| val/win_rate | 0.625 |",
+        "| torch |",
+    ):
         assert piece in body, piece
     assert "**Optimizer steps:** 2" in body
 

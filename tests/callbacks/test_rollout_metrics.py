@@ -82,7 +82,9 @@ def test_validation_and_test_cover_their_epoch(tmp_path: Path) -> None:
     for name, value in expected(val).items():
         assert trainer.callback_metrics[f"val/{name}"].item() == pytest.approx(value, rel=1e-5, abs=1e-6)
     (results,) = trainer.test(module, verbose=False)
-    assert {name: results[f"test/{name}"] for name in expected(test)} == pytest.approx(expected(test), rel=1e-5)
+    assert {name: results[f"test/{name}"] for name in expected(test)} == pytest.approx(
+        expected(test), rel=1e-5
+    )
 
 
 def test_a_checkpoint_can_be_chosen_by_them(tmp_path: Path) -> None:
@@ -194,11 +196,18 @@ def test_two_processes_log_over_all_of_their_prompts(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     train, val = stream(6), stream(4, seed=30)
     trainer = make_trainer(
-        tmp_path, *all_monitors(), devices=2, strategy="ddp_spawn", log_every_n_steps=3, use_distributed_sampler=True
+        tmp_path,
+        *all_monitors(),
+        devices=2,
+        strategy="ddp_spawn",
+        log_every_n_steps=3,
+        use_distributed_sampler=True,
     )
     trainer.fit(Replay(train, val))
     for name in expected(train):
         assert list(logged(tmp_path, f"train/{name}")) == [2]
-        assert logged(tmp_path, f"train/{name}")[2] == pytest.approx(expected(train)[name], rel=1e-5, abs=1e-6)
+        assert logged(tmp_path, f"train/{name}")[2] == pytest.approx(
+            expected(train)[name], rel=1e-5, abs=1e-6
+        )
         value = trainer.callback_metrics[f"val/{name}"].item()
         assert value == pytest.approx(expected(val)[name], rel=1e-5, abs=1e-6)

@@ -61,9 +61,9 @@ def test_tensorboard_shows_a_table(tmp_path: Path, val: list[Rollout]) -> None:
 def test_training_samples_every_so_many_steps(tmp_path: Path) -> None:
     train = [make_rollout(seed=i, first=3 * i) for i in range(6)]
     trainer = make_trainer(tmp_path, SampleTable(every_n_steps=2, prompts=2), accumulate_grad_batches=2)
-    trainer.fit(Replay(train, None, steps=1))
+    trainer.fit(Replay(train, [make_rollout()]))
     files = sorted(path.name for path in (run_directory(tmp_path) / "samples").iterdir())
-    assert files == ["train-00000002.jsonl"]
+    assert files == ["train-00000002.jsonl", "val-00000003.jsonl"]
     # Step 2 ends with the fourth batch.
     assert [row["index"] for row in read(run_directory(tmp_path) / "samples" / files[0])] == [9, 10]
 
@@ -87,7 +87,7 @@ def test_nothing_breaks_without_a_log_directory(tmp_path: Path, val: list[Rollou
     trainer = make_trainer(tmp_path, SampleTable(every_n_steps=1), **arguments)
     trainer.fit(Replay([make_rollout()], val))
     assert trainer.global_step == 1
-    written = [path for path in tmp_path.rglob("*.jsonl")]
+    written = list(tmp_path.rglob("*.jsonl"))
     assert bool(written) == ("fast_dev_run" not in arguments)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,25 +25,26 @@ class PolicyExport(Callback):
     ``fast_dev_run`` nothing is written.
 
     Args:
-        directory: Where to; ``export`` in the log directory by default.
+        directory: Where to; ``export`` in the trainer's ``default_root_dir`` by default.
         every_validation: Also after each validation, replacing the export before.
+        dtype: Precision of the exported weights, such as ``bfloat16``; the policy's own by default.
     """
 
-    def __init__(self, directory: str | None = None, every_validation: bool = False) -> None:
-        self.directory, self.every_validation = directory, every_validation
+    def __init__(
+        self, directory: str | None = None, every_validation: bool = False, dtype: str | None = None
+    ) -> None:
+        self.directory, self.every_validation, self.dtype = directory, every_validation, dtype
         self._target: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the log directory, which all processes must do together."""
-        log_dir = trainer.log_dir
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._target = None
-        else:
-            self._target = Path(self.directory or Path(log_dir or trainer.default_root_dir, "export"))
+        """Settle where to, before anything expensive."""
+        fast: int = trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._target = None if fast else Path(self.directory or Path(trainer.default_root_dir, "export"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, where asked to, after a validation within training."""
-        if self.every_validation and trainer.training and not trainer.sanity_checking:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if self.every_validation and fitting and not trainer.sanity_checking:
             self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,7 +63,7 @@ class PolicyExport(Callback):
             staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.staged")
             try:
                 save_pretrained(
-                    policy, tokenizer, staged, generation=settings() if callable(settings) else None
+                    policy, tokenizer, staged, generation=settings() if callable(settings) else None, dtype=self.dtype
                 )
                 Path(staged, "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")
                 replace_directory(staged, target)

@@ -26,6 +26,7 @@ class ReferenceTableWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self._files: TableFiles | None = None
         self._path: Path | None = None
+        self._finished: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the table, refusing one made with other models or settings, before anything is sampled."""
@@ -33,14 +34,18 @@ class ReferenceTableWriter(BasePredictionWriter):
             return
         data = getattr(trainer, "datamodule", None)
         if data is None or getattr(data, "reference_table", None) is None:
-            raise ValueError("`vbon predict` needs a place for the table: set data.reference_table to a directory")
+            raise ValueError(
+                "`vbon predict` needs a place for the table: set data.reference_table to a directory"
+            )
         self._path = Path(resolve_path(data.reference_table))
         self._files = TableFiles(self._path, data.fingerprint(), shard=f"rank{trainer.global_rank}")
+        # Every rank must deal out the same prompts, so all look before any writes.
+        self._finished = self._files.finished_keys()
         trainer.strategy.barrier("reference table opened")
 
     def finished_keys(self) -> set[str]:
-        """Return the prompts the table holds already."""
-        return set() if self._files is None else self._files.finished_keys()
+        """Return the prompts that the table held when it was opened."""
+        return self._finished
 
     def write_on_batch_end(
         self,
@@ -65,4 +70,6 @@ class ReferenceTableWriter(BasePredictionWriter):
         trainer.strategy.barrier("reference table written")
         if trainer.is_global_zero:
             summary = table_summary(ReferenceTable.open(self._path))
-            rank_zero_info(f"reference table {self._path}: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+            rank_zero_info(
+                f"reference table {self._path}: " + ", ".join(f"{k} {v}" for k, v in summary.items())
+            )

@@ -58,6 +58,10 @@ class SampleTable(Callback):
                 Path(self.directory) if self.directory is not None else Path(str(log_dir), "samples")
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where training starts."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -26,6 +26,9 @@ class TextSample(NamedTuple):
     """By the policy's name, in the order in which they are to be shown: the reference first."""
 
 
+_Prompt = tuple[int, str]
+
+
 def text_samples(
     rollouts: Mapping[str, Iterable[Rollout]], *, prompts: int = 8, samples: int = 2
 ) -> list[TextSample]:
@@ -36,14 +39,16 @@ def text_samples(
         prompts: How many prompts.
         samples: How many responses a prompt and policy.
     """
-    by_policy = {name: _first_responses(parts, prompts, samples) for name, parts in rollouts.items()}
-    chosen = next(iter(by_policy.values()), {})
+    found: dict[str, dict[_Prompt, list[ScoredText]]] = {}
+    chosen: list[_Prompt] | None = None
+    for name, parts in rollouts.items():
+        found[name] = _responses(parts, prompts, samples, chosen)
+        chosen = list(found[name]) if chosen is None else chosen
     return [
         TextSample(
-            prompt,
-            {name: found[index, prompt] for name, found in by_policy.items() if (index, prompt) in found},
+            prompt[1], {name: responses[prompt] for name, responses in found.items() if prompt in responses}
         )
-        for index, prompt in chosen
+        for prompt in chosen or []
     ]
 
 
@@ -65,19 +70,22 @@ def samples_markdown(samples: Sequence[TextSample]) -> str:
     return "\n".join(sections)
 
 
-def _first_responses(
-    rollouts: Iterable[Rollout], prompts: int, samples: int
-) -> dict[tuple[int, str], list[ScoredText]]:
-    found: dict[tuple[int, str], list[ScoredText]] = {}
+def _responses(
+    rollouts: Iterable[Rollout], prompts: int, samples: int, chosen: list[_Prompt] | None
+) -> dict[_Prompt, list[ScoredText]]:
+    # The first prompts, or those another policy was already shown on: batches need not be alike.
+    found: dict[_Prompt, list[ScoredText]] = {}
+    wanted = prompts if chosen is None else len(chosen)
     for rollout in rollouts:
         rewards, finished = rollout.rewards.tolist(), rollout.completions.finished.tolist()
         index, valid = rollout.prompts.index.tolist(), rollout.prompts.valid.tolist()
-        for row, prompt in enumerate(rollout.prompts.text):
-            if len(found) == prompts:
-                return found
-            if valid[row]:
+        for row, text in enumerate(rollout.prompts.text):
+            key = (index[row], text)
+            if valid[row] and len(found) < wanted and (chosen is None or key in chosen):
                 shown = range(min(samples, len(rewards[row])))
-                found[index[row], prompt] = [
+                found[key] = [
                     ScoredText(rollout.responses[row][i], rewards[row][i], finished[row][i]) for i in shown
                 ]
+        if len(found) >= wanted:
+            break
     return found

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.checks import check_same_settings
+from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.sampling.decode import check_context
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -32,6 +34,7 @@ class AlignmentModule(LightningModule):
     batch_kind = "prompts"
     """Which batches the data module should bring: ``prompts`` or ``text``."""
     needs_reference = True
+    trains_policy = True
 
     def __init__(
         self,
@@ -46,16 +49,22 @@ class AlignmentModule(LightningModule):
         self.actors: Actors | None = None
         self.policy: PreTrainedModel | None = None
         self.batches_seen = 0
+        """Training batches dealt to this rank since the start of training, earlier runs included."""
         self._settings: dict[str, Any] = {}
+        self._optimizer_settings: dict[str, Any] | None = None
+        self._resumed_optimizer_settings: dict[str, Any] | None = None
 
-    # -- settings -----------------------------------------------------------------------------------------------
+    # -- settings ----------------------------------------------------------------------------------
 
     def record_settings(self, **settings: Any) -> None:
-        """Record the plain settings that a checkpoint must agree with to be resumed; they are logged as well."""
-        self._settings = {"module": type(self).__name__, "seed": self.seed, **settings}
+        """Record the plain settings that a checkpoint must agree with to be resumed.
+
+        They are logged, and ``load_from_checkpoint(path, actors=...)`` passes them to the constructor.
+        """
+        self._settings = {"seed": self.seed, **settings}
         self.save_hyperparameters(self._settings)
 
-    # -- models -------------------------------------------------------------------------------------------------
+    # -- models ------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -70,7 +79,9 @@ class AlignmentModule(LightningModule):
             RuntimeError: Before ``configure_model`` has run.
         """
         if self.actors is None:
-            raise RuntimeError("the models are not loaded yet: call configure_model() first (the Trainer does)")
+            raise RuntimeError(
+                "the models are not loaded yet: call configure_model() first (the Trainer does)"
+            )
         return self.actors
 
     def configure_model(self) -> None:
@@ -81,7 +92,17 @@ class AlignmentModule(LightningModule):
             )
             self.policy = self.actors.policy
 
-    trains_policy = True
+    def check_lengths(self, response_tokens: int) -> None:
+        """Refuse texts that do not fit the model's context, before the first batch.
+
+        Args:
+            response_tokens: Tokens that may follow a text.
+        """
+        longest = getattr(getattr(self.trainer, "datamodule", None), "longest", None)
+        if longest is not None:
+            for model in (self.loaded.policy, self.loaded.reference):
+                if model is not None:
+                    check_context(model, longest(), response_tokens)
 
     def generation_settings(self) -> dict[str, Any]:
         """Return what an exported generation config should say."""
@@ -96,34 +117,62 @@ class AlignmentModule(LightningModule):
             "eos_token_id": ends[0] if len(ends) == 1 else ends,
         }
 
-    # -- optimisation -------------------------------------------------------------------------------------------
+    # -- optimisation ------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """Build the injected optimizer and scheduler over the trainable parameters."""
+        """Build the injected optimizer and scheduler over the trainable parameters.
+
+        Raises:
+            ConfigMismatchError: If a run is being resumed with another optimizer or scheduler.
+        """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError("the policy has no trainable parameters")
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4) if self._optimizer is None else self._optimizer(parameters)
-        if self._lr_scheduler is None:
+        optimizer = (
+            torch.optim.AdamW(parameters, lr=1e-4) if self._optimizer is None else self._optimizer(parameters)
+        )
+        settings = {"optimizer": {"class": type(optimizer).__name__, **plain(optimizer.defaults)}}
+        scheduler = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
+        if scheduler is not None:
+            # Its state before the first step is a function of its arguments.
+            settings["lr_scheduler"] = {"class": type(scheduler).__name__, **plain(scheduler.state_dict())}
+        self._optimizer_settings = settings
+        self._check_optimizer()
+        if scheduler is None:
             return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_optimizer(self) -> None:
+        # A strategy may build the optimizer before or after it loads the checkpoint.
+        if self._optimizer_settings is not None and self._resumed_optimizer_settings is not None:
+            check_same_settings(self._resumed_optimizer_settings, self._optimizer_settings, what="optimizer")
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def _trainer_settings(self) -> dict[str, Any]:
+        trainer = self.trainer
         return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+            "world_size": trainer.world_size,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "precision": str(trainer.precision),
         }
 
-    # -- checkpoints --------------------------------------------------------------------------------------------
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the position in the data, the models' identity and the random state."""
+        """Add the position in the data, what a resumed run must agree with, and the random state."""
         checkpoint["vbon_lightning"] = {
-            "settings": self._settings,
-            "actors": self.actor_spec.identity(),
+            "module": {"class": type(self).__name__, **self._settings},
+            "models": self.actor_spec.identity(),
+            "trainer": self._trainer_settings(),
+            "optimizer": self._optimizer_settings,
             "batches_seen": self.batches_seen,
             "random_state": torch.get_rng_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another run; otherwise go on where it stopped.
+        """Refuse to resume a checkpoint of another run; otherwise go on where it stopped.
+
+        A checkpoint that is only evaluated (``vbon test``, ``load_from_checkpoint``) gives its weights and no more.
 
         Raises:
             ConfigMismatchError: Naming what differs.
@@ -131,13 +180,33 @@ class AlignmentModule(LightningModule):
         """
         state = checkpoint.get("vbon_lightning")
         if state is None:
-            raise ValueError("this checkpoint was not written by vbon_lightning: it cannot be resumed")
-        check_same_settings(state["settings"], self._settings, what="module")
-        check_same_settings(state["actors"], self.actor_spec.identity(), what="model")
+            raise ValueError("this checkpoint was not written by vbon_lightning: it cannot be loaded")
+        if not self.resuming:
+            return
+        module = {"class": type(self).__name__, **self._settings}
+        check_same_settings(state["module"], module, what="module")
+        check_same_settings(state["models"], self.actor_spec.identity(), what="model")
+        check_same_settings(state["trainer"], self._trainer_settings(), what="trainer")
+        self._resumed_optimizer_settings = state["optimizer"]
+        self._check_optimizer()
         self.batches_seen = state["batches_seen"]
         torch.set_rng_state(state["random_state"].cpu())
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the policy strictly, whatever ``strict_loading`` says: a checkpoint without one is an error."""
+    @property
+    def resuming(self) -> bool:
+        """Return whether a checkpoint that is loaded now is to be trained on."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the policy strictly, whatever ``strict_loading`` says: a checkpoint without one is an error.
+
+        Raises:
+            ValueError: Naming the weights that are missing, superfluous or of another shape.
+        """
         self.configure_model()
-        return nn.Module.load_state_dict(self, state_dict, strict=True, assign=assign)
+        try:
+            return nn.Module.load_state_dict(self, state_dict, strict=True, assign=assign)
+        except RuntimeError as problem:
+            raise ValueError(f"the checkpoint does not hold this policy's weights: {problem}") from problem

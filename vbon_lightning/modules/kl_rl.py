@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vbon_lightning.actors import ActorSpec
@@ -24,8 +25,8 @@ class KLRL(PolicyGradient):
 
     def __init__(self, actors: ActorSpec, beta: float = 0.1, **kwargs: Any) -> None:
         super().__init__(actors, **kwargs)
-        if not beta > 0:
-            raise ValueError(f"model.beta must be positive, got {beta}")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"model.beta must be a number > 0, got {beta}")
         self.beta = beta
         self.record_settings(beta=beta)
 

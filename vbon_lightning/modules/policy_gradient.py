@@ -26,7 +26,7 @@ from vbon_lightning.types import Completions, PromptBatch, Rollout
 
 
 class Experience(NamedTuple):
-    """A rollout and what several updates on it must hold fixed."""
+    """A minibatch of a rollout, and what several updates on it must hold fixed."""
 
     rollout: Rollout
     advantages: Tensor
@@ -50,13 +50,14 @@ class PolicyGradient(AlignmentModule):
             the KL still to come as a cost-to-go), ``sampled`` (the log-ratio of the sampled tokens) or
             ``prefix_baseline`` (``rao_blackwell`` with the log-ratio so far as a further baseline). All unbiased.
         epochs_per_rollout: Passes over each rollout.
-        minibatches: Updates a pass; must divide the batch of prompts.
+        minibatches: Updates a pass, each on its share of the prompts; must divide the batch of prompts. The shares
+            stay the same in every pass, their order does not.
         clip: Clip range of the probability ratio.
         value_clip: Clip range of the value.
         value_coef: Weight of the value loss.
         gae_lambda: Lambda of generalised advantage estimation (gamma is 1: responses are episodes).
-        normalise: Divide advantages by their standard deviation. This biases the objective: the KL weight is then
-            no longer the one asked for.
+        normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on this rank.
+            This biases the objective: the KL weight is then no longer the one asked for.
         reference_samples: M reference responses a prompt sampled afresh at every step (``online``) instead of read
             from a reference table; 0 reads the table.
         seed: Seeds sampling, minibatches and the initialisation of a policy made from a config.
@@ -85,15 +86,28 @@ class PolicyGradient(AlignmentModule):
     ) -> None:
         super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
         _check_options(estimator, kl_estimator, samples_per_prompt, epochs_per_rollout, minibatches)
-        if reference_samples < 0:
-            raise ValueError(f"model.reference_samples must be >= 0, got {reference_samples}")
-        self.samples_per_prompt, self.eval_samples = samples_per_prompt, eval_samples or samples_per_prompt
+        _check_numbers(
+            samples_per_prompt=samples_per_prompt,
+            eval_samples=1 if eval_samples is None else eval_samples,
+            reference_samples=reference_samples,
+            clip=clip,
+            value_clip=value_clip,
+            value_coef=value_coef,
+            gae_lambda=gae_lambda,
+        )
+        self.samples_per_prompt = samples_per_prompt
+        self.eval_samples = samples_per_prompt if eval_samples is None else eval_samples
         self.estimator, self.kl_estimator = estimator, kl_estimator
         self.epochs_per_rollout, self.minibatches = epochs_per_rollout, minibatches
-        self.clip, self.value_clip, self.value_coef, self.gae_lambda = clip, value_clip, value_coef, gae_lambda
+        self.clip, self.value_clip, self.value_coef, self.gae_lambda = (
+            clip,
+            value_clip,
+            value_coef,
+            gae_lambda,
+        )
         self.normalise, self.reference_samples = normalise, reference_samples
         self.critic: nn.Linear | None = None
-        self._experience: Experience | None = None
+        self._experience: list[Experience] = []
 
     def record_settings(self, **settings: Any) -> None:
         """Record the estimator's settings and the target's."""
@@ -121,6 +135,21 @@ class PolicyGradient(AlignmentModule):
         """Return how many optimizer updates are made on a rollout."""
         return self.epochs_per_rollout * self.minibatches
 
+    def setup(self, stage: str) -> None:
+        """Refuse to start without what the method needs, before anything expensive."""
+        if self.actor_spec.reward is None:
+            raise ValueError(f"{type(self).__name__} needs a reward: set `data.reward`")
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if stage == "fit" and size is not None:
+            self._check_minibatches(size)
+
+    def _check_minibatches(self, prompts: int) -> None:
+        if prompts % self.minibatches:
+            raise ValueError(
+                f"model.minibatches={self.minibatches} does not divide data.batch_size={prompts}: "
+                "every minibatch needs the same number of prompts"
+            )
+
     def configure_model(self) -> None:
         """Load the models, and make a value head where the estimator has a critic."""
         super().configure_model()
@@ -129,20 +158,37 @@ class PolicyGradient(AlignmentModule):
             nn.init.zeros_(self.critic.weight)
             nn.init.zeros_(self.critic.bias)
 
-    # -- steps --------------------------------------------------------------------------------------------------
+    def on_fit_start(self) -> None:
+        """Check that prompts and responses fit the model's context."""
+        self.check_lengths(self.loaded.max_new_tokens)
+
+    def on_validation_start(self) -> None:
+        """Check that prompts and responses fit the model's context."""
+        self.check_lengths(self.loaded.max_new_tokens)
+
+    def on_test_start(self) -> None:
+        """Check that prompts and responses fit the model's context."""
+        self.check_lengths(self.loaded.max_new_tokens)
+
+    def on_train_start(self) -> None:
+        """Move a restored rollout to where the policy is."""
+        if self._experience:
+            self._experience = self.transfer_batch_to_device(self._experience, self.device, 0)
+
+    # -- steps -------------------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Sample and score responses where a new rollout is due, then return the loss of one update."""
         number, update = divmod(self.batches_seen, self.updates_per_rollout)
         self.batches_seen += 1
         if self.updates_per_rollout == 1:
-            loss, rollout, logs = self._on_policy_update(self._sample(batch, number, statistics=False))
+            loss, rollout, logs = self._on_policy_update(self._sample(batch, number))
         else:
             if update == 0:
-                self._experience = self._collect(self._sample(batch, number, statistics=False))
-            if self._experience is None:
+                self._experience = self._collect(self._sample(batch, number))
+            if not self._experience:
                 raise RuntimeError("an update is due on a rollout that is not there")
-            loss, rollout, logs = self._minibatch_update(self._experience, number, update)
+            loss, rollout, logs = self._minibatch_update(self._next_minibatch(number, update))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, prog_bar=False)
         return {"loss": loss, "rollout": rollout}
 
@@ -164,7 +210,7 @@ class PolicyGradient(AlignmentModule):
             reference_samples=self.reference_samples,
         )
 
-    def _sample(self, batch: PromptBatch, number: int, *, statistics: bool) -> Rollout:
+    def _sample(self, batch: PromptBatch, number: int) -> Rollout:
         return self.loaded.rollout(
             batch,
             num_samples=self.samples_per_prompt,
@@ -172,80 +218,93 @@ class PolicyGradient(AlignmentModule):
             stream="train",
             step=number,
             reference_samples=self.reference_samples,
-            statistics=statistics,
+            statistics=False,
         )
 
-    # -- one update a rollout: the pass that learns also gives the log-probabilities and the KL --------------------
+    # -- one update a rollout: the pass that learns also gives the log-probabilities and the KL ----
 
     def _on_policy_update(self, rollout: Rollout) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
-        actors, mask = self.loaded, rollout.completions.mask
-        scored = response_logits(
-            actors.policy, rollout.prompts, rollout.completions, hidden=self.critic is not None
-        )
-        live = actors.with_statistics(rollout, scored.logits, actors.reference_logits(rollout))
+        live, values = self._evaluate_responses(rollout)
         fixed = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach())
-        target = self.target(fixed)
-        values = self._values(scored.hidden, mask)
-        advantages, returns = self._advantages(target, fixed, None if values is None else values.detach())
-        if self.estimator == "reinforce":
-            loss = reinforce_loss(live.log_probs, advantages, mask)
-            logs: dict[str, Tensor] = {}
-        else:
-            surrogate = clipped_surrogate_loss(live.log_probs, fixed.log_probs, advantages, mask, clip=self.clip)
-            loss, logs = surrogate.loss, {"clip_fraction": surrogate.clip_fraction}
-        if self.kl_estimator != "sampled":
-            loss = loss + target.kl_coef * kl_penalty(live.token_kl, mask)
-        if values is not None and returns is not None:
-            value_loss = clipped_value_loss(values, values.detach(), returns, mask, clip=self.value_clip)
-            loss, logs["value_loss"] = loss + self.value_coef * value_loss, value_loss.detach()
-        logs["objective"] = _objective(target, fixed)
-        return loss, fixed, logs
+        experience = self._experience_of(fixed, None if values is None else values.detach())
+        return self._loss(experience, live, values)
 
-    # -- several updates a rollout ------------------------------------------------------------------------------
+    # -- several updates a rollout -----------------------------------------------------------------
 
     @torch.no_grad()
-    def _collect(self, rollout: Rollout) -> Experience:
-        actors, mask = self.loaded, rollout.completions.mask
-        scored = response_logits(actors.policy, rollout.prompts, rollout.completions, hidden=self.critic is not None)
-        rollout = actors.with_statistics(rollout, scored.logits, actors.reference_logits(rollout))
-        values = self._values(scored.hidden, mask)
+    def _collect(self, rollout: Rollout) -> list[Experience]:
+        """Split a rollout into minibatches and evaluate each as it will be when it is learnt from.
+
+        The same rows in the same shapes give the same bits: the ratio is exactly 1 before the first update.
+        """
+        prompts = len(rollout.prompts.text)
+        self._check_minibatches(prompts)
+        # Neighbouring rows go together. Ranks then split every minibatch as they split the batch.
+        parts = [list(rows) for rows in torch.arange(prompts).view(self.minibatches, -1).tolist()]
+        return [
+            self._experience_of(*self._evaluate_responses(select_prompts(rollout, rows))) for rows in parts
+        ]
+
+    def _next_minibatch(self, number: int, update: int) -> Experience:
+        epoch, part = divmod(update, self.minibatches)
+        generator = torch.Generator().manual_seed(noise_seed(self.seed, "minibatch", number, epoch))
+        return self._experience[int(torch.randperm(self.minibatches, generator=generator)[part])]
+
+    def _minibatch_update(self, experience: Experience) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
+        live, values = self._evaluate_responses(experience.rollout)
+        return self._loss(experience, live, values)
+
+    # -- the loss ----------------------------------------------------------------------------------
+
+    def _evaluate_responses(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """Fill in log-probabilities, exact KL and values ``[B, G, T]``, differentiable in the policy."""
+        actors, critic, mask = self.loaded, self.critic, rollout.completions.mask
+        reference = actors.reference_logits(rollout)
+        scored = response_logits(
+            actors.policy, rollout.prompts, rollout.completions, hidden=critic is not None
+        )
+        values = None
+        if critic is not None and scored.hidden is not None:
+            values = torch.where(
+                mask, critic(scored.hidden.to(critic.weight.dtype)).float().view(mask.shape), 0.0
+            )
+        return actors.with_statistics(rollout, scored.logits, reference), values
+
+    def _experience_of(self, rollout: Rollout, values: Tensor | None) -> Experience:
         advantages, returns = self._advantages(self.target(rollout), rollout, values)
         return Experience(rollout, advantages, values, returns)
 
-    def _minibatch_update(
-        self, experience: Experience, number: int, update: int
+    def _loss(
+        self, experience: Experience, live: Rollout, values: Tensor | None
     ) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
-        epoch, part = divmod(update, self.minibatches)
-        prompts = len(experience.rollout.prompts.text)
-        if prompts % self.minibatches:
-            raise ValueError(f"model.minibatches={self.minibatches} does not divide data.batch_size={prompts}")
-        generator = torch.Generator().manual_seed(noise_seed(self.seed, "minibatch", number, epoch))
-        rows = torch.randperm(prompts, generator=generator).view(self.minibatches, -1)[part]
-        chosen = select_prompts(experience, rows.tolist())
-        rollout, mask, actors = chosen.rollout, chosen.rollout.completions.mask, self.loaded
-
-        scored = response_logits(actors.policy, rollout.prompts, rollout.completions, hidden=self.critic is not None)
-        live = actors.with_statistics(rollout, scored.logits, actors.reference_logits(rollout))
-        surrogate = clipped_surrogate_loss(
-            live.log_probs, rollout.log_probs, chosen.advantages, mask, clip=self.clip
-        )
+        """Return the loss of one update on a minibatch, as evaluated by the policy that learns (``live``)."""
+        rollout, mask = experience.rollout, experience.rollout.completions.mask
         target = self.target(rollout)
-        loss, logs = surrogate.loss, {"clip_fraction": surrogate.clip_fraction}
+        logs: dict[str, Tensor] = {}
+        if self.estimator == "reinforce":
+            loss = reinforce_loss(live.log_probs, experience.advantages, mask)
+        else:
+            surrogate = clipped_surrogate_loss(
+                live.log_probs, rollout.log_probs, experience.advantages, mask, clip=self.clip
+            )
+            loss = surrogate.loss
+            logs |= {
+                "clip_fraction": surrogate.clip_fraction,
+                "ratio": surrogate.mean_ratio,
+                "update_kl": surrogate.approx_kl,
+            }
         if self.kl_estimator != "sampled":
             loss = loss + target.kl_coef * kl_penalty(live.token_kl, mask)
-        values = self._values(scored.hidden, mask)
-        if values is not None and chosen.values is not None and chosen.returns is not None:
-            value_loss = clipped_value_loss(values, chosen.values, chosen.returns, mask, clip=self.value_clip)
+        if values is not None and experience.values is not None and experience.returns is not None:
+            value_loss = clipped_value_loss(
+                values, experience.values, experience.returns, mask, clip=self.value_clip
+            )
             loss, logs["value_loss"] = loss + self.value_coef * value_loss, value_loss.detach()
-        logs["objective"] = _objective(target, rollout)
+        # The estimate of what is maximised, with the exact KL: the one that the loss has.
+        logs["objective"] = (target.score - target.kl_coef * rollout.token_kl.sum(-1)).mean()
         return loss, rollout, logs
 
-    # -- advantages ---------------------------------------------------------------------------------------------
-
-    def _values(self, hidden: Tensor | None, mask: Tensor) -> Tensor | None:
-        if self.critic is None or hidden is None:
-            return None
-        return torch.where(mask, self.critic(hidden).float().view(mask.shape), 0.0)
+    # -- advantages --------------------------------------------------------------------------------
 
     def _advantages(
         self, target: Target, rollout: Rollout, values: Tensor | None
@@ -268,13 +327,13 @@ class PolicyGradient(AlignmentModule):
             advantages = normalise_advantages(advantages, mask)
         return advantages, returns
 
-    # -- checkpoints --------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also keep a rollout that updates are still due on, for every rank."""
         super().on_save_checkpoint(checkpoint)
-        if self.batches_seen % self.updates_per_rollout and self._experience is not None:
-            mine = _to_plain(self._experience)
+        if self.batches_seen % self.updates_per_rollout and self._experience:
+            mine = [_to_plain(part) for part in self._experience]
             everyone: list[Any] = [mine]
             if self.trainer.world_size > 1:
                 everyone = [None] * self.trainer.world_size
@@ -284,21 +343,9 @@ class PolicyGradient(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also restore the rollout that updates are still due on."""
         super().on_load_checkpoint(checkpoint)
-        experiences = checkpoint["vbon_lightning"].get("experience")
-        if experiences is None:
-            return
-        if self._trainer is not None and len(experiences) != self.trainer.world_size:
-            raise ValueError(
-                f"the checkpoint stopped amid a rollout of {len(experiences)} rank(s); resume it on as many, "
-                f"not on {self.trainer.world_size}"
-            )
-        rank = 0 if self._trainer is None else self.trainer.global_rank
-        self._experience = _from_plain(experiences[rank])
-
-    def on_fit_start(self) -> None:
-        """Move a restored rollout to where the policy is."""
-        if self._experience is not None:
-            self._experience = self.transfer_batch_to_device(self._experience, self.device, 0)
+        experience = checkpoint["vbon_lightning"].get("experience")
+        if self.resuming and experience is not None:
+            self._experience = [_from_plain(part) for part in experience[self.trainer.global_rank]]
 
 
 def select_prompts(value: Any, rows: list[int]) -> Any:
@@ -322,18 +369,20 @@ def _token_rewards(target: Target, rollout: Rollout, *, sampled: bool) -> Tensor
     return token_rewards(target, later, torch.zeros_like(later), mask)
 
 
-def _objective(target: Target, rollout: Rollout) -> Tensor:
-    """Return the estimate of what is maximised: mean score minus the weighted exact KL."""
-    return (target.score - target.kl_coef * rollout.token_kl.sum(-1)).mean()
-
-
 def _check_options(estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int) -> None:
     if estimator not in (known := ("reinforce", "clipped", "ppo")):
         raise ValueError(f"model.estimator must be one of {', '.join(known)}; got {estimator!r}")
     if kl_estimator not in (known := ("rao_blackwell", "sampled", "prefix_baseline")):
         raise ValueError(f"model.kl_estimator must be one of {', '.join(known)}; got {kl_estimator!r}")
+    if estimator == "ppo" and kl_estimator == "prefix_baseline":
+        raise ValueError(
+            "model.kl_estimator=prefix_baseline is a leave-one-out baseline, and ppo has a critic instead: "
+            "set rao_blackwell or sampled"
+        )
     if epochs < 1 or minibatches < 1:
-        raise ValueError(f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}")
+        raise ValueError(
+            f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}"
+        )
     if estimator != "ppo" and samples < 2:
         raise ValueError(f"a leave-one-out baseline needs model.samples_per_prompt >= 2, got {samples}")
     if estimator == "reinforce" and epochs * minibatches > 1:
@@ -342,10 +391,36 @@ def _check_options(estimator: str, kl_estimator: str, samples: int, epochs: int,
         )
 
 
+def _check_numbers(
+    *,
+    samples_per_prompt: int,
+    eval_samples: int,
+    reference_samples: int,
+    clip: float,
+    value_clip: float,
+    value_coef: float,
+    gae_lambda: float,
+) -> None:
+    for name, count, least in (
+        ("samples_per_prompt", samples_per_prompt, 1),
+        ("eval_samples", eval_samples, 1),
+        ("reference_samples", reference_samples, 0),
+    ):
+        if count < least:
+            raise ValueError(f"model.{name} must be >= {least}, got {count}")
+    for name, width in (("clip", clip), ("value_clip", value_clip)):
+        if not width > 0:
+            raise ValueError(f"model.{name} must be > 0, got {width}")
+    if not value_coef >= 0:
+        raise ValueError(f"model.value_coef must be >= 0, got {value_coef}")
+    if not 0 <= gae_lambda <= 1:
+        raise ValueError(f"model.gae_lambda must be in [0, 1], got {gae_lambda}")
+
+
 def _to_plain(value: Any) -> Any:
     """Turn nested NamedTuples into dicts, which checkpoints load under ``weights_only``."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: _to_plain(part) for name, part in value._asdict().items()}
+        return {name: _to_plain(part) for name, part in zip(value._fields, value, strict=True)}
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 

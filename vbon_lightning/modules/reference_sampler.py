@@ -26,16 +26,30 @@ class ReferenceSampler(AlignmentModule):
         actors: The policy, reference and reward, as the data module names them.
         samples: M, responses a prompt.
         rows_per_pass: Most responses decoded at once; bounds the memory.
-        seed: Not used for the responses (``data.table_seed`` is).
+        seed: Initialises a reference made from a config; the responses come from ``data.table_seed``.
     """
 
-    def __init__(self, actors: ActorSpec, samples: int = 256, rows_per_pass: int = 1024, seed: int = 0) -> None:
+    trains_policy = False
+    needs_reference = False
+
+    def __init__(
+        self, actors: ActorSpec, samples: int = 256, rows_per_pass: int = 1024, seed: int = 0
+    ) -> None:
         super().__init__(actors, seed=seed)
         if samples < 1 or rows_per_pass < 1:
-            raise ValueError(f"model.samples and model.rows_per_pass must be >= 1, got {samples}, {rows_per_pass}")
+            raise ValueError(
+                f"model.samples and model.rows_per_pass must be >= 1, got {samples}, {rows_per_pass}"
+            )
         self.samples, self.rows_per_pass = samples, rows_per_pass
         self.writer = ReferenceTableWriter()
         self.record_settings(samples=samples)
+
+    def setup(self, stage: str) -> None:
+        """Refuse everything but ``vbon predict``."""
+        if stage != "predict":
+            raise ValueError(
+                f"ReferenceSampler fills the reference table by `vbon predict`; it knows no {stage!r}"
+            )
 
     def configure_model(self) -> None:
         """Load the reference; the policy is not needed."""
@@ -47,7 +61,7 @@ class ReferenceSampler(AlignmentModule):
                 max_new_tokens=spec.max_new_tokens,
                 temperature=spec.temperature,
             )
-            self.actors = Actors.load(only_reference, trainable=False, reference=False)
+            self.actors = Actors.load(only_reference, seed=self.seed, trainable=False, reference=False)
             self.policy = self.actors.policy
 
     def configure_callbacks(self) -> list[Callback]:
@@ -57,6 +71,10 @@ class ReferenceSampler(AlignmentModule):
     def finished_keys(self) -> set[str]:
         """Return the prompts the table holds already."""
         return self.writer.finished_keys()
+
+    def on_predict_start(self) -> None:
+        """Check that prompts and responses fit the model's context."""
+        self.check_lengths(self.loaded.max_new_tokens)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[TableRow]:
         """Return a table row for each prompt."""
@@ -103,10 +121,11 @@ class ReferenceSampler(AlignmentModule):
             )
             for part in noise.split(self.rows_per_pass, dim=1)
         ]
-        token_ids = [sum(groups, []) for groups in zip(*(actors.token_ids(part) for part in passes), strict=True)]
+        by_pass = [actors.token_ids(part) for part in passes]
+        token_ids = [[ids for part in by_pass for ids in part[row]] for row in range(len(keys))]
         finished = torch.cat([part.finished for part in passes], dim=1)
         log_probs = torch.cat([part.log_probs.sum(-1) for part in passes], dim=1)
-        responses = actors.decode(token_ids)
+        responses = actors.decode(token_ids, prompts)
         rewards = actors.score(prompts.text, responses, token_ids, finished)
         return [
             TableRow(*fields)

@@ -54,13 +54,25 @@ class SFT(AlignmentModule):
             self.policy = self.actors.policy
             self.policy.train()
 
+    def on_fit_start(self) -> None:
+        """Check that the texts fit the model's context."""
+        self.check_lengths(0)
+
+    def on_validation_start(self) -> None:
+        """Check that the texts fit the model's context."""
+        self.check_lengths(0)
+
+    def on_test_start(self) -> None:
+        """Check that the texts fit the model's context."""
+        self.check_lengths(0)
+
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean negative log-likelihood of the tokens to be learnt, in nats."""
         # Dropout as a function of (seed, rank, batch): ranks differ, and a resumed run continues the same stream.
         torch.manual_seed(noise_seed(self.seed, "dropout", self.global_rank, self.batches_seen))
         total, count = self._negative_log_likelihood(batch)
         self.batches_seen += 1
-        all_tokens = self.all_gather(count).sum() if self.trainer.world_size > 1 else count
+        all_tokens = self.trainer.strategy.reduce(count.clone(), reduce_op="sum")  # works in place
         loss = total * self.trainer.world_size / all_tokens.clamp(min=1)
         self.log("train/nll", (total / count.clamp(min=1)).detach(), prog_bar=True)
         return {"loss": loss}

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.types import Rollout
+
+Bound = Literal["exact", "lower"]
+CDFEstimator = Literal["jeffreys", "add_one", "laplace", "digamma"]
+
+_NO_REWARDS = (
+    "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`) or sample them at "
+    "every step (model.reference_samples)"
+)
 
 
 class VBoN(PolicyGradient):
@@ -33,27 +43,30 @@ class VBoN(PolicyGradient):
         self,
         actors: ActorSpec,
         n: float = 4.0,
-        bound: Literal["exact", "lower"] = "exact",
-        cdf_estimator: Literal["jeffreys", "add_one", "laplace", "digamma"] = "jeffreys",
+        bound: Bound = "exact",
+        cdf_estimator: CDFEstimator = "jeffreys",
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, **kwargs)
-        if not n > 1:
-            raise ValueError(f"model.n must be > 1 (Best-of-1 is the reference itself), got {n}")
-        if bound not in ("exact", "lower"):
-            raise ValueError(f"model.bound must be exact or lower, got {bound!r}")
+        if not 1 < n < math.inf:
+            raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n}")
+        if bound not in (known := get_args(Bound)):
+            raise ValueError(f"model.bound must be one of {', '.join(known)}; got {bound!r}")
+        if cdf_estimator not in (known := get_args(CDFEstimator)):
+            raise ValueError(f"model.cdf_estimator must be one of {', '.join(known)}; got {cdf_estimator!r}")
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
         self.record_settings(n=n, bound=bound, cdf_estimator=cdf_estimator)
 
     def setup(self, stage: str) -> None:
         """Refuse to start without enough reference rewards, before anything expensive."""
-        if stage == "predict":
-            return
+        super().setup(stage)
         samples, what = self.reference_samples, "model.reference_samples"
         if not samples:
             data = getattr(self.trainer, "datamodule", None)
             if data is None or not hasattr(data, "table"):
                 return
+            if data.reference_table is None:
+                raise ValueError(_NO_REWARDS)
             samples, what = data.table().samples, f"the reference table {data.reference_table}"
         if samples < self.n:
             raise ValueError(
@@ -61,19 +74,15 @@ class VBoN(PolicyGradient):
                 "estimated from them; sample more or lower model.n"
             )
         if samples < 4 * self.n:
-            warnings.warn(
+            rank_zero_warn(
                 f"{what} has M = {samples} reference rewards a prompt for n = {self.n:g}: the estimate of log F near "
-                "the top has a standard deviation of about sqrt(n/M); M of at least 4 n is advised",
-                stacklevel=2,
+                "the top has a standard deviation of about sqrt(n/M); M of at least 4 n is advised"
             )
 
     def target(self, rollout: Rollout) -> Target:
         """Return the log-ratio of Best-of-N to the reference over N - 1, and the KL's weight 1/(N - 1)."""
         if rollout.reference_rewards is None:
-            raise ValueError(
-                "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`) or sample "
-                "them at every step (model.reference_samples)"
-            )
+            raise ValueError(_NO_REWARDS)
         cdf = reward_cdf(rollout.rewards, rollout.reference_rewards, estimator=self.cdf_estimator)
         log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
         return vbon_target(log_reference, cdf, n=self.n, bound=self.bound)

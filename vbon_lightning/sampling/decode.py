@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,23 +19,30 @@ _COMPACT_BELOW = 0.875
 
 
 @lru_cache(maxsize=64)
-def _takes_logits_to_keep(model_class: type) -> bool:
+def _takes_logits_to_keep(model_class: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def keep_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """Return the forward argument that limits logits to the last ``count`` positions, where the model knows it."""
-    return {"logits_to_keep": count} if _takes_logits_to_keep(type(model)) else {}
+    """Return the forward argument that limits logits to the last ``count`` positions, where there is one."""
+    kind: Any = type(model)
+    return {"logits_to_keep": count} if _takes_logits_to_keep(kind) else {}
 
 
 def check_context(model: PreTrainedModel, prompt_length: int, response_length: int) -> None:
     """Refuse prompts and responses that together exceed the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt_length + response_length > limit:
         raise ValueError(
-            f"a prompt of {prompt_length} tokens and a response of {response_length} exceed the model's context of "
-            f"{limit} tokens: lower `max_prompt_tokens` or `max_new_tokens`"
+            f"a prompt of {prompt_length} tokens and a response of up to {response_length} exceed the model's "
+            f"context of {limit} tokens: lower `max_prompt_tokens` or `max_new_tokens`"
         )
+
+
+def forget_casts(device: torch.device) -> None:
+    """Forget the weights that autocast cast without a gradient; older torch would reuse them with one."""
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
@@ -65,13 +74,19 @@ def sample_completions(
     Returns:
         :class:`~vbon_lightning.types.Completions`, as long as the longest response.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    batch, prompt_length = prompt_tokens.shape
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not end_ids:
+        raise ValueError("end_ids must name at least one token that ends a response, got none")
+    batch = prompt_tokens.shape[0]
     _, samples, length = noise.shape
     if length < 1:
         raise ValueError(f"noise must hold at least one token a sample, got shape {tuple(noise.shape)}")
-    check_context(model, prompt_length, length)
+    lengths = prompt_mask.sum(-1)
+    shortest, longest_prompt = lengths.aminmax()
+    if not shortest:
+        raise ValueError("every prompt needs at least one token, but a row of prompt_mask is all False")
+    check_context(model, int(longest_prompt), length)
     device = prompt_tokens.device
     rows = batch * samples
     noise = noise.to(device).reshape(rows, length)
@@ -95,7 +110,7 @@ def sample_completions(
     cache = output.past_key_values
     cache.batch_repeat_interleave(samples)
     logits = output.logits[:, -1].repeat_interleave(samples, dim=0)
-    next_position = prompt_mask.long().sum(-1).repeat_interleave(samples)
+    next_position = lengths.repeat_interleave(samples)
     attention = prompt_mask.long().repeat_interleave(samples, dim=0) if padded else None
     active = torch.arange(rows, device=device)
 
@@ -131,6 +146,7 @@ def sample_completions(
         )
         cache, logits = output.past_key_values, output.logits[:, -1]
 
+    forget_casts(device)
     longest = step + 1
     shape = (batch, samples, longest)
     return Completions(

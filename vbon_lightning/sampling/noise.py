@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +38,8 @@ def prompt_noise(
         ``[B, G, T]`` float64 on the CPU, uniform on [0, 1).
     """
     noise = torch.empty(len(identities), num_samples, length, dtype=torch.float64)
-    generator = torch.Generator()
     for row, identity in enumerate(identities):
-        generator.manual_seed(noise_seed(seed, stream, step, identity))
-        noise[row] = torch.rand(num_samples, length, dtype=torch.float64, generator=generator)
+        # Not torch's generator: on the CPU it reads 32 bits of its seed, too few for prompts x steps.
+        generator = np.random.Generator(np.random.Philox(key=noise_seed(seed, stream, step, identity)))
+        noise[row] = torch.from_numpy(generator.random((num_samples, length)))
     return noise

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vbon_lightning.sampling.decode import keep_logits
+from vbon_lightning.sampling.decode import forget_casts, keep_logits
 from vbon_lightning.types import Completions, PromptBatch
 
 
@@ -34,13 +34,13 @@ def response_logits(
         completions: ``[B, G, T]`` responses.
         hidden: Also return the last hidden states, for a value head.
     """
-    batch, samples, length = completions.tokens.shape
+    _, samples, length = completions.tokens.shape
     prompt_mask = prompts.mask.repeat_interleave(samples, dim=0)
     tokens = torch.cat(
-        [prompts.tokens.repeat_interleave(samples, dim=0), completions.tokens.view(batch * samples, length)], dim=-1
+        [prompts.tokens.repeat_interleave(samples, dim=0), completions.tokens.reshape(-1, length)], dim=-1
     )
     # Padding behind the EOS needs no mask: it is causal-later than every token that counts.
-    attended = torch.cat([prompt_mask, torch.ones_like(completions.mask.view(batch * samples, length))], dim=-1)
+    attended = torch.nn.functional.pad(prompt_mask, (0, length), value=True)
     padded = not bool(prompts.mask.all())
     output = model(
         input_ids=tokens,
@@ -50,5 +50,7 @@ def response_logits(
         output_hidden_states=hidden,
         **keep_logits(model, length + 1),
     )
+    if not torch.is_grad_enabled():
+        forget_casts(tokens.device)
     states = output.hidden_states[-1][:, -length - 1 : -1] if hidden else None
     return ResponseLogits(logits=output.logits[:, -length - 1 : -1], hidden=states)

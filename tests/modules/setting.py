@@ -1,0 +1,147 @@
+"""A tiny model, data and reward to train on, and the trainers to do it with."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from tests.helpers import save_tiny_model
+from vbon_lightning import KLRL, SFT, AlignmentDataModule, TextSource, VBoN
+from vbon_lightning.rewards import RewardModel
+
+ALPHABET = "abcdefgh"
+PROMPTS = ["a", "ab", "abc", "bcd", "cde", "d", "ef", "fgh", "gab", "hhh"]
+
+
+class VowelReward(RewardModel):
+    """The share of a response's tokens that stand for a or e, minus a little for each token: it seldom ties."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        token_ids: Sequence[Sequence[Sequence[int]]],
+    ) -> Tensor:
+        return torch.tensor(
+            [
+                [
+                    self.scale * (sum(char in "ae" for char in text) - 0.1 * len(ids))
+                    for text, ids in zip(texts, rows, strict=True)
+                ]
+                for texts, rows in zip(responses, token_ids, strict=True)
+            ]
+        )
+
+    def identity(self) -> dict[str, str]:
+        return {"class": "VowelReward", "scale": str(self.scale)}
+
+
+def make_files(directory: Path) -> Path:
+    """Write two models, one with dropout, and prompts to a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_tiny_model(directory / "llama", alphabet=ALPHABET, seed=1, spread=2.0)
+    save_tiny_model(directory / "gpt2", "gpt2", alphabet=ALPHABET, seed=2)
+    (directory / "train.txt").write_text("\n".join(PROMPTS) + "\n")
+    (directory / "val.txt").write_text("ba\nca\nhd\n")
+    (directory / "texts.txt").write_text("\n".join((text * 3)[: 2 + i] for i, text in enumerate(PROMPTS)) + "\n")
+    return directory
+
+
+def make_data(directory: Path, **changes: Any) -> AlignmentDataModule:
+    arguments: dict[str, Any] = {
+        "policy": str(directory / "llama"),
+        "reward": VowelReward(),
+        "train": TextSource(path=str(directory / "train.txt")),
+        "val": TextSource(path=str(directory / "val.txt")),
+        "max_new_tokens": 4,
+        "batch_size": 4,
+        "eval_batch_size": 2,
+    }
+    return AlignmentDataModule(**(arguments | changes))
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+
+
+def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> LightningModule:
+    """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl`` and ``sft``."""
+    online = {"samples_per_prompt": 4, "reference_samples": 16}
+    several = {"epochs_per_rollout": 2, "minibatches": 2}
+    common: dict[str, Any] = {"actors": data.actors, "optimizer": adam, "lr_scheduler": cosine}
+    if kind == "vbon":
+        return VBoN(**(common | online | {"n": 4} | changes))
+    if kind == "clipped":
+        return VBoN(**(common | online | several | {"n": 4, "estimator": "clipped"} | changes))
+    if kind == "ppo":
+        return KLRL(**(common | {"samples_per_prompt": 4} | several | {"beta": 0.2, "estimator": "ppo"} | changes))
+    if kind == "klrl":
+        return KLRL(**(common | {"samples_per_prompt": 4, "beta": 0.2} | changes))
+    return SFT(**(common | changes))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+class KillAt(Callback):
+    """Stop without warning before a training batch, or in the validation that follows it.
+
+    Args:
+        batch: How many training batches this process may do.
+        validation: Stop in the validation after them instead.
+        sigkill: End the process by a signal instead of an exception.
+    """
+
+    def __init__(self, batch: int, validation: bool = False, sigkill: bool = False) -> None:
+        self.batch, self.validation, self.sigkill = batch, validation, sigkill
+        self.seen = 0
+
+    def _kill(self) -> None:
+        if self.sigkill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise Killed
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.seen == self.batch:
+            self._kill()
+        self.seen += 1
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self.validation and self.seen == self.batch:
+            self._kill()
+
+
+def make_trainer(directory: Path, *callbacks: Callback, steps: int = 7, **arguments: Any) -> Trainer:
+    """Make a trainer that keeps a checkpoint of every step."""
+    checkpoint = ModelCheckpoint(dirpath=directory, every_n_train_steps=1, save_last=True)
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": steps,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "callbacks": [checkpoint, *callbacks],
+    }
+    return Trainer(**(options | arguments))
+
+
+def weights(module: LightningModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}

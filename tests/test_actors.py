@@ -1,0 +1,425 @@
+"""Loading, rolling out and scoring."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import decoders, pre_tokenizers
+from torch import Tensor, nn
+
+from tests.helpers import EOS, save_tiny_model, tiny_tokenizer
+from vbon_lightning.actors import Actors, ActorSpec
+from vbon_lightning.functional import kl_k1, sequence_log_prob
+from vbon_lightning.models import ModelError, ModelSpec
+from vbon_lightning.rewards import RewardModel
+from vbon_lightning.sampling import response_logits
+from vbon_lightning.types import Completions, PromptBatch
+
+ALPHABET = "abcdefgh"
+DROPOUT = {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+
+
+class Lengths(RewardModel):
+    """Rewards a response by its number of tokens, and keeps what it was called with."""
+
+    def __init__(self, name: str = "lengths") -> None:
+        self.name, self.calls, self.device = name, [], None
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+        self.calls.append((list(prompts), responses, token_ids))
+        return torch.tensor([[float(len(ids)) for ids in group] for group in token_ids])
+
+    def identity(self) -> dict[str, str]:
+        return {"name": self.name}
+
+    def to(self, device: Any) -> Lengths:
+        self.device = device
+        return self
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "policy": save_tiny_model(root / "policy", alphabet=ALPHABET, seed=1, spread=2.0),
+        "reference": save_tiny_model(root / "reference", alphabet=ALPHABET, seed=2, spread=2.0),
+        "dropout": save_tiny_model(root / "dropout", "gpt2", alphabet=ALPHABET, **DROPOUT),
+        "other": save_tiny_model(root / "other", alphabet="hgfedcba"),
+        "wide": save_tiny_model(root / "wide", alphabet=ALPHABET, generation={"eos_token_id": [EOS, 5]}),
+    }
+
+
+def load(models: dict[str, str], *, seed: int = 0, trainable: bool = True, **settings: Any) -> Actors:
+    entries: dict = {
+        "policy": models["policy"],
+        "reference": models["reference"],
+        "reward": Lengths(),
+        "max_new_tokens": 8,
+    }
+    return Actors.load(ActorSpec(**(entries | settings)), seed=seed, trainable=trainable)
+
+
+def prompts(index: tuple[int, ...] = (0, 1, 2), *, width: int = 4) -> PromptBatch:
+    rows = [[[3, 4, 5], [6], [7, 8, 3, 4]][i] for i in index]
+    return PromptBatch(
+        torch.tensor(index),
+        torch.ones(len(rows), dtype=torch.bool),
+        torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+        torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows]),
+        [["abc", "d", "efab"][i] for i in index],
+    )
+
+
+def roll(actors: Actors, batch: PromptBatch | None = None, **settings: Any) -> Any:
+    entries: dict = {"num_samples": 6, "seed": 3, "stream": "train", "step": 0}
+    return actors.rollout(prompts() if batch is None else batch, **(entries | settings))
+
+
+# --- spec ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -0.7}, "temperature must be positive and finite, got -0.7"),
+        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is subtracted, so it must be finite and >= 0, got -1.0"),
+        ({"missing_eos_penalty": math.nan}, "finite and >= 0, got nan"),
+    ],
+)
+def test_spec_refuses_what_makes_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ActorSpec("model", **settings)
+
+
+def test_the_reference_is_the_policy_unless_named():
+    assert ActorSpec("a").reference_spec == ModelSpec(name="a")
+    assert ActorSpec("a", "b").reference_spec == ModelSpec(name="b")
+    assert ActorSpec("a", "b").policy_spec == ModelSpec(name="a")
+
+
+def spec(models: dict[str, str], **settings: Any) -> ActorSpec:
+    entries: dict = {"policy": models["policy"], "reference": models["reference"], "reward": Lengths()}
+    return ActorSpec(**(entries | settings))
+
+
+IDENTITY_CHANGES = {
+    "policy": lambda models: {"policy": models["dropout"]},
+    "reference": lambda models: {"reference": models["policy"]},
+    "reward": lambda models: {"reward": Lengths("other")},
+    "no reward": lambda models: {"reward": None},
+    "max_new_tokens": lambda models: {"max_new_tokens": 31},
+    "temperature": lambda models: {"temperature": 0.5},
+    "missing_eos_penalty": lambda models: {"missing_eos_penalty": 1.0},
+}
+
+
+@pytest.mark.parametrize("change", IDENTITY_CHANGES)
+def test_identity_is_plain_and_changes_with_each_setting(models, change):
+    identity = spec(models).identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert spec(models).identity() == identity
+    assert spec(models, **IDENTITY_CHANGES[change](models)).identity() != identity
+
+
+@pytest.mark.parametrize("change", ["reference", "reward", "max_new_tokens", "temperature"])
+def test_fingerprint_changes_with_what_the_table_depends_on(models, change):
+    fingerprint = spec(models).table_fingerprint(seed=4)
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    assert spec(models, **IDENTITY_CHANGES[change](models)).table_fingerprint(seed=4) != fingerprint
+    assert spec(models).table_fingerprint(seed=5) != fingerprint
+
+
+@pytest.mark.parametrize("change", ["policy", "missing_eos_penalty"])
+def test_fingerprint_does_not_change_with_what_it_does_not(models, change):
+    # The penalty is subtracted when the table is read.
+    changed = spec(models, **IDENTITY_CHANGES[change](models))
+    assert changed.table_fingerprint(seed=4) == spec(models).table_fingerprint(seed=4)
+
+
+def test_fingerprint_needs_a_reward(models):
+    with pytest.raises(ValueError, match=r"a reference table needs a reward: set `data.reward`"):
+        spec(models, reward=None).table_fingerprint(seed=0)
+
+
+# --- loading ---
+
+
+def test_dropout_is_off_and_the_reference_frozen(models):
+    actors = Actors.load(ActorSpec(models["dropout"], reward=Lengths()))
+    assert actors.reference is not None
+    assert actors.policy.training
+    assert not actors.reference.training
+    for model in (actors.policy, actors.reference):
+        assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)].count(0.0) > 2
+        assert not any(module.p for module in model.modules() if isinstance(module, nn.Dropout))
+    assert all(parameter.requires_grad for parameter in actors.policy.parameters())
+    assert not any(parameter.requires_grad for parameter in actors.reference.parameters())
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(actors.policy(input_ids=tokens).logits, actors.policy(input_ids=tokens).logits)
+    assert torch.allclose(actors.policy(input_ids=tokens).logits, actors.reference(input_ids=tokens).logits)
+
+
+def test_dropout_is_kept_for_fine_tuning(models):
+    policy = Actors.load(ActorSpec(models["dropout"]), reference=False, keep_dropout=True).policy
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    assert not torch.equal(policy(input_ids=tokens).logits, policy(input_ids=tokens).logits)
+
+
+def test_policy_and_reference_do_not_share_weights(models):
+    actors = Actors.load(ActorSpec(models["policy"]))
+    assert actors.reference is not None
+    ours = {parameter.data_ptr() for parameter in actors.policy.parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in actors.reference.parameters()}
+
+
+def test_a_policy_from_a_config_starts_at_its_reference(models):
+    config = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 16}
+    new = ActorSpec(ModelSpec(config=config, tokenizer=models["policy"]))
+    one, other = Actors.load(new, seed=1), Actors.load(new, seed=2)
+    assert one.reference is not None
+    weights = [model.get_output_embeddings().weight for model in (one.policy, one.reference, other.policy)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_vocabularies_must_agree(models, tmp_path):
+    with pytest.raises(ModelError, match="policy and reference need one vocabulary, but 8 tokens differ"):
+        load(models, reference=models["other"])
+    padded = ModelSpec(
+        config={"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 16},
+        tokenizer=models["policy"],
+    )
+    with pytest.raises(ModelError, match="one vocabulary, but their outputs have 11 and 16 entries"):
+        load(models, reference=padded)
+
+
+def test_ends_of_responses_must_agree(models):
+    with pytest.raises(ModelError, match=r"end their responses differently, with the tokens \[2\] and \[2, 5\]"):
+        load(models, reference=models["wide"])
+    assert load(models, policy=models["wide"], reference=models["wide"]).end_ids == (2, 5)
+
+
+def test_place_moves_the_reference_and_the_reward(models):
+    actors = load(models)
+    assert actors.reference is not None
+    actors.policy.to(torch.bfloat16)
+    actors.place()
+    assert actors.reference.dtype == torch.bfloat16
+    assert actors.reward.device == torch.device("cpu")
+    actors.policy.to(torch.float64)
+    actors.place()
+    assert actors.reference.dtype == torch.float64
+
+
+def test_place_takes_a_reward_that_cannot_be_moved(models):
+    class Bare:
+        def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> list[list[float]]:
+            return [[0.0] * len(group) for group in responses]
+
+        def identity(self) -> dict[str, str]:
+            return {}
+
+    assert roll(load(models, reward=Bare())).rewards.shape == (3, 6)
+
+
+# --- rollouts ---
+
+
+def test_token_ids_are_kept_from_sampling_to_reward(models):
+    actors = load(models)
+    rollout = roll(actors)
+    ((texts, responses, token_ids),) = actors.reward.calls
+    assert texts == rollout.prompts.text
+    assert responses == rollout.responses
+    for prompt in range(3):
+        for sample in range(6):
+            ids = token_ids[prompt][sample]
+            mask = rollout.completions.mask[prompt, sample]
+            assert ids == rollout.completions.tokens[prompt, sample][mask].tolist()
+            assert (ids[-1] == EOS) == bool(rollout.completions.finished[prompt, sample])
+            assert EOS not in ids[:-1]
+            assert len(ids) == 8 or ids[-1] == EOS
+            letters = "".join(ALPHABET[i - 3] for i in ids if i > 2)
+            assert responses[prompt][sample] == letters
+    assert rollout.completions.finished.any()
+    assert not rollout.completions.finished.all()
+
+
+def test_responses_are_decoded_behind_their_prompt():
+    # This tokenizer, like SentencePiece ones, drops the space a text begins with.
+    tokenizer = tiny_tokenizer(alphabet="\u2581ab")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Metaspace()])
+    actors = Actors(nn.Identity(), None, None, tokenizer, (EOS,), 4, 1.0)  # type: ignore[arg-type]
+    space, a, b = 3, 4, 5
+    assert actors.decode([[[space, a], [b]]]) == [["a", "b"]]
+    batch = PromptBatch(
+        torch.arange(2), torch.ones(2, dtype=torch.bool), torch.tensor([[0, a], [space, b]]), torch.ones(2, 2), ["", ""]
+    )
+    assert actors.decode([[[space, a], [b, EOS]], [[a], [space, a]]], batch) == [[" a", "b"], ["a", " a"]]
+
+
+def test_half_a_character_at_the_seam_changes_no_neighbour():
+    tokenizer = tiny_tokenizer()
+    first, second = tokenizer("é")["input_ids"]
+    (letter,) = tokenizer("a")["input_ids"]
+    actors = Actors(nn.Identity(), None, None, tokenizer, (EOS,), 4, 1.0)  # type: ignore[arg-type]
+    batch = PromptBatch(torch.arange(1), torch.ones(1, dtype=torch.bool), torch.tensor([[first]]), torch.ones(1, 1), [""])
+    assert actors.decode([[[second, letter], [letter]]], batch) == [["\ufffda", "a"]]
+    assert actors.decode([[[letter]]], batch) == [["a"]]
+
+
+def test_the_penalty_is_for_cut_responses_only(models):
+    plain, punished = roll(load(models)), roll(load(models, missing_eos_penalty=2.5))
+    finished = plain.completions.finished
+    assert torch.equal(punished.completions.tokens, plain.completions.tokens)
+    assert torch.equal(punished.rewards[finished], plain.rewards[finished])
+    assert torch.equal(punished.rewards[~finished], plain.rewards[~finished] - 2.5)
+    assert finished.any()
+    assert not finished.all()
+    assert torch.equal(plain.rewards, plain.completions.mask.sum(-1).float())
+
+
+def test_a_reward_is_needed(models):
+    with pytest.raises(ValueError, match=r"this needs a reward: set `data.reward`"):
+        roll(load(models, reward=None))
+
+
+def test_a_rollout_depends_on_its_prompts_only(models):
+    actors = load(models)
+    together, alone = roll(actors), roll(actors, prompts((1,), width=2))
+    length = alone.completions.tokens.shape[-1]
+    assert torch.equal(alone.completions.mask[0], together.completions.mask[1, :, :length])
+    assert torch.equal(alone.completions.tokens[0], together.completions.tokens[1, :, :length])
+    assert torch.allclose(alone.log_probs[0], together.log_probs[1, :, :length], atol=1e-5)
+    assert torch.allclose(alone.token_kl[0], together.token_kl[1, :, :length], atol=1e-5)
+    assert alone.responses[0] == together.responses[1]
+    for change in ({"step": 1}, {"stream": "val"}, {"seed": 4}):
+        assert roll(actors, **change).responses != together.responses
+
+
+def test_reference_rewards_online(models):
+    actors = load(models, missing_eos_penalty=2.5)
+    rollout = roll(actors, reference_samples=7)
+    sampled = actors.sample(
+        actors.reference, prompts(), num_samples=7, seed=3, stream="train/reference", step=0
+    )
+    expected = sampled.mask.sum(-1).float() - 2.5 * (~sampled.finished).float()
+    assert torch.equal(rollout.reference_rewards, expected)
+    assert roll(actors).reference_rewards is None
+    table = torch.zeros(3, 4)
+    brought = roll(actors, prompts()._replace(reference_rewards=table), reference_samples=7)
+    assert brought.reference_rewards is table
+
+
+def test_the_reference_draws_other_noise_than_the_policy(models):
+    actors = load(models, reference=models["policy"])
+    rollout = roll(actors, reference_samples=6, num_samples=6)
+    assert not torch.equal(rollout.reference_rewards, rollout.rewards)
+
+
+def test_without_a_reference(models):
+    actors = Actors.load(ActorSpec(models["policy"], reward=Lengths()), reference=False)
+    rollout = roll(actors, statistics=False)
+    assert not rollout.log_probs.any()
+    with pytest.raises(ValueError, match="this needs the reference model"):
+        roll(actors)
+    with pytest.raises(ValueError, match="this needs the reference model"):
+        roll(actors, reference_samples=2, statistics=False)
+
+
+# --- statistics ---
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_policy_that_is_its_reference(models, temperature):
+    rollout = roll(load(models, reference=models["policy"], temperature=temperature))
+    assert (rollout.token_kl == 0).all()
+    assert torch.equal(rollout.log_probs, rollout.reference_log_probs)
+    ratio = (rollout.log_probs - rollout.completions.log_probs).exp()
+    assert (ratio - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_statistics_equal_an_independent_computation(models, temperature):
+    actors = load(models, temperature=temperature)
+    assert actors.reference is not None
+    batch = prompts()
+    rollout = roll(actors, batch)
+    mask = rollout.completions.mask
+    for name in ("log_probs", "reference_log_probs", "token_kl"):
+        assert (getattr(rollout, name)[~mask] == 0).all()
+    for place in range(3):
+        prompt = batch.tokens[place][batch.mask[place]]
+        for sample in range(6):
+            response = rollout.completions.tokens[place, sample][mask[place, sample]]
+            text = torch.cat([prompt, response])[None]
+            with torch.no_grad():
+                ours, theirs = (
+                    (model(input_ids=text).logits[0, len(prompt) - 1 : -1].double() / temperature).softmax(-1)
+                    for model in (actors.policy, actors.reference)
+                )
+            steps = torch.arange(len(response))
+            kept = mask[place, sample]
+            assert torch.allclose(rollout.log_probs[place, sample][kept].double(), ours[steps, response].log(), atol=1e-4)
+            assert torch.allclose(
+                rollout.reference_log_probs[place, sample][kept].double(), theirs[steps, response].log(), atol=1e-4
+            )
+            kl = (ours * (ours / theirs).log()).sum(-1)
+            assert kl.max() > 0.01
+            assert torch.allclose(rollout.token_kl[place, sample][kept].double(), kl, atol=1e-4)
+
+
+def test_the_gradient_goes_to_the_policy_only(models):
+    actors = load(models)
+    assert actors.reference is not None
+    rollout = roll(actors, statistics=False)
+    actors.reference.requires_grad_(True)
+    logits = response_logits(actors.policy, rollout.prompts, rollout.completions).logits
+    live = actors.with_statistics(rollout, logits, actors.reference_logits(rollout))
+    (live.log_probs.sum() + live.token_kl.sum()).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in actors.policy.parameters())
+    assert all(parameter.grad is None for parameter in actors.reference.parameters())
+    assert not live.reference_log_probs.requires_grad
+    assert not roll(actors).token_kl.requires_grad
+
+
+def test_exact_kl_and_log_ratio_have_one_mean(models):
+    actors = load(models, temperature=0.8)
+    rollout = roll(actors, num_samples=3000)
+    mask = rollout.completions.mask
+    exact = rollout.token_kl.sum(-1).double()
+    ratio = sequence_log_prob(kl_k1(rollout.log_probs, rollout.reference_log_probs), mask).double()
+    difference = exact - ratio
+    error = difference.std(-1) / 3000**0.5
+    assert (exact.mean(-1) > 0.1).all()
+    assert (difference.mean(-1).abs() < 4 * error).all()
+    assert (error < 0.05 * exact.mean(-1)).all(), "otherwise the comparison shows nothing"
+    assert (exact.std(-1) < ratio.std(-1)).all()
+
+
+def test_completions_that_are_not_contiguous(models):
+    actors = load(models)
+    rollout = roll(actors)
+    strided = Completions(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in rollout.completions))
+    logits = response_logits(actors.policy, rollout.prompts, strided).logits
+    again = actors.with_statistics(rollout._replace(completions=strided), logits, actors.reference_logits(rollout))
+    assert torch.allclose(again.token_kl, rollout.token_kl)
+
+
+def test_a_rollout_in_half_precision(models):
+    actors = load(models)
+    actors.policy.to(torch.bfloat16)
+    rollout = roll(actors)
+    for values in (rollout.rewards, rollout.log_probs, rollout.reference_log_probs, rollout.token_kl):
+        assert values.dtype == torch.float32
+        assert values.isfinite().all()
+    assert (rollout.token_kl >= 0).all()

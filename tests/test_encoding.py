@@ -1,0 +1,198 @@
+"""From rows of text to token ids and padded batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers import BOS, EOS, PAD, tiny_tokenizer
+from vbon_lightning.encoding import (
+    EncodedPrompt,
+    EncodedText,
+    PromptError,
+    collate_prompts,
+    collate_texts,
+    encode_prompt_ids,
+    encode_prompts,
+    encode_texts,
+)
+from vbon_lightning.reference_table import prompt_key
+from vbon_lightning.sources import TextRow, TextSource
+
+
+def with_template(single: str, **arguments: object) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts special tokens around each text."""
+    tokenizer = tiny_tokenizer(alphabet="abcdefgh", **arguments)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return tokenizer
+
+
+def row(text: str, response: str | None = None, number: int = 1) -> TextRow:
+    return TextRow(number, text, response, text)
+
+
+PLAIN = tiny_tokenizer(alphabet="abcdefgh")
+A, B, C, D = PLAIN("abcd")["input_ids"]
+
+
+# --- prompts ---
+
+
+@pytest.mark.parametrize(
+    ("single", "expected"),
+    [("$A", [A, B]), ("<s> $A", [BOS, A, B]), ("$A </s>", [A, B]), ("<s> $A </s>", [BOS, A, B])],
+)
+def test_prompts_keep_the_bos_and_get_no_eos(single, expected):
+    assert encode_prompt_ids(with_template(single), "ab") == expected
+
+
+@pytest.mark.parametrize(
+    ("single", "expected"),
+    [
+        ("$A", [A, EOS]),
+        ("<s> $A", [BOS, A, EOS]),
+        ("$A </s>", [A, EOS]),
+        ("<s> $A </s>", [BOS, A, EOS]),
+    ],
+)
+def test_an_eos_of_the_prompt_itself_stays(single, expected):
+    assert encode_prompt_ids(with_template(single), "a</s>") == expected
+
+
+def test_encoded_prompts_carry_text_and_key():
+    encoded = encode_prompts([row("ab"), row("cd")], with_template("<s> $A"))
+    assert encoded == [
+        EncodedPrompt([BOS, A, B], "ab", prompt_key([BOS, A, B])),
+        EncodedPrompt([BOS, C, D], "cd", prompt_key([BOS, C, D])),
+    ]
+
+
+def test_a_long_prompt_is_an_error_that_names_its_row():
+    source = TextSource(path="prompts.jsonl")
+    rows = [row("abc", number=4), row("abcd", number=9)]
+    message = (
+        r"prompts.jsonl, row 9: the prompt has 5 tokens, over data.max_prompt_tokens=4: raise it, "
+        "set data.too_long=truncate_left"
+    )
+    with pytest.raises(PromptError, match=message):
+        encode_prompts(rows, with_template("<s> $A"), source=source, max_tokens=4)
+    assert len(encode_prompts(rows, with_template("<s> $A"), source=source, max_tokens=5)) == 2
+
+
+@pytest.mark.parametrize(("single", "expected"), [("<s> $A", [BOS, C, D]), ("$A", [B, C, D])])
+def test_truncation_on_the_left_keeps_the_bos_and_the_end(single, expected):
+    tokenizer = with_template(single)
+    (encoded,) = encode_prompts([row("abcd")], tokenizer, max_tokens=3, too_long="truncate_left")
+    assert encoded.tokens == expected
+    assert encoded.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert "<s>" not in encoded.text
+    assert encoded.key == prompt_key(expected)
+
+
+def test_limits_that_leave_nothing_are_refused():
+    with pytest.raises(PromptError, match="row 1: data.max_prompt_tokens=1 leaves nothing of the prompt but its BOS"):
+        encode_prompts([row("ab")], with_template("<s> $A"), max_tokens=1, too_long="truncate_left")
+    with pytest.raises(PromptError, match="data.max_prompt_tokens must be at least 1, got 0"):
+        encode_prompts([row("ab")], PLAIN, max_tokens=0, too_long="truncate_left")
+    (encoded,) = encode_prompts([row("ab")], PLAIN, max_tokens=1, too_long="truncate_left")
+    assert encoded.tokens == [B]
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(PromptError, match="row 7: the prompt 'xyz' has no tokens"):
+        encode_prompts([row("ab"), row("xyz", number=7)], PLAIN)
+
+
+# --- texts ---
+
+
+def test_plain_text_ends_with_one_eos_and_is_learnt_but_for_its_first_token():
+    for single, opening in (("$A", []), ("<s> $A", [BOS]), ("<s> $A </s>", [BOS])):
+        assert encode_texts([row("ab")], with_template(single)) == [EncodedText([*opening, A, B, EOS], 1)]
+
+
+@pytest.mark.parametrize(("single", "opening"), [("$A", []), ("<s> $A", [BOS]), ("<s> $A </s>", [BOS])])
+def test_pairs_learn_the_response_and_its_eos_only(single, opening):
+    tokenizer = with_template(single)
+    (encoded,) = encode_texts([row("ab", "cd")], tokenizer)
+    assert encoded.tokens == [*opening, A, B, C, D, EOS]
+    batch = collate_texts([(0, True, encoded)], pad_id=PAD)
+    assert batch.tokens[batch.loss_mask].tolist() == [C, D, EOS]
+
+
+def test_a_pair_starts_as_the_prompt_is_sampled_from():
+    tokenizer = with_template("<s> $A </s>")
+    (encoded,) = encode_texts([row("ab", "cd")], tokenizer)
+    assert encoded.tokens[: encoded.context] == encode_prompt_ids(tokenizer, "ab")
+
+
+@pytest.mark.parametrize("response", [None, "cdefgh"])
+def test_truncated_texts_have_no_eos(response):
+    text = "abcdefgh" if response is None else "ab"
+    (cut,) = encode_texts([row(text, response)], PLAIN, max_tokens=8)
+    assert cut.tokens == PLAIN("abcdefgh")["input_ids"]
+    (whole,) = encode_texts([row(text, response)], PLAIN, max_tokens=9)
+    assert whole.tokens == [*PLAIN("abcdefgh")["input_ids"], EOS]
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+@pytest.mark.parametrize("limit", [2, 3, 4])
+def test_split_pieces_teach_every_token_once(length, limit):
+    tokenizer = with_template("<s> $A")
+    pieces = encode_texts([row("abcdefgh"[:length])], tokenizer, max_tokens=limit, long_text="split")
+    whole = [BOS, *PLAIN("abcdefgh"[:length])["input_ids"], EOS]
+    assert all(2 <= len(piece.tokens) <= limit for piece in pieces)
+    learnt = [token for piece in pieces for token in piece.tokens[piece.context :]]
+    assert learnt == whole[1:]
+    assert pieces[0].tokens[0] == BOS
+    assert [EOS in piece.tokens for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_pairs_are_cut_and_never_split():
+    pieces = encode_texts([row("ab", "cdef")], PLAIN, max_tokens=4, long_text="split")
+    assert pieces == [EncodedText([A, B, C, D], 2)]
+
+
+def test_texts_that_cannot_be_learnt_are_refused():
+    with pytest.raises(PromptError, match="row 3: its prompt of 2 tokens leaves no room for a response within"):
+        encode_texts([row("ab", "c", number=3)], PLAIN, max_tokens=2)
+    with pytest.raises(PromptError, match="data.max_text_tokens must be at least 2, got 1"):
+        encode_texts([row("ab")], PLAIN, max_tokens=1)
+    with pytest.raises(PromptError, match="row 5: the text 'xyz' has no tokens"):
+        encode_texts([row("xyz", number=5)], PLAIN)
+    with pytest.raises(PromptError, match="row 6: the prompt 'xyz' has no tokens"):
+        encode_texts([row("xyz", "a", number=6)], PLAIN)
+    endless = tiny_tokenizer(alphabet="abcdefgh")
+    endless.eos_token = None
+    with pytest.raises(PromptError, match="the tokenizer has no EOS token"):
+        encode_texts([row("ab")], endless)
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("pad_id", [PAD, EOS, A])
+def test_prompts_are_padded_on_the_left(pad_id):
+    rows = encode_prompts([row("abc"), row("d")], PLAIN)
+    batch = collate_prompts([(5, True, rows[0]), (0, False, rows[1])], pad_id=pad_id)
+    assert batch.index.tolist() == [5, 0]
+    assert batch.valid.tolist() == [True, False]
+    assert batch.tokens.tolist() == [[A, B, C], [pad_id, pad_id, D]]
+    assert batch.mask.tolist() == [[True, True, True], [False, False, True]]
+    assert batch.text == ["abc", "d"]
+    assert batch.reference_rewards is None
+
+
+@pytest.mark.parametrize("pad_id", [PAD, EOS, A])
+def test_texts_are_padded_on_the_right_and_the_eos_is_learnt(pad_id):
+    rows = encode_texts([row("abc"), row("a", "b")], PLAIN)
+    batch = collate_texts([(0, True, rows[0]), (1, False, rows[1])], pad_id=pad_id)
+    assert batch.tokens.tolist() == [[A, B, C, EOS], [A, B, EOS, pad_id]]
+    assert batch.mask.tolist() == [[True, True, True, True], [True, True, True, False]]
+    assert batch.loss_mask.tolist() == [[False, True, True, True], [False, True, True, False]]
+    assert batch.valid.tolist() == [True, False]
+    assert batch.loss_mask.dtype == torch.bool
