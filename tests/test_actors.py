@@ -272,7 +272,9 @@ def test_half_a_character_at_the_seam_changes_no_neighbour():
     first, second = tokenizer("é")["input_ids"]
     (letter,) = tokenizer("a")["input_ids"]
     actors = Actors(nn.Identity(), None, None, tokenizer, (EOS,), 4, 1.0)  # type: ignore[arg-type]
-    batch = PromptBatch(torch.arange(1), torch.ones(1, dtype=torch.bool), torch.tensor([[first]]), torch.ones(1, 1), [""])
+    batch = PromptBatch(
+        torch.arange(1), torch.ones(1, dtype=torch.bool), torch.tensor([[first]]), torch.ones(1, 1), [""]
+    )
     assert actors.decode([[[second, letter], [letter]]], batch) == [["\ufffda", "a"]]
     assert actors.decode([[[letter]]], batch) == [["a"]]
 
@@ -309,9 +311,7 @@ def test_a_rollout_depends_on_its_prompts_only(models):
 def test_reference_rewards_online(models):
     actors = load(models, missing_eos_penalty=2.5)
     rollout = roll(actors, reference_samples=7)
-    sampled = actors.sample(
-        actors.reference, prompts(), num_samples=7, seed=3, stream="train/reference", step=0
-    )
+    sampled = actors.sample(actors.reference, prompts(), num_samples=7, seed=3, stream="train/reference", step=0)
     expected = sampled.mask.sum(-1).float() - 2.5 * (~sampled.finished).float()
     assert torch.equal(rollout.reference_rewards, expected)
     assert roll(actors).reference_rewards is None
@@ -369,7 +369,9 @@ def test_statistics_equal_an_independent_computation(models, temperature):
                 )
             steps = torch.arange(len(response))
             kept = mask[place, sample]
-            assert torch.allclose(rollout.log_probs[place, sample][kept].double(), ours[steps, response].log(), atol=1e-4)
+            assert torch.allclose(
+                rollout.log_probs[place, sample][kept].double(), ours[steps, response].log(), atol=1e-4
+            )
             assert torch.allclose(
                 rollout.reference_log_probs[place, sample][kept].double(), theirs[steps, response].log(), atol=1e-4
             )

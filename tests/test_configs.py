@@ -18,7 +18,8 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setenv("VBON_DATA", "/data")
     if words[0] == "compare":
         return command.build_parser().parse_args(words[1:])
-    seen = {}
+    seen: dict[str, object] = {}
+    monkeypatch.setattr("sys.argv", ["vbon"])  # LightningCLI warns where arguments come from both places
     monkeypatch.setattr(cli.VbonCLI, "_set_seed", lambda self: None)
     monkeypatch.setattr(
         cli.VbonCLI, "instantiate_classes", lambda self: seen.update(config=self.config[self.subcommand])
@@ -61,5 +62,6 @@ def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_parse_helper_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["fit", "--config", "configs/demo/data.yaml", "--config", "configs/demo/vbon.yaml"]
     with pytest.raises(SystemExit):
-        parse(["fit", "--config", "configs/demo/data.yaml", "--config", "configs/demo/vbon.yaml", "--model.init_args.m", "4"], monkeypatch)  # fmt: skip
+        parse([*words, "--model.init_args.m", "4"], monkeypatch)

@@ -210,8 +210,7 @@ class Actors:
         lengths = completions.mask.sum(-1).tolist()
         tokens = completions.tokens.tolist()
         return [
-            [ids[:length] for ids, length in zip(*group, strict=True)]
-            for group in zip(tokens, lengths, strict=True)
+            [ids[:length] for ids, length in zip(*group, strict=True)] for group in zip(tokens, lengths, strict=True)
         ]
 
     def decode(self, token_ids: list[list[list[int]]], prompts: PromptBatch | None = None) -> list[list[str]]:
@@ -282,9 +281,7 @@ class Actors:
                 update a rollout gets them from its own forward pass, and leaves them out here.
         """
         self.place()
-        completions = self.sample(
-            self.policy, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step
-        )
+        completions = self.sample(self.policy, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         token_ids = self.token_ids(completions)
         responses = self.decode(token_ids, prompts)
         rewards = self.score(prompts.text, responses, token_ids, completions.finished)
@@ -309,15 +306,11 @@ class Actors:
             rollout = self.with_statistics(rollout, logits, self.reference_logits(rollout))
         return rollout
 
-    def reference_rewards(
-        self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
-    ) -> Tensor:
+    def reference_rewards(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
         """Sample M responses a prompt from the reference and return their rewards ``[B, M]``."""
         if self.reference is None:
             raise ValueError("this needs the reference model")
-        completions = self.sample(
-            self.reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step
-        )
+        completions = self.sample(self.reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         token_ids = self.token_ids(completions)
         return self.score(prompts.text, self.decode(token_ids, prompts), token_ids, completions.finished)
 

@@ -82,7 +82,7 @@ def encode_prompts(
                     "but its BOS token: raise it"
                 )
             tokens = opening + tokens[len(tokens) - max_tokens + len(opening) :]
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
         encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens)))
     return encoded
 

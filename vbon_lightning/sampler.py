@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler
@@ -47,7 +48,8 @@ class ShardedSampler(DistributedSampler):
     ) -> None:
         if repeats > 1 and not drop_last:
             raise ValueError("repeated batches need drop_last=True: a short batch would run into its repeat")
-        super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        rows: Any = range(size)  # of the data it asks the length only
+        super().__init__(rows, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.size, self.batch_size, self.repeats, self.drop_last = size, batch_size, repeats, drop_last
         self.position = position
         per_rank = -(-size // num_replicas)

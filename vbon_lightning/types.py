@@ -36,7 +36,7 @@ class TextBatch(NamedTuple):
     mask: Tensor
     """``[B, L]`` bool: True on real tokens (prompt, response and EOS)."""
     loss_mask: Tensor
-    """``[B, L]`` bool: True on the tokens to be predicted (the response and its EOS; for plain text all but the first)."""
+    """``[B, L]`` bool: True on what is to be predicted: the response and its EOS, or plain text but its first token."""
     valid: Tensor
     """``[B]`` bool, as in :class:`PromptBatch`."""
 
@@ -68,6 +68,6 @@ class Rollout(NamedTuple):
     reference_log_probs: Tensor
     """``[B, G, T]`` float32: the same under the reference."""
     token_kl: Tensor
-    """``[B, G, T]`` float32: KL(policy || reference) over the whole vocabulary at each response position, 0 outside the mask."""
+    """``[B, G, T]`` float32: KL(policy || reference) over the whole vocabulary at each token, 0 outside the mask."""
     reference_rewards: Tensor | None
     """``[B, M]`` float32: rewards of reference responses, from the table or sampled on the spot."""

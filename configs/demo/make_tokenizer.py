@@ -20,7 +20,7 @@ def main(directory: str) -> None:
         texts = [row["text"] for row in csv.DictReader(stream)]
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     # The two sources spell differently: one is in lower case with spaces before punctuation, one has line breaks.
-    replaced = [("<br />", " "), (" ,", ","), (" .", "."), (" !", "!"), (" ?", "?"), (" ;", ";"), (" :", ":"), ("--", " - ")]
+    replaced = [("<br />", " "), ("--", " - ")] + [(f" {mark}", mark) for mark in ",.!?;:"]
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
         + [normalizers.Replace(old, new) for old, new in replaced]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests.helpers import tiny_gpt2, tiny_llama
 from vbon_lightning.functional import response_mask, token_log_probs
-from vbon_lightning.sampling import prompt_noise, response_logits, sample_completions
 from vbon_lightning.sampling import decode as decode_module
+from vbon_lightning.sampling import prompt_noise, response_logits, sample_completions
 from vbon_lightning.types import Completions, PromptBatch
 
 VOCABULARY, PAD = 24, 0
@@ -45,13 +45,12 @@ def slow_decode(
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1]
         probabilities = torch.softmax(logits.double() / temperature, dim=-1).tolist()
-        total = 0.0
-        for token, probability in enumerate(probabilities):
-            total += probability
-            if uniform < total:
-                break
+        token, total = 0, probabilities[0]
+        while uniform >= total:
+            token += 1
+            total += probabilities[token]
         tokens.append(token)
-        log_probs.append(math.log(probability))
+        log_probs.append(math.log(probabilities[token]))
         if token in ends:
             return tokens, log_probs, True
     return tokens, log_probs, False
@@ -100,9 +99,7 @@ def test_equals_a_decode_without_cache(kind, ends, early, monkeypatch):
 
     monkeypatch.setattr(decode_module.DynamicCache, "batch_select_indices", counting)
     noise = noise_of([0, 1, 2, 3])
-    ours = sample_completions(
-        model, *pad_left(PROMPTS), noise, end_ids=ends, pad_id=PAD, temperature=0.7
-    )
+    ours = sample_completions(model, *pad_left(PROMPTS), noise, end_ids=ends, pad_id=PAD, temperature=0.7)
     finished = 0
     for prompt, group, uniforms in zip(PROMPTS, rows_of(ours), noise, strict=True):
         for row, uniform in zip(group, uniforms, strict=True):
@@ -134,9 +131,7 @@ def test_a_row_depends_on_no_other(kind):
         alone = rows_of(sample_completions(model, *pad_left([prompt]), noise_of([place]), end_ids=[2, 9], pad_id=PAD))
         for ours, theirs in zip(alone[0], together[place], strict=True):
             assert_same(ours, theirs)
-    backwards = sample_completions(
-        model, *pad_left(PROMPTS[::-1]), noise_of([3, 2, 1, 0]), end_ids=[2, 9], pad_id=PAD
-    )
+    backwards = sample_completions(model, *pad_left(PROMPTS[::-1]), noise_of([3, 2, 1, 0]), end_ids=[2, 9], pad_id=PAD)
     for group, other in zip(rows_of(backwards)[::-1], together, strict=True):
         for ours, theirs in zip(group, other, strict=True):
             assert_same(ours, theirs)
@@ -171,9 +166,7 @@ def test_samples_follow_the_tempered_distribution(temperature):
     model = Unigram(probabilities.log(), tiny_llama(6))
     samples = 20_000
     noise = noise_of([0], samples=samples, length=1)
-    drawn = sample_completions(
-        model, *pad_left([[3]]), noise, end_ids=[5], pad_id=PAD, temperature=temperature
-    )
+    drawn = sample_completions(model, *pad_left([[3]]), noise, end_ids=[5], pad_id=PAD, temperature=temperature)
     counts = torch.bincount(drawn.tokens.flatten(), minlength=6).double()
     tempered = probabilities.double() ** (1 / temperature)
     expected = samples * tempered / tempered.sum()
@@ -225,7 +218,12 @@ def test_log_probs_equal_teacher_forced_ones(kind, temperature):
     model = MODELS[kind](VOCABULARY, seed=5, spread=2.0)
     prompts = batch_of(PROMPTS)
     drawn = sample_completions(
-        model, prompts.tokens, prompts.mask, noise_of([0, 1, 2, 3]), end_ids=[2, 9, 15], pad_id=PAD,
+        model,
+        prompts.tokens,
+        prompts.mask,
+        noise_of([0, 1, 2, 3]),
+        end_ids=[2, 9, 15],
+        pad_id=PAD,
         temperature=temperature,
     )
     assert drawn.finished.any()

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
@@ -72,9 +74,8 @@ def compare(
     rewards = data.table_rewards(prompts)  # refuses prompts without a row before any model is loaded
     if max(n, default=1) > rewards.shape[1]:
         raise ValueError(f"n={max(n)} needs as many reference responses a prompt; the table has {rewards.shape[1]}")
-    for name, path in policies.items():
+    for path in policies.values():
         check_same_vocabulary(data.tokenizer, load_tokenizer(as_spec(path)))
-        del name
 
     actors = Actors.load(
         ActorSpec(
@@ -87,7 +88,7 @@ def compare(
         trainable=False,
         reference=False,
     )
-    actors.policy.to(place)
+    _move(actors.policy, place)
     actors.reference = actors.policy
     scorer = None if judge is None else _judge(actors, judge)
 
@@ -95,14 +96,14 @@ def compare(
     def rollouts(label: str, number: int, limit: int | None = None) -> Iterator[Rollout]:
         loader = data.split_dataloader(split)
         for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
-            if limit is not None and done * loader.batch_size >= limit:
+            if limit is not None and done * data.eval_batch_size >= limit:
                 return
             yield actors.rollout(_to(batch, place), num_samples=number, seed=seed, stream="compare", step=0)
 
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
     reports = _best_of_n(table, keys, texts, rewards, n, judge)
     for name, path in policies.items():
-        actors.policy = load_causal_lm(as_spec(path), trainable=False).to(place)
+        actors.policy = _move(load_causal_lm(as_spec(path), trainable=False), place)
         kept: list[Rollout] = []
         reports.append(
             evaluate_policy(
@@ -165,7 +166,12 @@ def _keep(rollouts: Iterator[Rollout], kept: list[Rollout], prompts: int) -> Ite
 
 
 def _to(batch: PromptBatch, device: torch.device) -> PromptBatch:
-    return PromptBatch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def build_parser() -> ArgumentParser:

@@ -1,0 +1,355 @@
+"""The data module: what it refuses, what its batches carry, and what it deals to whom."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from tests.helpers import BOS, save_tiny_model
+from vbon_lightning.checks import ConfigMismatchError
+from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.encoding import PromptError
+from vbon_lightning.reference_table import (
+    FingerprintMismatch,
+    PromptNotInTable,
+    ReferenceTableError,
+    ReferenceTableWriter,
+    TableRow,
+    prompt_key,
+)
+from vbon_lightning.rewards import RewardModel
+from vbon_lightning.sources import TextSource
+from vbon_lightning.types import PromptBatch, TextBatch
+
+ALPHABET = "abcdefgh"
+TRAIN = ["ab", "cde", "f", "gh", "hgf", "abc", "dd", "ee", "fgh", "c"]
+VAL = ["ba", "ab", "hh"]
+
+
+class Lengths(RewardModel):
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+        return torch.tensor([[float(len(ids)) for ids in group] for group in token_ids])
+
+    def identity(self) -> dict[str, str]:
+        return {"name": "lengths"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), alphabet=ALPHABET)
+
+
+@pytest.fixture
+def make(model, tmp_path):
+    """Make a data module; its files lie in ``tmp_path``."""
+
+    def build(
+        module: Any = None, world: int = 1, rank: int = 0, stage: TrainerFn = TrainerFn.FITTING, **settings: Any
+    ) -> AlignmentDataModule:
+        for name, lines in (("train", TRAIN), ("val", VAL)):
+            (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+        arguments: dict = {
+            "policy": model,
+            "reward": Lengths(),
+            "train": TextSource(path=str(tmp_path / "train.txt")),
+            "val": TextSource(path=str(tmp_path / "val.txt")),
+            "max_new_tokens": 6,
+            "batch_size": 2,
+        }
+        data = AlignmentDataModule(**(arguments | settings))
+        if module is not None or world > 1:
+            data.trainer = SimpleNamespace(  # type: ignore[assignment]
+                lightning_module=module, world_size=world, global_rank=rank, state=SimpleNamespace(fn=stage)
+            )
+        return data
+
+    return build
+
+
+def write_table(data: AlignmentDataModule, texts: list[str], samples: int = 4) -> None:
+    writer = ReferenceTableWriter(Path(str(data.reference_table)), data.fingerprint(), shard="rank0")
+    rows = []
+    for number, text in enumerate(texts):
+        tokens = data.tokenizer(text)["input_ids"]
+        rows.append(
+            TableRow(
+                key=prompt_key(tokens),
+                prompt=text,
+                prompt_tokens=tokens,
+                responses=["a"] * samples,
+                response_tokens=[[3]] * samples,
+                rewards=[10.0 * number + sample for sample in range(samples)],
+                log_probs=[-1.0] * samples,
+                finished=[sample % 2 == 0 for sample in range(samples)],
+            )
+        )
+    writer.write(rows)
+
+
+def texts_of(batches: Any) -> list[str]:
+    return [text for batch in batches for text, valid in zip(batch.text, batch.valid.tolist(), strict=True) if valid]
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size must be at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"too_long": "cut"}, "data.too_long must be one of error, truncate_left; got 'cut'"),
+        ({"long_text": "drop"}, "data.long_text must be one of truncate, split; got 'drop'"),
+        ({"table_splits": ["train", "dev"]}, "data.table_splits must be one of train, val, test; got 'dev'"),
+    ],
+)
+def test_settings_that_make_no_sense(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("validate", "val"), ("test", "test")])
+def test_a_missing_split_is_named(make, stage, split):
+    with pytest.raises(ValueError, match=f"no {split} data: set `data.{split}`"):
+        make(**{split: None}).setup(stage)
+
+
+def test_validation_is_optional_while_fitting(make):
+    data = make(val=None)
+    data.setup("fit")
+    assert data.val_dataloader() == []
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_too_few_rows_for_a_batch(make, world):
+    size = 10 // world
+    make(module=SimpleNamespace(), world=world, batch_size=size).setup("fit")
+    message = f"10 training rows do not fill one batch of {size + 1} on {world} rank"
+    with pytest.raises(ValueError, match=message):
+        make(module=SimpleNamespace(), world=world, batch_size=size + 1).setup("fit")
+
+
+def test_a_long_prompt_is_named(make):
+    with pytest.raises(PromptError, match=r"train.txt, row 2: the prompt has 3 tokens"):
+        make(max_prompt_tokens=2).setup("fit")
+
+
+def test_a_table_that_is_not_there(make, tmp_path):
+    with pytest.raises(ReferenceTableError, match="there is no reference table in .*; make it with `vbon predict`"):
+        make(reference_table=str(tmp_path / "table")).setup("fit")
+    with pytest.raises(ValueError, match=r"no reference table: set `data.reference_table`"):
+        make().table()
+
+
+def test_a_prompt_that_the_table_lacks_is_named(make, tmp_path):
+    data = make(reference_table=str(tmp_path / "table"))
+    write_table(data, [*TRAIN, "ba", "ab"])
+    with pytest.raises(PromptNotInTable, match="prompt 'hh'"):
+        data.setup("fit")
+    make(reference_table=str(tmp_path / "table"), val=None).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"temperature": 0.5}, "temperature"), ({"max_new_tokens": 7}, "max_new_tokens"), ({"table_seed": 3}, "seed")],
+)
+def test_a_table_of_other_settings_is_refused(make, tmp_path, change, field):
+    table = str(tmp_path / "table")
+    write_table(make(reference_table=table), [*TRAIN, *VAL])
+    with pytest.raises(FingerprintMismatch, match=f"{field}: the table has"):
+        make(reference_table=table, **change).setup("fit")
+
+
+def test_the_table_is_left_alone_where_rewards_are_sampled_afresh(make, tmp_path):
+    data = make(module=SimpleNamespace(reference_samples=4), reference_table=str(tmp_path / "absent"))
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).reference_rewards is None
+
+
+# --- what batches carry ---
+
+
+def test_batches_of_prompts(make):
+    data = make()
+    data.setup("fit")
+    for batch in data.val_dataloader():
+        assert isinstance(batch, PromptBatch)
+        assert batch.reference_rewards is None
+        for place, row in enumerate(batch.index.tolist()):
+            text = VAL[row]
+            assert batch.text[place] == text
+            assert batch.tokens[place][batch.mask[place]].tolist() == [3 + ALPHABET.index(c) for c in text]
+            assert batch.mask[place, -1]
+
+
+def test_batches_of_texts(make):
+    data = make(module=SimpleNamespace(batch_kind="text"))
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    assert isinstance(batch, TextBatch)
+    assert batch.tokens.tolist() == [[4, 3, 2], [3, 4, 2]]
+    assert batch.loss_mask.tolist() == [[False, True, True]] * 2
+
+
+@pytest.mark.parametrize("penalty", [0.0, 2.5])
+def test_batches_carry_the_tables_rewards_and_the_penalty(make, tmp_path, penalty):
+    table = str(tmp_path / "table")
+    texts = list(dict.fromkeys([*TRAIN, *VAL]))
+    write_table(make(reference_table=table), texts)
+    data = make(reference_table=table, missing_eos_penalty=penalty)
+    data.setup("fit")
+    cut = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    seen = 0
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for batch in loader:
+            assert batch.reference_rewards.dtype == torch.float32
+            for text, rewards in zip(batch.text, batch.reference_rewards, strict=True):
+                assert torch.equal(rewards, 10.0 * texts.index(text) + torch.arange(4) - penalty * cut)
+                seen += 1
+    assert seen == 13
+
+
+def test_the_tables_keys_are_the_tokens_of_the_prompt(make, tmp_path):
+    # Two prompts of one text but other tokens are two prompts.
+    data = make(reference_table=str(tmp_path / "table"))
+    (prompt,) = [row for row in data.prompts("train") if row.text == "cde"]
+    assert prompt.key == prompt_key([5, 6, 7])
+    assert prompt.key != prompt_key([BOS, 5, 6, 7])
+
+
+# --- which batches ---
+
+
+def test_training_deals_whole_batches_anew_each_epoch(make):
+    module = SimpleNamespace(batches_seen=0)
+    data = make(module=module, batch_size=3)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in range(3):
+        module.batches_seen = 3 * epoch
+        batches = list(loader)
+        assert [len(batch.text) for batch in batches] == [3, 3, 3]
+        epochs.append(texts_of(batches))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+
+
+def test_training_resumes_at_any_batch(make):
+    def stream(start: int, count: int, **settings: Any) -> list[list[str]]:
+        module = SimpleNamespace(batches_seen=start, updates_per_rollout=2)
+        data = make(module=module, batch_size=3, **settings)
+        data.setup("fit")
+        loader, seen = data.train_dataloader(), []
+        while len(seen) < count:
+            for batch in loader:
+                seen.append(batch.text)
+                module.batches_seen += 1
+        return seen[:count]
+
+    whole = stream(0, 12)
+    assert whole[0] == whole[1] != whole[2]
+    for start in range(12):
+        assert stream(start, 12 - start) == whole[start:]
+    assert stream(0, 12, seed=1) != whole
+
+
+@pytest.mark.parametrize("loader", ["train", "val"])
+def test_ranks_share_the_rows(make, loader):
+    def rows(world: int, rank: int) -> list[list[str]]:
+        module = SimpleNamespace(batches_seen=0)
+        data = make(module=module, world=world, rank=rank, batch_size=4 // world)
+        data.setup("fit")
+        return [texts_of([batch]) for batch in getattr(data, f"{loader}_dataloader")()]
+
+    one, two = rows(1, 0), [rows(2, 0), rows(2, 1)]
+    assert len(two[0]) == len(two[1]) == len(one)
+    assert [sorted(a + b) for a, b in zip(*two, strict=True)] == [sorted(batch) for batch in one]
+
+
+def test_rows_that_only_even_out_the_ranks_are_marked(make):
+    valid = []
+    for rank in range(2):
+        data = make(module=SimpleNamespace(), world=2, rank=rank)
+        data.setup("validate")
+        valid += [flag for batch in data.val_dataloader() for flag in batch.valid.tolist()]
+    assert sorted(valid) == [False, True, True, True]
+
+
+def test_workers_deal_the_same(make):
+    texts = []
+    for workers in (0, 1):
+        data = make(module=SimpleNamespace(batches_seen=1), num_workers=workers)
+        data.setup("fit")
+        texts.append(texts_of(data.train_dataloader()))
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 8
+
+
+def test_predict_deals_each_missing_prompt_once(make):
+    data = make()
+    assert texts_of(data.predict_dataloader()) == [*TRAIN, "ba", "hh"]
+    assert texts_of(make(table_splits=["val"]).predict_dataloader()) == VAL
+    finished = {row.key for row in data.prompts("train") if row.text != "cde"}
+    data = make(module=SimpleNamespace(finished_keys=lambda: finished, batch_kind="prompts"))
+    assert texts_of(data.predict_dataloader()) == ["cde", "ba", "hh"]
+
+
+def test_predict_needs_no_table_and_no_rewards(make, tmp_path):
+    data = make(reference_table=str(tmp_path / "table"))
+    data.setup("predict")
+    assert all(batch.reference_rewards is None for batch in data.predict_dataloader())
+
+
+def test_predict_needs_prompts(make):
+    with pytest.raises(ValueError, match=r"no prompts to sample from: set one of data.test"):
+        make(table_splits=["test"]).predict_dataloader()
+
+
+# --- resuming ---
+
+
+def test_state_is_plain_and_read_back(make):
+    state = make().state_dict()
+    assert json.loads(json.dumps(state)) == state
+    make().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 3}, "batch_size: checkpoint has 2, this run has 3"),
+        ({"seed": 5}, "seed: checkpoint has 0, this run has 5"),
+        ({"max_prompt_tokens": 9}, "max_prompt_tokens: checkpoint has None, this run has 9"),
+        ({"max_text_tokens": 9}, "max_text_tokens: checkpoint has None, this run has 9"),
+        ({"too_long": "truncate_left"}, "too_long: checkpoint has 'error', this run has 'truncate_left'"),
+        ({"long_text": "split"}, "long_text: checkpoint has 'truncate', this run has 'split'"),
+        ({"train": None}, "train"),
+    ],
+)
+def test_other_data_are_refused_by_name(make, change, message):
+    with pytest.raises(ConfigMismatchError, match=message):
+        make(**change).load_state_dict(make().state_dict())
+
+
+def test_other_content_of_the_file_is_refused(make, tmp_path):
+    state = make().state_dict()
+    data = make()
+    (tmp_path / "train.txt").write_text("".join(f"{line}\n" for line in TRAIN[::-1]))
+    with pytest.raises(ConfigMismatchError, match="train_content: checkpoint has"):
+        data.load_state_dict(state)
+
+
+def test_evaluation_may_use_other_data(make):
+    state = make().state_dict()
+    make(module=SimpleNamespace(), stage=TrainerFn.TESTING, batch_size=3).load_state_dict(state)
+    with pytest.raises(ConfigMismatchError, match="batch_size"):
+        make(module=SimpleNamespace(), batch_size=3).load_state_dict(state)
