@@ -25,7 +25,7 @@ ESTIMATORS = ("rao_blackwell", "prefix_baseline", "sampled")
 
 def gradients(module: VBoN, batch: object, number: int, parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the gradient of one batch's loss under each estimator, from the same rollout and the same pass."""
-    actors, rollout = module.loaded, module._sample(batch, number, statistics=False)
+    actors, rollout = module.loaded, module._sample(batch, number)
     mask = rollout.completions.mask
     logits = response_logits(actors.policy, rollout.prompts, rollout.completions).logits
     live = actors.with_statistics(rollout, logits, actors.reference_logits(rollout))
@@ -96,7 +96,7 @@ def main(
             rows.append({"step": step, "kl": float(kl.sum(-1).mean()), "estimators": found})
             print(json.dumps(rows[-1]), flush=True)
         module.kl_estimator = "rao_blackwell"
-        loss, _, _ = module._on_policy_update(module._sample(prompts[step % len(prompts)], step, statistics=False))
+        loss, _, _ = module._on_policy_update(module._sample(prompts[step % len(prompts)], step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

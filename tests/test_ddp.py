@@ -81,9 +81,7 @@ def test_two_ranks_learn_what_one_learns_from_twice_the_batch(kind: str, togethe
 
 
 def test_the_comparison_sees_learning(files: Path, alone: Any, tmp_path: Path) -> None:
-    start = torch.load(
-        _first_checkpoint(files, tmp_path), weights_only=True
-    )["state_dict"]
+    start = torch.load(_first_checkpoint(files, tmp_path), weights_only=True)["state_dict"]
     moved = max(float((start[name] - value).abs().max()) for name, value in alone("vbon")["weights"].items())
     assert moved > 1e-2
 

@@ -496,3 +496,12 @@ def test_gguf_loads_and_can_be_exported(llama, tmp_path):
     direct = {"name": str(tmp_path / "tiny.gguf"), "tokenizer": llama}
     assert models.model_identity(direct) == models.model_identity(spec)
     assert torch.equal(logits(models.load_causal_lm(direct, trainable=False)), logits(model))
+
+
+def test_identity_changes_with_the_end_tokens(tmp_path: Path) -> None:
+    directory = helpers.save_tiny_model(tmp_path / "model", "llama")
+    path = Path(directory, "generation_config.json")
+    before = models.model_identity(str(directory))
+    generation = json.loads(path.read_text())
+    path.write_text(json.dumps(generation | {"eos_token_id": [1, 2]}))
+    assert models.model_identity(str(directory)) != before

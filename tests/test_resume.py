@@ -179,9 +179,7 @@ def test_a_killed_process(
         options = arguments.strip("{}").replace(", OPTIONS", "").split(", ")
         lines = "\n    ".join(options)
         path.write_text(
-            CONFIG.format(
-                model=model, arguments=lines, files=files, policy=policy, run=tmp_path / name, kill=kill
-            )
+            CONFIG.format(model=model, arguments=lines, files=files, policy=policy, run=tmp_path / name, kill=kill)
         )
         return ["fit", "--config", str(path)]
 
@@ -350,9 +348,7 @@ def test_a_resume_that_disagrees_is_refused(
             data[role] = save_tiny_model(tmp_path / "other", alphabet=ALPHABET, seed=8)
     try:
         with pytest.raises(ConfigMismatchError, match=re.escape(named)):
-            fit(
-                options.pop("kind", "vbon"), files, tmp_path / "run", checkpoint=checkpoint, data=data, **options
-            )
+            fit(options.pop("kind", "vbon"), files, tmp_path / "run", checkpoint=checkpoint, data=data, **options)
     finally:
         if (files / "kept.txt").exists():
             (files / "kept.txt").rename(files / "train.txt")

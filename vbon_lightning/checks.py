@@ -11,7 +11,7 @@ class ConfigMismatchError(ValueError):
 
 
 def plain(value: Any) -> Any:
-    """Keep what can be compared and stored as text of nested settings: numbers, strings, None, lists and mappings."""
+    """Keep what compares and stores as text of nested settings: numbers, strings, None, lists, mappings."""
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items() if not _is_opaque(part)}
     if isinstance(value, (list, tuple)):
@@ -46,6 +46,6 @@ def check_same_settings(old: Mapping[str, Any], new: Mapping[str, Any], *, what:
         raise ConfigMismatchError(
             f"the checkpoint's {what} settings disagree with this run's:\n  "
             + "\n  ".join(found)
-            + "\nResume with the settings the checkpoint was made with, or start a new run from the exported policy "
-            "(`data.policy: <export directory>`) without `--ckpt_path`."
+            + "\nResume with the settings the checkpoint was made with, or start a new run from the exported "
+            "policy (`data.policy: <export directory>`) without `--ckpt_path`."
         )

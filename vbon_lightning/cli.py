@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -29,6 +30,35 @@ def _whole_seed(seed: int | bool) -> int:
     return int(seed)
 
 
+class _Parser(LightningArgumentParser):
+    """A parser that says in one line what is wrong, without a page of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error or _wants_traceback():
+            super().error(message, ex)
+        self.exit(2, f"vbon: {_brief(message)}\n")
+
+
+def _brief(message: str) -> str:
+    """Leave out what jsonargparse says about types and values around the reason."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(_PADDING)]
+    return " ".join(kept) or message
+
+
+_PADDING = (
+    "Does not validate against any of the Union",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+)
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
+
+
 class _SaveConfig(SaveConfigCallback):
     """Save the configuration beside the logs; without a logger there is no such place."""
 
@@ -38,7 +68,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class VbonCLI(LightningCLI):
-    """LightningCLI with one shared data module, linked seeds, and a resume that changes nothing behind your back."""
+    """LightningCLI with one shared data module, linked seeds, and a resume that changes no setting."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the data module's models and the seed into the module."""
@@ -49,8 +79,8 @@ class VbonCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it was given.
 
-        LightningCLI would overwrite it with the checkpoint's hyper-parameters, silently. Here the module and the
-        data module compare the two when the checkpoint is loaded, and refuse to go on where they differ.
+        LightningCLI would overwrite it with the checkpoint's hyper-parameters, silently. Here the module and
+        the data module compare the two when the checkpoint is loaded, and refuse to go on where they differ.
         """
 
     def before_instantiate_classes(self) -> None:
@@ -71,7 +101,11 @@ def run(args: ArgsType = None) -> VbonCLI:
         save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        parser_kwargs={"prog": "vbon", "description": "Align language models to Best-of-N."},
+        parser_class=_Parser,
+        parser_kwargs={
+            "prog": "vbon",
+            "description": "Align language models to Best-of-N. There is also `vbon compare` (see its --help).",
+        },
         args=args,
         subclass_mode_model=True,
         subclass_mode_data=False,
@@ -86,6 +120,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -105,6 +140,9 @@ def main() -> None:
         else:
             run()
     except _USER_ERRORS as problem:
-        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        if _wants_traceback():
             raise
+        # jsonargparse wraps what a constructor raises.
+        while isinstance(problem.__cause__, _USER_ERRORS) and str(problem).startswith(_PADDING):
+            problem = problem.__cause__
         sys.exit(f"vbon: {problem}")

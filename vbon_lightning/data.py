@@ -1,4 +1,4 @@
-"""The data module that every module shares: prompts, texts and reference rewards, and the names of the models."""
+"""The data module that every module shares: prompts, texts, reference rewards, and the models' names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _Rows(Dataset):
 
 
 class _ResumableLoader(DataLoader):
-    """A loader whose position lives in the module's batch counter, so that it has no state of its own to keep."""
+    """A loader whose position lives in the module's batch counter, so that it keeps no state of its own."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -63,10 +63,10 @@ class _ResumableLoader(DataLoader):
 
 
 class AlignmentDataModule(LightningDataModule):
-    """Bring prompts, texts and reference rewards to SFT, vBoN, KL-constrained RL and the reference sampler alike.
+    """Bring prompts, texts and reference rewards to SFT, vBoN, KL-constrained RL and the reference sampler.
 
-    Modules that learn from rollouts get :class:`~vbon_lightning.types.PromptBatch`, supervised fine-tuning gets
-    :class:`~vbon_lightning.types.TextBatch`; which of them is asked of the module (``batch_kind``).
+    Modules that learn from rollouts get :class:`~vbon_lightning.types.PromptBatch`, supervised fine-tuning
+    gets :class:`~vbon_lightning.types.TextBatch`; which of them is asked of the module (``batch_kind``).
 
     Args:
         policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
@@ -87,8 +87,8 @@ class AlignmentDataModule(LightningDataModule):
         max_prompt_tokens: Longest prompt, in tokens.
         too_long: What to do with a longer one: ``error`` names its row, ``truncate_left`` keeps its end.
         max_text_tokens: Longest text for supervised fine-tuning.
-        long_text: What to do with a longer one: ``truncate`` drops its end (and the EOS with it), ``split`` makes
-            consecutive pieces of it, of which only the last has the EOS.
+        long_text: What to do with a longer one: ``truncate`` drops its end (and the EOS with it), ``split``
+            makes consecutive pieces of it, of which only the last has the EOS.
         num_workers: Loader processes.
         seed: Seeds the order of the training rows.
     """
@@ -170,16 +170,12 @@ class AlignmentDataModule(LightningDataModule):
         if self.reference_table is None:
             raise ValueError("no reference table: set `data.reference_table` and make it with `vbon predict`")
         if self._table is None:
-            self._table = ReferenceTable.open(
-                resolve_path(self.reference_table), fingerprint=self.fingerprint()
-            )
+            self._table = ReferenceTable.open(resolve_path(self.reference_table), fingerprint=self.fingerprint())
         return self._table
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the table's responses and rewards depend on."""
-        return self.actors.table_fingerprint(
-            seed=self.table_seed, model_seed=getattr(self._module, "seed", self.seed)
-        )
+        return self.actors.table_fingerprint(seed=self.table_seed, model_seed=getattr(self._module, "seed", self.seed))
 
     def longest(self) -> int:
         """Return the most tokens that a prompt or text read so far has."""
@@ -195,7 +191,7 @@ class AlignmentDataModule(LightningDataModule):
 
     @property
     def _reads_table(self) -> bool:
-        """Whether prompts come with the table's rewards: there is a table, and the module does not sample afresh."""
+        """Whether prompts come with the table's rewards: one is named, and the module does not sample afresh."""
         online = getattr(self._module, "reference_samples", 0)
         return self._batch_kind == "prompts" and self.reference_table is not None and not online
 
@@ -214,9 +210,7 @@ class AlignmentDataModule(LightningDataModule):
                     too_long=self.too_long,
                 )
             else:
-                encoded = encode_texts(
-                    rows, self.tokenizer, max_tokens=self.max_text_tokens, long_text=self.long_text
-                )
+                encoded = encode_texts(rows, self.tokenizer, max_tokens=self.max_text_tokens, long_text=self.long_text)
             self._rows[split, kind] = _Rows(encoded)
         return self._rows[split, kind]
 
@@ -234,8 +228,8 @@ class AlignmentDataModule(LightningDataModule):
             world, _ = self._ranks()
             if split == "train" and len(rows) < self.batch_size * world:
                 raise ValueError(
-                    f"{len(rows)} training rows do not fill one batch of {self.batch_size} on {world} rank(s): "
-                    "lower `data.batch_size` or widen `data.train`"
+                    f"{len(rows)} training rows do not fill one batch of {self.batch_size} on {world} "
+                    "rank(s): lower `data.batch_size` or widen `data.train`"
                 )
             if self._reads_table:  # names a prompt that the table lacks
                 self.table_rewards(rows)
@@ -302,21 +296,17 @@ class AlignmentDataModule(LightningDataModule):
         return self._evaluation(split)
 
     def predict_dataloader(self) -> DataLoader:
-        """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each prompt once."""
+        """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each once."""
         prompts: dict[str, EncodedPrompt] = {}
         for split in self.table_splits:
             if self.sources[split] is not None:
                 for prompt in self._split(split, "prompts").rows:
                     prompts.setdefault(prompt.key, prompt)
         if not prompts:
-            raise ValueError(
-                f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}"
-            )
+            raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
         module: Any = self._module
         done = module.finished_keys() if hasattr(module, "finished_keys") else set()
-        rows = _Rows(
-            [prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1]
-        )
+        rows = _Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
         return self._loader(
             DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
         )
@@ -335,9 +325,7 @@ class AlignmentDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _loader(
-        self, cls: type[DataLoader], rows: _Rows, kind: str, sampler: ShardedSampler, size: int
-    ) -> DataLoader:
+    def _loader(self, cls: type[DataLoader], rows: _Rows, kind: str, sampler: ShardedSampler, size: int) -> DataLoader:
         collate = self._collate_texts if kind == "text" else self._collate_prompts
         return cls(
             rows,

@@ -549,6 +549,10 @@ def _directory_identity(name: str, gguf_file: str | None, revision: str | None) 
     config = Path(name, "config.json")
     if config.is_file():
         identity["config"] = _hash_text(_canonical(json.loads(config.read_text(encoding="utf-8"))))
+    generation = Path(name, "generation_config.json")
+    if generation.is_file():  # it may name other end tokens than the config, and they decide where responses stop
+        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        identity["end_tokens"] = json.dumps(ends)
     return identity
 
 

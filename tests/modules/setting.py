@@ -145,3 +145,15 @@ def make_trainer(directory: Path, *callbacks: Callback, steps: int = 7, **argume
 
 def weights(module: LightningModule) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def nan_reward(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Give the last response no number."""
+    rewards = [[0.0 for _ in row] for row in responses]
+    rewards[-1][-1] = float("nan")
+    return rewards
+
+
+def short_reward(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Forget a response of each prompt."""
+    return [[0.0 for _ in row[1:]] for row in responses]

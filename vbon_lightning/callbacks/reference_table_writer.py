@@ -18,8 +18,8 @@ from vbon_lightning.reference_table import ReferenceTableWriter as TableFiles
 class ReferenceTableWriter(BasePredictionWriter):
     """Write each predicted batch to the data module's reference table as soon as it is there.
 
-    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing. Processes write
-    side by side. ``ReferenceSampler`` brings this callback along.
+    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing. Processes
+    write side by side. ``ReferenceSampler`` brings this callback along.
     """
 
     def __init__(self) -> None:
@@ -34,9 +34,7 @@ class ReferenceTableWriter(BasePredictionWriter):
             return
         data = getattr(trainer, "datamodule", None)
         if data is None or getattr(data, "reference_table", None) is None:
-            raise ValueError(
-                "`vbon predict` needs a place for the table: set data.reference_table to a directory"
-            )
+            raise ValueError("`vbon predict` needs a place for the table: set data.reference_table to a directory")
         self._path = Path(resolve_path(data.reference_table))
         self._files = TableFiles(self._path, data.fingerprint(), shard=f"rank{trainer.global_rank}")
         # Every rank must deal out the same prompts, so all look before any writes.
@@ -70,6 +68,4 @@ class ReferenceTableWriter(BasePredictionWriter):
         trainer.strategy.barrier("reference table written")
         if trainer.is_global_zero:
             summary = table_summary(ReferenceTable.open(self._path))
-            rank_zero_info(
-                f"reference table {self._path}: " + ", ".join(f"{k} {v}" for k, v in summary.items())
-            )
+            rank_zero_info(f"reference table {self._path}: " + ", ".join(f"{k} {v}" for k, v in summary.items()))

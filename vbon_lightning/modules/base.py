@@ -79,9 +79,7 @@ class AlignmentModule(LightningModule):
             RuntimeError: Before ``configure_model`` has run.
         """
         if self.actors is None:
-            raise RuntimeError(
-                "the models are not loaded yet: call configure_model() first (the Trainer does)"
-            )
+            raise RuntimeError("the models are not loaded yet: call configure_model() first (the Trainer does)")
         return self.actors
 
     def configure_model(self) -> None:
@@ -128,9 +126,7 @@ class AlignmentModule(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError("the policy has no trainable parameters")
-        optimizer = (
-            torch.optim.AdamW(parameters, lr=1e-4) if self._optimizer is None else self._optimizer(parameters)
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4) if self._optimizer is None else self._optimizer(parameters)
         settings = {"optimizer": {"class": type(optimizer).__name__, **plain(optimizer.defaults)}}
         scheduler = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
         if scheduler is not None:
@@ -183,6 +179,10 @@ class AlignmentModule(LightningModule):
             raise ValueError("this checkpoint was not written by vbon_lightning: it cannot be loaded")
         if not self.resuming:
             return
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(
+                "this checkpoint has weights only (ModelCheckpoint's save_weights_only): it cannot be resumed"
+            )
         module = {"class": type(self).__name__, **self._settings}
         check_same_settings(state["module"], module, what="module")
         check_same_settings(state["models"], self.actor_spec.identity(), what="model")
@@ -197,9 +197,7 @@ class AlignmentModule(LightningModule):
         """Return whether a checkpoint that is loaded now is to be trained on."""
         return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the policy strictly, whatever ``strict_loading`` says: a checkpoint without one is an error.
 
         Raises:

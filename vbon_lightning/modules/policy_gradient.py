@@ -241,9 +241,7 @@ class PolicyGradient(AlignmentModule):
         self._check_minibatches(prompts)
         # Neighbouring rows go together. Ranks then split every minibatch as they split the batch.
         parts = [list(rows) for rows in torch.arange(prompts).view(self.minibatches, -1).tolist()]
-        return [
-            self._experience_of(*self._evaluate_responses(select_prompts(rollout, rows))) for rows in parts
-        ]
+        return [self._experience_of(*self._evaluate_responses(select_prompts(rollout, rows))) for rows in parts]
 
     def _next_minibatch(self, number: int, update: int) -> Experience:
         epoch, part = divmod(update, self.minibatches)
@@ -260,14 +258,10 @@ class PolicyGradient(AlignmentModule):
         """Fill in log-probabilities, exact KL and values ``[B, G, T]``, differentiable in the policy."""
         actors, critic, mask = self.loaded, self.critic, rollout.completions.mask
         reference = actors.reference_logits(rollout)
-        scored = response_logits(
-            actors.policy, rollout.prompts, rollout.completions, hidden=critic is not None
-        )
+        scored = response_logits(actors.policy, rollout.prompts, rollout.completions, hidden=critic is not None)
         values = None
         if critic is not None and scored.hidden is not None:
-            values = torch.where(
-                mask, critic(scored.hidden.to(critic.weight.dtype)).float().view(mask.shape), 0.0
-            )
+            values = torch.where(mask, critic(scored.hidden.to(critic.weight.dtype)).float().view(mask.shape), 0.0)
         return actors.with_statistics(rollout, scored.logits, reference), values
 
     def _experience_of(self, rollout: Rollout, values: Tensor | None) -> Experience:
@@ -296,9 +290,7 @@ class PolicyGradient(AlignmentModule):
         if self.kl_estimator != "sampled":
             loss = loss + target.kl_coef * kl_penalty(live.token_kl, mask)
         if values is not None and experience.values is not None and experience.returns is not None:
-            value_loss = clipped_value_loss(
-                values, experience.values, experience.returns, mask, clip=self.value_clip
-            )
+            value_loss = clipped_value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip)
             loss, logs["value_loss"] = loss + self.value_coef * value_loss, value_loss.detach()
         # The estimate of what is maximised, with the exact KL: the one that the loss has.
         logs["objective"] = (target.score - target.kl_coef * rollout.token_kl.sum(-1)).mean()
@@ -306,9 +298,7 @@ class PolicyGradient(AlignmentModule):
 
     # -- advantages --------------------------------------------------------------------------------
 
-    def _advantages(
-        self, target: Target, rollout: Rollout, values: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _advantages(self, target: Target, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         mask, returns = rollout.completions.mask, None
         log_ratio = rollout.log_probs - rollout.reference_log_probs
         if values is not None:
@@ -380,9 +370,7 @@ def _check_options(estimator: str, kl_estimator: str, samples: int, epochs: int,
             "set rao_blackwell or sampled"
         )
     if epochs < 1 or minibatches < 1:
-        raise ValueError(
-            f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}"
-        )
+        raise ValueError(f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}")
     if estimator != "ppo" and samples < 2:
         raise ValueError(f"a leave-one-out baseline needs model.samples_per_prompt >= 2, got {samples}")
     if estimator == "reinforce" and epochs * minibatches > 1:

@@ -19,8 +19,8 @@ from vbon_lightning.types import PromptBatch
 class ReferenceSampler(AlignmentModule):
     """Sample M responses a prompt from the reference and score them, for ``vbon predict``.
 
-    Each prompt's noise comes from its own tokens and ``data.table_seed``, so that a table is the same however its
-    making was interrupted or shared among processes.
+    Each prompt's noise comes from its own tokens and ``data.table_seed``, so that a table is the same however
+    its making was interrupted or shared among processes.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
@@ -32,24 +32,13 @@ class ReferenceSampler(AlignmentModule):
     trains_policy = False
     needs_reference = False
 
-    def __init__(
-        self, actors: ActorSpec, samples: int = 256, rows_per_pass: int = 1024, seed: int = 0
-    ) -> None:
+    def __init__(self, actors: ActorSpec, samples: int = 256, rows_per_pass: int = 1024, seed: int = 0) -> None:
         super().__init__(actors, seed=seed)
         if samples < 1 or rows_per_pass < 1:
-            raise ValueError(
-                f"model.samples and model.rows_per_pass must be >= 1, got {samples}, {rows_per_pass}"
-            )
+            raise ValueError(f"model.samples and model.rows_per_pass must be >= 1, got {samples}, {rows_per_pass}")
         self.samples, self.rows_per_pass = samples, rows_per_pass
         self.writer = ReferenceTableWriter()
         self.record_settings(samples=samples)
-
-    def setup(self, stage: str) -> None:
-        """Refuse everything but ``vbon predict``."""
-        if stage != "predict":
-            raise ValueError(
-                f"ReferenceSampler fills the reference table by `vbon predict`; it knows no {stage!r}"
-            )
 
     def configure_model(self) -> None:
         """Load the reference; the policy is not needed."""

@@ -18,8 +18,8 @@ from vbon_lightning.types import TextBatch
 class SFT(AlignmentModule):
     r"""Fit the policy to text, or to responses given prompts, the EOS included.
 
-    The loss is :math:`-\sum_t \log \pi(y_t \mid y_{<t}) / \#\text{tokens}`, the count taken over all ranks, so that
-    it does not depend on how the batch is split among them.
+    The loss is :math:`-\sum_t \log \pi(y_t \mid y_{<t}) / \#\text{tokens}`, the count taken over all ranks, so
+    that it does not depend on how the batch is split among them.
 
     Args:
         actors: The policy, as the data module names it.
@@ -48,9 +48,7 @@ class SFT(AlignmentModule):
     def configure_model(self) -> None:
         """Load the policy, with its dropout where wanted."""
         if self.actors is None:
-            self.actors = Actors.load(
-                self.actor_spec, seed=self.seed, reference=False, keep_dropout=self.dropout
-            )
+            self.actors = Actors.load(self.actor_spec, seed=self.seed, reference=False, keep_dropout=self.dropout)
             self.policy = self.actors.policy
             self.policy.train()
 
@@ -68,7 +66,7 @@ class SFT(AlignmentModule):
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean negative log-likelihood of the tokens to be learnt, in nats."""
-        # Dropout as a function of (seed, rank, batch): ranks differ, and a resumed run continues the same stream.
+        # Dropout as a function of (seed, rank, batch): ranks differ, a resumed run continues the stream.
         torch.manual_seed(noise_seed(self.seed, "dropout", self.global_rank, self.batches_seen))
         total, count = self._negative_log_likelihood(batch)
         self.batches_seen += 1

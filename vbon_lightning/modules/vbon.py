@@ -16,15 +16,16 @@ Bound = Literal["exact", "lower"]
 CDFEstimator = Literal["jeffreys", "add_one", "laplace", "digamma"]
 
 _NO_REWARDS = (
-    "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`) or sample them at "
-    "every step (model.reference_samples)"
+    "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`) or sample them "
+    "at every step (model.reference_samples)"
 )
 
 
 class VBoN(PolicyGradient):
     r"""Fine-tune the policy towards the distribution that Best-of-N induces, by the backward KL.
 
-    Maximises :math:`\frac{1}{N-1} E_\pi[\log \pi_{bon}(y) - \log \pi_{ref}(y)] - \frac{1}{N-1} KL(\pi \| \pi_{ref})`,
+    Maximises
+    :math:`\frac{1}{N-1} E_\pi[\log \pi_{bon}(y) - \log \pi_{ref}(y)] - \frac{1}{N-1} KL(\pi \| \pi_{ref})`,
     which is :math:`-KL(\pi \| \pi_{bon}) / (N-1)` (Amini, Vieira, Ash and Cotterell, "Variational Best-of-N
     Alignment", 2025), with the reward's distribution function under the reference estimated from M reference
     rewards a prompt, ties included.
@@ -32,10 +33,10 @@ class VBoN(PolicyGradient):
     Args:
         actors: The policy, reference and reward, as the data module names them.
         n: N of Best-of-N, any real number > 1.
-        bound: ``exact`` for the distribution itself, ``lower`` for the paper's lower bound (KL-constrained RL with
-            reward log F and beta = 1/(N-1)).
-        cdf_estimator: How the distribution function is estimated from M rewards: ``jeffreys`` (k + 1/2)/(M + 1),
-            ``add_one`` (the authors'), ``laplace`` or ``digamma``.
+        bound: ``exact`` for the distribution itself, ``lower`` for the paper's lower bound (KL-constrained RL
+            with reward log F and beta = 1/(N-1)).
+        cdf_estimator: How the distribution function is estimated from M rewards: ``jeffreys`` (k + 1/2)/(M +
+            1), ``add_one`` (the authors'), ``laplace`` or ``digamma``.
         **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
     """
 
@@ -70,13 +71,13 @@ class VBoN(PolicyGradient):
             samples, what = data.table().samples, f"the reference table {data.reference_table}"
         if samples < self.n:
             raise ValueError(
-                f"{what} has M = {samples} reference rewards a prompt, fewer than n = {self.n:g}: Best-of-n cannot be "
-                "estimated from them; sample more or lower model.n"
+                f"{what} has M = {samples} reference rewards a prompt, fewer than n = {self.n:g}: Best-of-n cannot "
+                "be estimated from them; sample more or lower model.n"
             )
         if samples < 4 * self.n:
             rank_zero_warn(
-                f"{what} has M = {samples} reference rewards a prompt for n = {self.n:g}: the estimate of log F near "
-                "the top has a standard deviation of about sqrt(n/M); M of at least 4 n is advised"
+                f"{what} has M = {samples} reference rewards a prompt for n = {self.n:g}: the estimate of log F "
+                "near the top has a standard deviation of about sqrt(n/M); M of at least 4 n is advised"
             )
 
     def target(self, rollout: Rollout) -> Target:

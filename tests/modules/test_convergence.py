@@ -1,0 +1,119 @@
+"""The policy goes where the maths says: all responses enumerated, the divergence computed exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import EOS, save_tiny_model
+from tests.modules.setting import VowelReward, make_data, make_trainer
+from vbon_lightning import KLRL, TextSource, VBoN
+
+LENGTH, N, BETA = 3, 4, 0.3
+PROMPTS = ["a", "b", "ce", "eb"]
+REWARD = VowelReward()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("files")
+    model = save_tiny_model(directory / "model", alphabet="abce", seed=3, spread=1.5)
+    (directory / "prompts.txt").write_text("\n".join(PROMPTS * 15) + "\n")
+    prompts = TextSource(path=str(directory / "prompts.txt"))
+    return make_data(directory, policy=model, train=prompts, val=None, max_new_tokens=LENGTH, batch_size=4)
+
+
+def responses(vocabulary: int) -> list[list[int]]:
+    """List every response: ended by the EOS, or cut at the length limit."""
+    done: list[list[int]] = []
+    open_: list[list[int]] = [[]]
+    for _ in range(LENGTH):
+        longer = [[*start, token] for start in open_ for token in range(vocabulary)]
+        done += [tokens for tokens in longer if tokens[-1] == EOS]
+        open_ = [tokens for tokens in longer if tokens[-1] != EOS]
+    return done + open_
+
+
+@torch.no_grad()
+def distribution(model: Any, prompt: list[int], every: list[list[int]]) -> Tensor:
+    """Return the log-probability of every response, float64."""
+    width = max(map(len, every))
+    padded = torch.tensor([prompt + tokens + [0] * (width - len(tokens)) for tokens in every])
+    log_p = model(input_ids=padded).logits.double().log_softmax(-1)[:, len(prompt) - 1 : -1]
+    picked = log_p.gather(-1, padded[:, len(prompt) :, None])[..., 0]
+    mask = torch.arange(width) < torch.tensor([len(tokens) for tokens in every])[:, None]
+    return torch.where(mask, picked, 0.0).sum(-1)
+
+
+def best_of_n(log_p: Tensor, rewards: Tensor) -> Tensor:
+    """Return log pi_bon: the best of N draws, a draw among the best where several tie."""
+    p = log_p.exp()
+    below = torch.stack([p[rewards < reward].sum() for reward in rewards])
+    same = torch.stack([p[rewards == reward].sum() for reward in rewards])
+    return log_p - same.log() + ((below + same) ** N - below**N).log()
+
+
+def tilted(log_p: Tensor, rewards: Tensor) -> Tensor:
+    """Return log of pi_ref exp(r / beta) / Z."""
+    return (log_p + rewards / BETA).log_softmax(-1)
+
+
+def divergence(module: Any, data: Any, optimum: Any) -> float:
+    """Return KL(policy || optimum), mean over prompts."""
+    every = responses(module.policy.config.vocab_size)
+    texts = [module.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in every]
+    total = 0.0
+    for prompt in data.prompts("train")[: len(PROMPTS)]:
+        rewards = REWARD([prompt.text], [texts], [every])[0].double()
+        reference = distribution(module.actors.reference, prompt.tokens, every)
+        assert float(reference.exp().sum()) == pytest.approx(1, abs=1e-6)
+        policy = distribution(module.policy, prompt.tokens, every)
+        total += float((policy.exp() * (policy - optimum(reference, rewards))).sum())
+    return total / len(PROMPTS)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.02)
+
+
+def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, 60)
+
+
+def trainer(directory: Path) -> Any:
+    return make_trainer(directory, steps=60, callbacks=[], enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("kl_estimator", ["rao_blackwell", "sampled", "prefix_baseline"])
+def test_vbon_reaches_best_of_n(kl_estimator: Any, data: Any, tmp_path: Path) -> None:
+    module = VBoN(
+        data.actors, n=N, samples_per_prompt=32, reference_samples=128, kl_estimator=kl_estimator,
+        optimizer=adam, lr_scheduler=decay,
+    )  # fmt: skip
+    module.configure_model()
+    before = divergence(module, data, best_of_n)
+    trainer(tmp_path).fit(module, data)
+    after = divergence(module, data, best_of_n)
+    assert before > 0.5
+    assert after < 0.2 * before
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "clipped", "ppo"])
+def test_klrl_reaches_the_tilted_reference(estimator: Any, data: Any, tmp_path: Path) -> None:
+    several = {} if estimator == "reinforce" else {"epochs_per_rollout": 2, "minibatches": 1}
+    module = KLRL(
+        data.actors, beta=BETA, samples_per_prompt=32, estimator=estimator, optimizer=adam,
+        lr_scheduler=decay, value_clip=10.0, **several,
+    )  # fmt: skip
+    module.configure_model()
+    before = divergence(module, data, tilted)
+    trainer(tmp_path).fit(module, data)
+    after = divergence(module, data, tilted)
+    assert before > 0.3
+    assert after < 0.2 * before
+    # The other method's optimum is somewhere else.
+    assert divergence(module, data, best_of_n) > after

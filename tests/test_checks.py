@@ -1,0 +1,41 @@
+"""Comparing settings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vbon_lightning.checks import ConfigMismatchError, check_same_settings, differences, plain
+
+
+def test_equal_settings_have_no_differences() -> None:
+    settings = {"n": 4, "data": {"path": "a", "rows": [1, 2]}, "none": None}
+    assert differences(settings, json.loads(json.dumps(settings))) == []
+    check_same_settings(settings, dict(settings), what="module")
+
+
+def test_differences_name_nested_keys_and_both_values() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": 1, "gone": 0}
+    new = {"a": {"b": 1, "c": 3}, "d": None, "new": "x"}
+    assert differences(old, new) == [
+        "a.c: checkpoint has 2, this run has 3",
+        "d: checkpoint has 1, this run has None",
+        "gone: checkpoint has 0, this run has '(absent)'",
+        "new: checkpoint has '(absent)', this run has 'x'",
+    ]
+
+
+def test_a_mapping_differs_from_a_value() -> None:
+    assert differences({"a": {"b": 1}}, {"a": 1}) == ["a: checkpoint has {'b': 1}, this run has 1"]
+
+
+def test_the_error_names_all_and_says_what_to_do() -> None:
+    with pytest.raises(ConfigMismatchError, match=r"(?s)module settings.*m: .*n: .*--ckpt_path"):
+        check_same_settings({"n": 1, "m": 1}, {"n": 2, "m": 2}, what="module")
+
+
+def test_plain_keeps_what_compares() -> None:
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "foreach": None, "fn": print, "t": torch.ones(1), "l": [print, 1]}
+    assert plain(settings) == {"lr": 0.1, "betas": [0.9, 0.95], "foreach": None, "l": [1]}

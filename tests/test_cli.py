@@ -1,0 +1,339 @@
+"""The command line: help, configurations, errors, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helpers import save_tiny_model
+from tests.modules.setting import ALPHABET, make_files
+from vbon_lightning import cli
+from vbon_lightning.reference_table import ReferenceTable
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def vbon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run the command in this process, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, traceback: bool = False) -> None:
+        monkeypatch.setattr("sys.argv", ["vbon", *arguments])
+        monkeypatch.setenv(cli.TRACEBACK, "1" if traceback else "0")
+        cli.main()
+
+    return run
+
+
+def config(files: Path, directory: Path, **changes: Any) -> str:
+    """Write a configuration, its dotted keys changed, and return its path."""
+    values: dict[str, Any] = {
+        "seed_everything": 3,
+        "model": {"class_path": "VBoN", "init_args": {"n": 4, "samples_per_prompt": 4, "reference_samples": 16}},
+        "data": {
+            "policy": str(files / "llama"),
+            "reward": {"class_path": "tests.modules.setting.VowelReward"},
+            "train": {"path": str(files / "train.txt")},
+            "val": {"path": str(files / "val.txt")},
+            "max_new_tokens": 4,
+            "batch_size": 4,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+    for key, value in changes.items():
+        place = values
+        *path, last = key.split("__")
+        for name in path:
+            place = place[name]
+        if value is None:
+            place.pop(last, None)
+        else:
+            place[last] = value
+    directory.mkdir(exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(values))
+    return str(directory / "config.yaml")
+
+
+def failure(capsys: pytest.CaptureFixture[str], run: Callable[[], None]) -> str:
+    """Return the one line a failing command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run()
+    captured = capsys.readouterr()
+    message = stop.value.code if isinstance(stop.value.code, str) else captured.err.strip().splitlines()[-1]
+    assert stop.value.code not in (0, None)
+    assert message.startswith("vbon: ")
+    assert "Traceback" not in captured.err
+    return message
+
+
+# -- help and configurations ----------------------------------------------------------------------------
+
+
+def test_help(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vbon("--help")
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("fit", "validate", "test", "predict", "compare"))
+
+
+def options(text: str) -> dict[str, str]:
+    """Return the help of each option, what jsonargparse adds by itself left out."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines():
+        head = re.match(r"  (--[\w.]+)", line)
+        if head:
+            name = head.group(1)
+            found[name] = re.split(r"\s{2,}", line.strip(), maxsplit=1)[1] if "   " in line.strip() else ""
+        elif line.startswith("      ") and name:
+            found[name] += " " + line.strip()
+        else:
+            name = ""
+    return {option: re.sub(r"\((required, )?type:.*", "", help_).strip() for option, help_ in found.items()}
+
+
+def test_every_data_option_is_documented(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vbon("fit", "--help")
+    data = {key: value for key, value in options(capsys.readouterr().out).items() if key.startswith("--data.")}
+    assert {"--data.policy", "--data.train", "--data.temperature", "--data.table_splits"} < set(data)
+    assert not [option for option, help_ in data.items() if not help_]
+
+
+@pytest.mark.parametrize("module", ["VBoN", "KLRL", "SFT", "ReferenceSampler"])
+def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vbon("fit", "--model.help", module)
+    model = options(capsys.readouterr().out)
+    named = {"VBoN": "n", "KLRL": "minibatches", "SFT": "dropout", "ReferenceSampler": "samples"}[module]
+    assert {"--model.actors", "--model.seed", f"--model.{named}"} < set(model)
+    assert not [option for option, help_ in model.items() if not help_]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("VBoN", {"n": 3.0, "bound": "lower", "estimator": "clipped", "minibatches": 2}),
+        ("KLRL", {"beta": 0.3, "estimator": "ppo", "epochs_per_rollout": 2}),
+        ("SFT", {"dropout": False}),
+        ("ReferenceSampler", {"samples": 7}),
+    ],
+)
+def test_a_printed_config_parses_to_itself(
+    module: str,
+    arguments: dict[str, Any],
+    vbon: Run,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written = config(files, tmp_path, model={"class_path": module, "init_args": arguments})
+    command = "predict" if module == "ReferenceSampler" else "fit"
+
+    def printed(path: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="0"):
+            vbon(command, "--config", path, "--print_config")
+        return capsys.readouterr().out
+
+    first = printed(written)
+    values = yaml.safe_load(first)
+    assert values["model"]["init_args"].items() >= arguments.items()
+    (tmp_path / "again.yaml").write_text(first)
+    assert printed(str(tmp_path / "again.yaml")) == first
+
+
+def test_seeds_and_models_are_linked(vbon: Run, files: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vbon"])
+    made = cli.run(["fit", "--config", config(files, tmp_path), "--seed_everything", "11"])
+    assert (made.model.seed, made.datamodule.seed) == (11, 11)
+    assert made.model.actor_spec is made.datamodule.actors
+    assert made.model.batches_seen == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]  # no logger, so nothing to save
+
+
+# -- a whole session ------------------------------------------------------------------------------------
+
+
+def test_predict_fit_validate(vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = str(tmp_path / "table")
+    sampler = {"class_path": "ReferenceSampler", "init_args": {"samples": 16}}
+    sampling = config(files, tmp_path / "predict", model=sampler, data__reference_table=table)
+    vbon("predict", "--config", sampling)
+    assert ReferenceTable.open(table).samples == 16
+    assert len(ReferenceTable.open(table)) == 13
+    vbon("predict", "--config", sampling)  # nothing is left to do
+    assert len(ReferenceTable.open(table)) == 13
+
+    model = {"class_path": "VBoN", "init_args": {"n": 4, "samples_per_prompt": 4}}
+    training = config(files, tmp_path / "fit", model=model, data__reference_table=table)
+    vbon("fit", "--config", training, "--trainer.enable_checkpointing", "true", "--trainer.logger", "true")
+    (last,) = tmp_path.rglob("*.ckpt")
+    assert list(tmp_path.rglob("lightning_logs/*/config.yaml"))
+    vbon("validate", "--config", training, "--ckpt_path", str(last))
+
+    # The checkpoint's settings neither win silently nor lose silently.
+    resume = ["fit", "--config", training, "--ckpt_path", str(last), "--trainer.max_steps", "3"]
+    message = failure(capsys, lambda: vbon(*resume, "--model.n", "3"))
+    assert "n: checkpoint has 4.0, this run has 3.0" in message
+    vbon(*resume)
+
+    # A table made otherwise.
+    message = failure(capsys, lambda: vbon("fit", "--config", training, "--data.temperature", "0.5"))
+    assert "temperature: the table has 1.0, this run has 0.5" in message
+    message = failure(capsys, lambda: vbon("fit", "--config", training, "--data.train.path", str(files / "texts.txt")))
+    assert re.search(r"prompt 'aa' .* is not among the 13 prompts", message)
+    message = failure(capsys, lambda: vbon("fit", "--config", training, "--model.n", "17"))
+    assert "M = 16 reference rewards a prompt, fewer than n = 17" in message
+    message = failure(capsys, lambda: vbon("predict", "--config", sampling, "--ckpt_path", str(last)))
+    assert "takes no --ckpt_path" in message
+
+
+# -- errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__init_args__n": 1}, "model.n must be a number > 1"),
+        ({"model__init_args__n": 0.5}, "model.n must be a number > 1"),
+        ({"model__init_args__n": 17}, "M = 16 reference rewards a prompt, fewer than n = 17"),
+        ({"model__init_args__bound": "upper"}, "upper"),
+        ({"model__init_args__estimator": "a2c"}, "a2c"),
+        ({"model__init_args__kl_estimator": "k3"}, "k3"),
+        ({"model__init_args__epochs_per_rollout": 2}, "REINFORCE is unbiased for one update"),
+        ({"model__init_args__samples_per_prompt": 1}, "needs model.samples_per_prompt >= 2, got 1"),
+        (
+            {"model__init_args__estimator": "clipped", "model__init_args__minibatches": 3},
+            "model.minibatches=3 does not divide data.batch_size=4",
+        ),
+        ({"model__init_args__reference_samples": 0}, "vBoN needs reference rewards: name a table"),
+        (
+            {"model__init_args__reference_samples": 0, "data__reference_table": "nowhere"},
+            "there is no reference table in nowhere",
+        ),
+        ({"model__init_args__betta": 1}, "Option 'betta' is not accepted"),
+        ({"model__class_path": "VBON"}, "VBON"),
+        ({"model": None}, "fit.model"),
+        ({"model": {"class_path": "ReferenceSampler"}}, "No `training_step()` method defined"),
+        ({"data__temperature": -1.0}, "temperature must be positive"),
+        ({"data__temperatur": 1.0}, "temperatur"),
+        ({"data__max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"data__max_new_tokens": 62}, "exceed the model's context of 64 tokens"),
+        ({"data__batch_size": 0}, "data.batch_size must be at least 1"),
+        ({"data__batch_size": 11}, "10 training rows do not fill one batch of 11"),
+        ({"data__reward": None}, "VBoN needs a reward: set `data.reward`"),
+        ({"data__train": None}, "no train data: set `data.train`"),
+        ({"data__train": {"path": "nowhere.txt"}}, "nowhere.txt"),
+        ({"data__train": {"file": "x.txt"}}, "file"),
+        ({"data__policy": "./nowhere"}, "nowhere"),
+        ({"trainer__max_step": 3}, "max_step"),
+        ({"datas": {"policy": "x"}}, "datas"),
+    ],
+    ids=str,
+)
+def test_a_mistake_ends_with_one_line(
+    changes: dict[str, Any],
+    message: str,
+    vbon: Run,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = config(files, tmp_path, **changes)
+    found = failure(capsys, lambda: vbon("fit", "--config", path))
+    assert message in found
+    assert "Given value" not in found
+
+
+@pytest.mark.parametrize("kind", ["nan", "short"])
+def test_a_bad_reward_names_prompt_and_response(
+    kind: str, vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = {
+        "class_path": "vbon_lightning.rewards.CallableReward",
+        "init_args": {"function": f"tests.modules.setting.{kind}_reward"},
+    }
+    path = config(files, tmp_path, data__reward=reward)
+    found = failure(capsys, lambda: vbon("fit", "--config", path))
+    if kind == "nan":
+        assert re.search(r"is nan .*prompt '\w+', response '\w*'", found)
+    else:
+        assert "row 0 has 3 rewards for 4 responses" in found
+
+
+def test_errors_of_the_command_line_itself(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.yaml" in failure(capsys, lambda: vbon("fit", "--config", "nowhere.yaml"))
+    assert "fitt" in failure(capsys, lambda: vbon("fitt"))
+    assert "bogus" in failure(capsys, lambda: vbon("fit", "--data.policy", "x", "--bogus", "1"))
+
+
+def test_a_missing_checkpoint(vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(files, tmp_path)
+    assert "nowhere.ckpt" in failure(capsys, lambda: vbon("fit", "--config", path, "--ckpt_path", "nowhere.ckpt"))
+
+
+def test_a_traceback_on_request(vbon: Run, files: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="n must be a number > 1"):
+        vbon("fit", "--config", config(files, tmp_path, model__init_args__n=1), traceback=True)
+
+
+def test_predict_asks_for_a_table_and_a_reward_first(
+    vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = {"class_path": "ReferenceSampler"}
+    path = config(files, tmp_path, model=sampler)
+    assert "set data.reference_table to a directory" in failure(capsys, lambda: vbon("predict", "--config", path))
+    path = config(files, tmp_path, model=sampler, data__reference_table="table", data__reward=None)
+    assert "needs a reward: set `data.reward`" in failure(capsys, lambda: vbon("predict", "--config", path))
+
+
+def test_a_policy_and_reference_of_different_vocabularies(
+    vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_tiny_model(tmp_path / "other", alphabet=ALPHABET[:5])
+    path = config(files, tmp_path, data__reference=other)
+    assert "vocabular" in failure(capsys, lambda: vbon("fit", "--config", path))
+
+
+@pytest.mark.slow
+def test_the_module_runs_without_clutter(files: Path, tmp_path: Path) -> None:
+    """One real process: ``python -m vbon_lightning`` over two ranks that it starts itself."""
+    path = config(files, tmp_path, trainer__devices=2, trainer__strategy="ddp", data__batch_size=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "vbon_lightning", "fit", "--config", path],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "max_steps=2` reached" in output
+    for clutter in ("Tip:", "Loading weights", "Warning", "deprecated", "litlogger"):
+        assert clutter not in output, output
