@@ -14,7 +14,7 @@ from torch import Tensor
 class PromptBatch(NamedTuple):
     """A batch of prompts, ready to be sampled from."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     """``[B]`` long: the prompt's row in its split; with the seed and the step it fixes the sampling noise."""
     valid: Tensor
     """``[B]`` bool: False for rows that only even out the last batch over several processes."""

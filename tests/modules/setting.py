@@ -17,6 +17,8 @@ from tests.helpers import save_tiny_model
 from vbon_lightning import KLRL, SFT, AlignmentDataModule, TextSource, VBoN
 from vbon_lightning.rewards import RewardModel
 
+torch.set_num_threads(1)  # threads cost such small models far more than they bring
+
 ALPHABET = "abcdefgh"
 PROMPTS = ["a", "ab", "abc", "bcd", "cde", "d", "ef", "fgh", "gab", "hhh"]
 
