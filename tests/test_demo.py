@@ -25,7 +25,7 @@ def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     configs = ROOT / "configs" / "demo"
     data = ["--config", f"{configs}/data.yaml"]
-    small = ["--data.test.stop", "8", "--data.train.stop", "64"]
+    small = ["--data.test.stop", "8", "--data.train.stop", "56"]
     quick = ["--trainer.max_steps", "2", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
     quick += ["--trainer.enable_model_summary", "false"]
 
