@@ -58,8 +58,8 @@ def logits(model: Any) -> Tensor:
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Tiny, Path]:
     module = Tiny()
-    make_trainer(tmp_path, PolicyExport()).fit(module)
-    return module, tmp_path / "run" / "0" / "export"
+    make_trainer(tmp_path, PolicyExport(), default_root_dir=str(tmp_path)).fit(module)
+    return module, tmp_path / "export"
 
 
 def test_the_export_is_the_trained_policy(exported: tuple[Tiny, Path]) -> None:
