@@ -18,17 +18,14 @@ from jsonargparse import auto_cli
 
 from vbon_lightning import AlignmentDataModule, VBoN
 from vbon_lightning.functional import kl_penalty, reinforce_loss
-from vbon_lightning.sampling import response_logits
 
 ESTIMATORS = ("rao_blackwell", "prefix_baseline", "sampled")
 
 
 def gradients(module: VBoN, batch: object, number: int, parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the gradient of one batch's loss under each estimator, from the same rollout and the same pass."""
-    actors, rollout = module.loaded, module._sample(batch, number)
-    mask = rollout.completions.mask
-    logits = response_logits(actors.policy, rollout.prompts, rollout.completions).logits
-    live = actors.with_statistics(rollout, logits, actors.reference_logits(rollout))
+    live, _ = module._evaluate_responses(module._sample(batch, number))
+    mask = live.completions.mask
     fixed = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach())
     target, found = module.target(fixed), {}
     for name in ESTIMATORS:

@@ -183,11 +183,10 @@ class Actors:
         seed: int,
         stream: str,
         step: int,
-        identities: Sequence[int | str] | None = None,
     ) -> Completions:
         """Sample G responses a prompt; :func:`~vbon_lightning.sampling.prompt_noise` says how."""
         noise = prompt_noise(
-            prompts.index.tolist() if identities is None else identities,
+            prompts.index.tolist(),
             num_samples=num_samples,
             length=self.max_new_tokens,
             seed=seed,

@@ -285,15 +285,19 @@ class AlignmentDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Deal the validation rows in order; nothing where there is no validation split."""
-        return [] if self.sources["val"] is None else self._evaluation("val")
+        return [] if self.sources["val"] is None else self.split_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Deal the test rows in order."""
-        return self._evaluation("test")
+        return self.split_dataloader("test")
 
     def split_dataloader(self, split: Split) -> DataLoader:
         """Deal any split's rows in order, each once, without a Trainer."""
-        return self._evaluation(split)
+        kind = self._batch_kind
+        rows = self._split(split, kind)
+        return self._loader(
+            DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
+        )
 
     def predict_dataloader(self) -> DataLoader:
         """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each once."""
@@ -309,13 +313,6 @@ class AlignmentDataModule(LightningDataModule):
         rows = _Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
         return self._loader(
             DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
-        )
-
-    def _evaluation(self, split: str) -> DataLoader:
-        kind = self._batch_kind
-        rows = self._split(split, kind)
-        return self._loader(
-            DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
         )
 
     def _sampler(self, size: int, batch_size: int) -> ShardedSampler:
