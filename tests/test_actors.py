@@ -16,7 +16,6 @@ from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.functional import kl_k1, sequence_log_prob
 from vbon_lightning.models import ModelError, ModelSpec
 from vbon_lightning.rewards import RewardModel
-from vbon_lightning.sampling import response_logits
 from vbon_lightning.types import Completions, PromptBatch
 
 ALPHABET = "abcdefgh"
@@ -385,8 +384,7 @@ def test_the_gradient_goes_to_the_policy_only(models):
     assert actors.reference is not None
     rollout = roll(actors, statistics=False)
     actors.reference.requires_grad_(True)
-    logits = response_logits(actors.policy, rollout.prompts, rollout.completions).logits
-    live = actors.with_statistics(rollout, logits, actors.reference_logits(rollout))
+    live, _ = actors.statistics(rollout)
     (live.log_probs.sum() + live.token_kl.sum()).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in actors.policy.parameters())
     assert all(parameter.grad is None for parameter in actors.reference.parameters())
@@ -412,8 +410,7 @@ def test_completions_that_are_not_contiguous(models):
     actors = load(models)
     rollout = roll(actors)
     strided = Completions(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in rollout.completions))
-    logits = response_logits(actors.policy, rollout.prompts, strided).logits
-    again = actors.with_statistics(rollout._replace(completions=strided), logits, actors.reference_logits(rollout))
+    again, _ = actors.statistics(rollout._replace(completions=strided))
     assert torch.allclose(again.token_kl, rollout.token_kl)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vbon_lightning.functional import token_statistics
 from vbon_lightning.models import (
     ModelError,
     ModelSpec,
@@ -23,7 +22,7 @@ from vbon_lightning.models import (
     model_identity,
 )
 from vbon_lightning.rewards import RewardModel, check_rewards
-from vbon_lightning.sampling import prompt_noise, response_logits, sample_completions
+from vbon_lightning.sampling import prompt_noise, response_statistics, sample_completions
 from vbon_lightning.types import Completions, PromptBatch, Rollout
 
 
@@ -301,8 +300,7 @@ class Actors:
             reference_rewards=reference_rewards,
         )
         if statistics:
-            logits = response_logits(self.policy, prompts, completions).logits
-            rollout = self.with_statistics(rollout, logits, self.reference_logits(rollout))
+            rollout, _ = self.statistics(rollout)
         return rollout
 
     def reference_rewards(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
@@ -313,32 +311,27 @@ class Actors:
         token_ids = self.token_ids(completions)
         return self.score(prompts.text, self.decode(token_ids, prompts), token_ids, completions.finished)
 
-    @torch.no_grad()
-    def reference_logits(self, rollout: Rollout) -> Tensor:
-        """Return the reference's logits ``[B * G, T, V]`` on a rollout's responses."""
+    def statistics(self, rollout: Rollout, *, hidden: bool = False) -> tuple[Rollout, Tensor | None]:
+        """Fill in log-probabilities and the exact KL of a rollout's responses, differentiable in the policy.
+
+        Args:
+            rollout: Prompts and responses.
+            hidden: Also return the policy's last hidden states ``[B, G, T, H]``, for a value head.
+        """
         if self.reference is None:
             raise ValueError("this needs the reference model")
-        return response_logits(self.reference, rollout.prompts, rollout.completions).logits
-
-    def with_statistics(self, rollout: Rollout, logits: Tensor, reference_logits: Tensor) -> Rollout:
-        """Fill in log-probabilities and the exact KL from logits ``[B * G, T, V]``; differentiable in ``logits``."""
-        shape, mask = rollout.completions.tokens.shape, rollout.completions.mask
-        statistics = token_statistics(
-            logits,
-            reference_logits,
-            rollout.completions.tokens.reshape(-1, shape[-1]),
+        found = response_statistics(
+            self.policy,
+            self.reference,
+            rollout.prompts,
+            rollout.completions,
             temperature=self.temperature,
+            hidden=hidden,
         )
-
-        def masked(values: Tensor | None) -> Tensor:
-            assert values is not None  # there are reference logits
-            return torch.where(mask, values.view(shape), 0.0)
-
-        return rollout._replace(
-            log_probs=masked(statistics.log_probs),
-            reference_log_probs=masked(statistics.reference_log_probs),
-            token_kl=masked(statistics.kl),
+        filled = rollout._replace(
+            log_probs=found.log_probs, reference_log_probs=found.reference_log_probs, token_kl=found.kl
         )
+        return filled, found.hidden
 
 
 def _check_same_outputs(

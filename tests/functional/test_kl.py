@@ -96,6 +96,30 @@ def test_token_statistics_equal_the_single_functions(dtype: torch.dtype) -> None
     assert alone.kl is None
 
 
+@pytest.mark.parametrize("excluded", [False, True], ids=["full support", "a token neither model allows"])
+def test_the_written_out_gradient_of_token_statistics(excluded: bool) -> None:
+    torch.manual_seed(2)
+    policy, reference = (torch.randn(3, 5, 11, dtype=torch.float64) for _ in range(2))
+    if excluded:
+        policy[..., 4] = reference[..., 4] = -torch.inf
+    tokens = torch.randint(4, (3, 5))
+    policy.requires_grad_(True)
+    weights = torch.randn(2, 3, 5, dtype=torch.float64)
+
+    def grad(log_probs: Tensor, kl: Tensor) -> Tensor:
+        return torch.autograd.grad((weights[0] * log_probs + weights[1] * kl).sum(), policy)[0]
+
+    got = token_statistics(policy, reference, tokens, temperature=0.7)
+    expected = grad(
+        token_log_probs(policy, tokens, temperature=0.7), vocabulary_kl(policy, reference, temperature=0.7)
+    )
+    torch.testing.assert_close(grad(got.log_probs, got.kl), expected, rtol=1e-10, atol=1e-12)
+    # With a reference that wants its own gradient the general path is taken, and agrees.
+    reference.requires_grad_(True)
+    general = token_statistics(policy, reference, tokens, temperature=0.7)
+    torch.testing.assert_close(grad(general.log_probs, general.kl), expected, rtol=1e-10, atol=1e-12)
+
+
 # --- k1, k2, k3 -------------------------------------------------------------------------------------------
 
 

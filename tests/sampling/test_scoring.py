@@ -1,13 +1,15 @@
-"""Teacher-forced logits."""
+"""Teacher-forced logits, and the statistics that are made of them in chunks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tests.helpers import tiny_gpt2, tiny_llama
 from tests.sampling.test_decode import PAD, PROMPTS, VOCABULARY, batch_of, noise_of
-from vbon_lightning.sampling import response_logits, sample_completions, scoring
+from vbon_lightning.functional import token_log_probs, vocabulary_kl
+from vbon_lightning.sampling import response_logits, response_statistics, sample_completions, scoring
 from vbon_lightning.types import Completions
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -68,3 +70,124 @@ def test_gradient_flows(model):
     prompts = batch_of(PROMPTS)
     response_logits(model, prompts, sampled(model, prompts)).logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# -- statistics ----------------------------------------------------------------------------------------------
+
+
+def tiny_gemma2(vocab_size: int, *, seed: int = 0) -> Gemma2ForCausalLM:
+    """Make a model that squashes its logits, so that its head alone does not give them."""
+    config = Gemma2Config(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        initializer_range=0.2,
+        max_position_embeddings=64,
+        sliding_window=64,
+        pad_token_id=PAD,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Gemma2ForCausalLM(config).float().eval()
+
+
+BUILD = MODELS | {"gemma2": tiny_gemma2}
+
+
+def by_row(policy, reference, prompts, drawn, temperature):
+    """Return log-probs, reference log-probs and KL from a pass over each row alone."""
+    found = [torch.zeros(drawn.tokens.shape) for _ in range(3)]
+    for place, prompt in enumerate(PROMPTS):
+        for sample in range(drawn.tokens.shape[1]):
+            real = int(drawn.mask[place, sample].sum())
+            response = drawn.tokens[place, sample, :real]
+            row = torch.tensor([prompt + response.tolist()])
+            span = slice(len(prompt) - 1, len(prompt) - 1 + real)
+            ours, theirs = (model(input_ids=row, use_cache=False).logits[0, span] for model in (policy, reference))
+            found[0][place, sample, :real] = token_log_probs(ours, response, temperature=temperature)
+            found[1][place, sample, :real] = token_log_probs(theirs, response, temperature=temperature)
+            found[2][place, sample, :real] = vocabulary_kl(ours, theirs, temperature=temperature)
+    return found
+
+
+def weighted(log_probs, kl):
+    weights = torch.linspace(-1, 2, log_probs.numel()).view(log_probs.shape)
+    return (weights * log_probs).sum() + (weights.flip(0) * kl).sum()
+
+
+def gradients(model):
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize("max_logits", [1, 5 * VOCABULARY, 2**25], ids=["one", "five", "all"])
+@pytest.mark.parametrize("ends", [[2, 3, 9, 15], [99]], ids=["some finish", "none finishes"])
+def test_statistics_and_their_gradient_equal_those_of_each_row_alone(kind, max_logits, ends):
+    policy, reference = (BUILD[kind](VOCABULARY, seed=seed) for seed in (4, 5))
+    prompts = batch_of(PROMPTS)
+    noise = noise_of(prompts.index.tolist(), samples=3)
+    drawn = sample_completions(policy, prompts.tokens, prompts.mask, noise, end_ids=ends, pad_id=PAD)
+    assert drawn.mask.all() == (ends == [99])
+    assert (scoring.output_head(policy) is None) == (kind == "gemma2")
+    sizes = []
+    if kind != "gemma2":
+        policy.get_output_embeddings().register_forward_hook(lambda _, arguments, out: sizes.append(out.numel()))
+    got = response_statistics(policy, reference, prompts, drawn, temperature=0.7, max_logits=max_logits)
+    assert all(size <= max(max_logits, VOCABULARY) for size in sizes)
+    expected = by_row(policy, reference, prompts, drawn, 0.7)
+    for ours, theirs in zip(got[:3], expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    weighted(got.log_probs, got.kl).backward()
+    ours = gradients(policy)
+    weighted(expected[0], expected[2]).backward()
+    for one, other in zip(ours, gradients(policy), strict=True):
+        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+    assert not got.reference_log_probs.requires_grad
+    reference.zero_grad()
+
+
+def test_each_prompt_is_run_once(model):
+    prompts = batch_of(PROMPTS)
+    drawn = sampled(model, prompts)
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda _, arguments, out: seen.append(arguments[0].shape))
+    response_logits(model, prompts, drawn)
+    assert seen == [(4, 5), (12, drawn.tokens.shape[-1] - 1)]
+
+
+def test_gradient_checkpointing_gives_the_same(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    prompts, reference = batch_of(PROMPTS), tiny_llama(VOCABULARY, seed=3)
+    drawn = sampled(model, prompts)
+    plain = response_statistics(model, reference, prompts, drawn, hidden=True)
+    weighted(plain.log_probs, plain.kl).backward()
+    expected = gradients(model)
+    calls = []
+    model.gradient_checkpointing_enable()
+    model.get_input_embeddings().register_forward_hook(lambda _, arguments, out: calls.append(arguments[0].shape))
+    again = response_statistics(model, reference, prompts, drawn, hidden=True)
+    assert calls == [(12, 5 + drawn.tokens.shape[-1])], "checkpointed layers keep no cache"
+    for ours, theirs in zip(again, plain, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    weighted(again.log_probs, again.kl).backward()
+    for one, other in zip(gradients(model), expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_responses_of_one_token(model):
+    prompts = batch_of(PROMPTS)
+    noise = noise_of(prompts.index.tolist(), samples=3, length=1)
+    drawn = sample_completions(model, prompts.tokens, prompts.mask, noise, end_ids=[2], pad_id=PAD)
+    got = response_statistics(model, tiny_llama(VOCABULARY, seed=3), prompts, drawn)
+    for ours, theirs in zip(got[:3], by_row(model, tiny_llama(VOCABULARY, seed=3), prompts, drawn, 1.0), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)

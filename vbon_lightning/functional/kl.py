@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vbon_lightning.functional._validate import check_float, check_real, check_same_shape
 from vbon_lightning.functional.sequences import check_logits, scaled_logits, token_log_probs
@@ -151,11 +152,50 @@ def token_statistics(
         return TokenStatistics(token_log_probs(logits, tokens, temperature=temperature), None, None)
     check_logits(logits, tokens, temperature)
     _check_reference_logits(logits, reference_logits)
+    index = tokens.long().unsqueeze(-1)
+    if not reference_logits.requires_grad:
+        return TokenStatistics(
+            *_TokenStatistics.apply(
+                scaled_logits(logits, temperature), scaled_logits(reference_logits, temperature), index
+            )
+        )
     log_policy = scaled_logits(logits, temperature).log_softmax(-1)
     log_reference = scaled_logits(reference_logits, temperature).log_softmax(-1)
-    index = tokens.long().unsqueeze(-1)
     return TokenStatistics(
         log_probs=log_policy.gather(-1, index).squeeze(-1),
         reference_log_probs=log_reference.gather(-1, index).squeeze(-1),
         kl=_kl_of_log_softmax(log_policy, log_reference),
     )
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """The statistics with the gradient written out: two buffers of the logits' size live, not six.
+
+    With ``p`` the policy's probabilities and ``d = log p - log q``, ``dKL/dz = p (d - KL)`` and
+    ``dlog p[token]/dz = 1[token] - p``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, reference_logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_policy, log_reference = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+        log_probs = log_policy.gather(-1, index).squeeze(-1)
+        reference_log_probs = log_reference.gather(-1, index).squeeze(-1)
+        probs = log_policy.exp()
+        # Where the policy puts nothing the term is 0, also if the reference puts nothing there (-inf minus -inf).
+        log_ratio = log_policy.sub_(log_reference).masked_fill_(probs == 0, 0.0)
+        kl = torch.linalg.vecdot(probs, log_ratio)
+        ctx.save_for_backward(probs, log_ratio, kl, index)
+        ctx.mark_non_differentiable(reference_log_probs)
+        return log_probs, reference_log_probs, kl.clamp(min=0)  # rounding below zero goes, the gradient stays
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, log_probs_grad: Tensor, _: Tensor, kl_grad: Tensor
+    ) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        probs, log_ratio, kl, index = ctx.saved_tensors
+        kl_grad, log_probs_grad = kl_grad.unsqueeze(-1), log_probs_grad.unsqueeze(-1)
+        grad = probs * torch.addcmul(-log_probs_grad, log_ratio - kl.unsqueeze(-1), kl_grad)
+        return grad.scatter_add(-1, index, log_probs_grad), None, None

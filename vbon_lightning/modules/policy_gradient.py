@@ -21,7 +21,7 @@ from vbon_lightning.functional import (
     token_rewards,
 )
 from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
-from vbon_lightning.sampling import noise_seed, response_logits
+from vbon_lightning.sampling import noise_seed
 from vbon_lightning.types import Completions, PromptBatch, Rollout
 
 
@@ -256,13 +256,12 @@ class PolicyGradient(AlignmentModule):
 
     def _evaluate_responses(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
         """Fill in log-probabilities, exact KL and values ``[B, G, T]``, differentiable in the policy."""
-        actors, critic, mask = self.loaded, self.critic, rollout.completions.mask
-        reference = actors.reference_logits(rollout)
-        scored = response_logits(actors.policy, rollout.prompts, rollout.completions, hidden=critic is not None)
-        values = None
-        if critic is not None and scored.hidden is not None:
-            values = torch.where(mask, critic(scored.hidden.to(critic.weight.dtype)).float().view(mask.shape), 0.0)
-        return actors.with_statistics(rollout, scored.logits, reference), values
+        critic = self.critic
+        evaluated, hidden = self.loaded.statistics(rollout, hidden=critic is not None)
+        if critic is None or hidden is None:
+            return evaluated, None
+        values = critic(hidden.to(critic.weight.dtype)).float().squeeze(-1)
+        return evaluated, torch.where(rollout.completions.mask, values, 0.0)
 
     def _experience_of(self, rollout: Rollout, values: Tensor | None) -> Experience:
         advantages, returns = self._advantages(self.target(rollout), rollout, values)

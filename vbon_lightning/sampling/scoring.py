@@ -1,15 +1,22 @@
-"""Teacher-forced logits of responses: one pass, logits for response positions only."""
+"""What models say about given responses: one pass over each prompt, one over its responses, logits in chunks."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
 
+from vbon_lightning.functional import token_statistics
 from vbon_lightning.sampling.decode import forget_casts, keep_logits
 from vbon_lightning.types import Completions, PromptBatch
+
+MAX_LOGITS = 2**25
+"""Logits that live at once, of each model: 128 MiB in float32."""
 
 
 class ResponseLogits(NamedTuple):
@@ -21,12 +28,26 @@ class ResponseLogits(NamedTuple):
     """``[N, T, H]``: last hidden states at the same positions, where asked for."""
 
 
+class ResponseStatistics(NamedTuple):
+    """What policy and reference say about each response token; 0 outside the mask."""
+
+    log_probs: Tensor
+    """``[B, G, T]``: log-probability under the policy, differentiable."""
+    reference_log_probs: Tensor
+    """``[B, G, T]``: the same under the reference."""
+    kl: Tensor
+    """``[B, G, T]``: exact KL(policy || reference) over the vocabulary, differentiable."""
+    hidden: Tensor | None
+    """``[B, G, T, H]``: the policy's last hidden states, where asked for."""
+
+
 def response_logits(
     model: PreTrainedModel, prompts: PromptBatch, completions: Completions, *, hidden: bool = False
 ) -> ResponseLogits:
     """Run prompts and their responses through a model and keep what predicts the response tokens.
 
-    Positions come from the mask, so that a row does not depend on how far its neighbours pad it.
+    Each prompt is run once, and its keys and values shared by its responses. Positions come from the mask, so
+    that a row does not depend on how far its neighbours pad it.
 
     Args:
         model: A causal language model.
@@ -34,23 +55,200 @@ def response_logits(
         completions: ``[B, G, T]`` responses.
         hidden: Also return the last hidden states, for a value head.
     """
+
+    def read(output: Any) -> list[Tensor]:
+        return [output.logits, output.hidden_states[-1]] if hidden else [output.logits]
+
+    logits, *states = _predictions(model, model, prompts, completions, read, output_hidden_states=hidden)
+    return ResponseLogits(logits=logits, hidden=states[0] if hidden else None)
+
+
+def response_statistics(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    prompts: PromptBatch,
+    completions: Completions,
+    *,
+    temperature: float = 1.0,
+    hidden: bool = False,
+    max_logits: int = MAX_LOGITS,
+) -> ResponseStatistics:
+    """Compute log-probabilities of response tokens under both models and the exact KL at each.
+
+    Logits are made for response tokens only, ``max_logits`` of them at a time, and made again for the gradient:
+    memory grows with B x G x T, and with the vocabulary only through the weights.
+
+    Args:
+        policy: A causal language model; gradients flow to it where they are enabled.
+        reference: Another of the same vocabulary, which gets no gradient.
+        prompts: ``[B, P]`` prompts.
+        completions: ``[B, G, T]`` responses.
+        temperature: The sampling temperature, applied to both.
+        hidden: Also return the policy's last hidden states, for a value head.
+        max_logits: Logits of each model that live at once.
+    """
+    mask = completions.mask
+    with torch.no_grad():
+        theirs = _states(reference, prompts, completions)
+    ours = _states(policy, prompts, completions, hidden=hidden)
+    real = mask.reshape(-1).nonzero().squeeze(-1)
+    tokens = completions.tokens.reshape(-1)[real]
+    size = max(1, max_logits // ours.vocabulary)
+    again = len(real) > size and torch.is_grad_enabled()
+    pieces = []
+    for start in range(0, len(real), size):
+        part = slice(start, start + size)
+        # Without padding the rows are the positions: a slice copies nothing.
+        rows = part if len(real) == mask.numel() else real[part]
+        arguments = (ours, ours.features[rows], theirs, theirs.features[rows], tokens[part], temperature)
+        pieces.append(checkpoint(_chunk, *arguments, use_reentrant=False) if again else _chunk(*arguments))
+
+    def spread(values: tuple[Tensor, ...]) -> Tensor:
+        joined = torch.cat(values)
+        if len(real) == mask.numel():
+            return joined.view(mask.shape)
+        return joined.new_zeros(mask.numel()).index_copy(0, real, joined).view(mask.shape)
+
+    log_probs, reference_log_probs, kl = (spread(values) for values in zip(*pieces, strict=True))
+    states = None if ours.hidden is None else ours.hidden.view(*mask.shape, -1)
+    return ResponseStatistics(log_probs, reference_log_probs, kl, states)
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear | None:
+    """Return the layer that makes a model's logits of its last hidden states, or None where more is done to them.
+
+    Some models scale or squash their logits. A forward pass over two tokens tells; it is made once a model.
+    """
+    if model not in _HEADS:
+        _HEADS[model] = _plain_head(model)
+    return cast(nn.Linear, model.get_output_embeddings()) if _HEADS[model] else None
+
+
+_HEADS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _plain_head(model: PreTrainedModel) -> bool:
+    body, head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", lambda: None)()
+    if body is None or body is model or not isinstance(head, nn.Linear):
+        return False
+    probe = torch.tensor([[0, 1]], device=head.weight.device)
+    expected = model(input_ids=probe, use_cache=False).logits
+    states = getattr(body(input_ids=probe, use_cache=False), "last_hidden_state", None)
+    forget_casts(probe.device)
+    if states is None or states.shape[-1] != head.in_features:
+        return False
+    logits = head(states)
+    forget_casts(probe.device)
+    return logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+class _States(NamedTuple):
+    """A pass's result before it is turned into logits."""
+
+    features: Tensor
+    """``[N T, H]`` last hidden states, or ``[N T, V]`` logits where there is no head."""
+    head: nn.Linear | None
+    vocabulary: int
+    hidden: Tensor | None
+    """``[N, T, H]``, where asked for."""
+
+
+def _states(
+    model: PreTrainedModel, prompts: PromptBatch, completions: Completions, *, hidden: bool = False
+) -> _States:
+    head = output_head(model)
+    if head is None:
+        scored = response_logits(model, prompts, completions, hidden=hidden)
+        return _States(scored.logits.flatten(0, 1), None, scored.logits.shape[-1], scored.hidden)
+    (states,) = _predictions(
+        model, model.base_model, prompts, completions, lambda output: [output.last_hidden_state]
+    )
+    return _States(states.flatten(0, 1), head, head.out_features, states if hidden else None)
+
+
+def _checkpoints(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _chunk(
+    ours: _States, states: Tensor, theirs: _States, their_states: Tensor, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        reference_logits = their_states if theirs.head is None else theirs.head(their_states)
+    forget_casts(states.device)
+    logits = states if ours.head is None else ours.head(states)
+    statistics = token_statistics(logits, reference_logits, tokens, temperature=temperature)
+    assert statistics.reference_log_probs is not None
+    assert statistics.kl is not None
+    return statistics.log_probs, statistics.reference_log_probs, statistics.kl
+
+
+def _predictions(
+    model: PreTrainedModel,
+    part: Any,
+    prompts: PromptBatch,
+    completions: Completions,
+    read: Callable[[Any], list[Tensor]],
+    **arguments: Any,
+) -> list[Tensor]:
+    """Run a model, or its body, and return what it says at the positions that predict the response tokens.
+
+    Args:
+        model: The whole model.
+        part: What to run: the model or its body.
+        prompts: ``[B, P]`` prompts.
+        completions: ``[B, G, T]`` responses.
+        read: Picks tensors ``[rows, positions, ...]`` from an output.
+        **arguments: Passed on.
+
+    Returns:
+        Of each tensor that is read, ``[B G, T, ...]``.
+    """
     _, samples, length = completions.tokens.shape
-    prompt_mask = prompts.mask.repeat_interleave(samples, dim=0)
-    tokens = torch.cat(
-        [prompts.tokens.repeat_interleave(samples, dim=0), completions.tokens.reshape(-1, length)], dim=-1
-    )
-    # Padding behind the EOS needs no mask: it is causal-later than every token that counts.
-    attended = torch.nn.functional.pad(prompt_mask, (0, length), value=True)
+    tokens = completions.tokens.reshape(-1, length)
+    prompt_mask = prompts.mask.long()
     padded = not bool(prompts.mask.all())
-    output = model(
-        input_ids=tokens,
-        attention_mask=attended.long() if padded else None,
-        position_ids=(attended.long().cumsum(-1) - 1).clamp_(min=0),
-        use_cache=False,
-        output_hidden_states=hidden,
-        **keep_logits(model, length + 1),
+    limit = keep_logits(model, length + 1) if part is model else {}
+    if model.training and _checkpoints(model):  # which allows no cache
+        each = prompt_mask.repeat_interleave(samples, dim=0)
+        attended = torch.nn.functional.pad(each, (0, length), value=1)
+        output = part(
+            input_ids=torch.cat([prompts.tokens.repeat_interleave(samples, dim=0), tokens], dim=-1),
+            attention_mask=attended if padded else None,
+            position_ids=(attended.cumsum(-1) - 1).clamp_(min=0),
+            use_cache=False,
+            **limit,
+            **arguments,
+        )
+        return [values[:, -length - 1 : -1] for values in read(output)]
+
+    cache = DynamicCache(config=model.config)
+    output = part(
+        input_ids=prompts.tokens,
+        attention_mask=prompt_mask if padded else None,
+        position_ids=(prompt_mask.cumsum(-1) - 1).clamp_(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        **(keep_logits(model, 1) if limit else {}),
+        **arguments,
     )
+    found = [values[:, -1:].repeat_interleave(samples, dim=0) for values in read(output)]
+    if length > 1:
+        cache.batch_repeat_interleave(samples)
+        lengths = prompt_mask.sum(-1).repeat_interleave(samples)
+        # Padding behind the EOS needs no mask: it is causal-later than every token that counts.
+        attended = torch.nn.functional.pad(prompt_mask.repeat_interleave(samples, dim=0), (0, length - 1), value=1)
+        output = part(
+            input_ids=tokens[:, :-1],
+            attention_mask=attended if padded else None,
+            position_ids=lengths[:, None] + torch.arange(length - 1, device=tokens.device),
+            past_key_values=cache,
+            use_cache=True,
+            **limit,
+            **arguments,
+        )
+        found = [torch.cat(both, dim=1) for both in zip(found, read(output), strict=True)]
     if not torch.is_grad_enabled():
         forget_casts(tokens.device)
-    states = output.hidden_states[-1][:, -length - 1 : -1] if hidden else None
-    return ResponseLogits(logits=output.logits[:, -length - 1 : -1], hidden=states)
+    return found
