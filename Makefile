@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --group dev -e ".[demo,gguf]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --group dev -e ".[demo,gguf,lora]" -c constraints.txt
 	touch $(STAMP)
 
 clean:

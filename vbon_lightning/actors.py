@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vbon_lightning.adapters import adapters_off
 from vbon_lightning.models import (
     ModelError,
     ModelSpec,
@@ -70,7 +72,13 @@ class ActorSpec:
     @property
     def reference_spec(self) -> ModelSpec:
         """Return the reference's specification: the policy's start where none is named."""
-        return as_spec(self.policy if self.reference is None else self.reference)
+        return as_spec(self.policy).base() if self.reference is None else as_spec(self.reference)
+
+    @property
+    def shares_base(self) -> bool:
+        """Return whether the policy is low-rank adapters on the reference: one copy of the weights serves both."""
+        policy = self.policy_spec
+        return policy.lora is not None and self.reference_spec == policy.base()
 
     def identity(self) -> dict[str, Any]:
         """Describe the models by content, in plain values: what a checkpoint must agree with to be resumed."""
@@ -118,6 +126,8 @@ class Actors:
     max_new_tokens: int
     temperature: float
     missing_eos_penalty: float = 0.0
+    shares_base: bool = False
+    """Whether the reference is the policy with its adapters off; ``reference`` then is None."""
     _placed: Any = field(default=None, repr=False)
 
     @classmethod
@@ -148,7 +158,7 @@ class Actors:
             check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
         policy = load_causal_lm(policy_spec, seed=seed, trainable=trainable, dropout=keep_dropout)
         frozen = None
-        if reference:
+        if reference and not spec.shares_base:
             frozen = load_causal_lm(reference_spec, seed=seed, trainable=False)
             _check_same_outputs(policy, frozen, tokenizer)
         return cls(
@@ -160,7 +170,19 @@ class Actors:
             max_new_tokens=spec.max_new_tokens,
             temperature=spec.temperature,
             missing_eos_penalty=spec.missing_eos_penalty,
+            shares_base=reference and spec.shares_base,
         )
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """Give the reference for a while: its own model, or the policy with its adapters off."""
+        if self.shares_base:
+            with adapters_off(self.policy) as base:
+                yield base
+        elif self.reference is not None:
+            yield self.reference
+        else:
+            raise ValueError("this needs the reference model")
 
     def place(self) -> None:
         """Move the frozen models to where the policy is, in its precision; a no-op once they are there."""
@@ -305,9 +327,8 @@ class Actors:
 
     def reference_rewards(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
         """Sample M responses a prompt from the reference and return their rewards ``[B, M]``."""
-        if self.reference is None:
-            raise ValueError("this needs the reference model")
-        completions = self.sample(self.reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        with self.as_reference() as reference:
+            completions = self.sample(reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         token_ids = self.token_ids(completions)
         return self.score(prompts.text, self.decode(token_ids, prompts), token_ids, completions.finished)
 
@@ -318,11 +339,9 @@ class Actors:
             rollout: Prompts and responses.
             hidden: Also return the policy's last hidden states ``[B, G, T, H]``, for a value head.
         """
-        if self.reference is None:
-            raise ValueError("this needs the reference model")
         found = response_statistics(
             self.policy,
-            self.reference,
+            self.as_reference,
             rollout.prompts,
             rollout.completions,
             temperature=self.temperature,

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from vbon_lightning.adapters import AdapterError, add_lora, has_adapters, merged_copy
 from vbon_lightning.paths import PathError, looks_like_path, resolve_path
 
 __all__ = [
@@ -92,6 +93,9 @@ class ModelSpec:
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ... Default: what transformers
             chooses.
         trust_remote_code: Run model code that comes with the checkpoint.
+        lora: Train low-rank adapters instead of the weights: entries of peft's ``LoraConfig``, such as ``r`` and
+            ``lora_alpha``. The base then is the reference, unless another is named. Needs the ``lora`` extra.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
     """
 
     name: str | None = None
@@ -102,6 +106,12 @@ class ModelSpec:
     dtype: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    lora: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+
+    def base(self) -> ModelSpec:
+        """Return the model without what only training needs: what it is at the start."""
+        return dataclasses.replace(self, lora=None, gradient_checkpointing=False)
 
 
 def as_spec(value: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
@@ -222,6 +232,18 @@ def load_causal_lm(
         disable_dropout(model)
     model.train(trainable)
     model.requires_grad_(trainable)
+    if spec.lora is not None:
+        try:
+            add_lora(model, spec.lora, seed=seed)
+        except AdapterError as error:
+            raise ModelError(str(error)) from error
+        if not dropout:
+            disable_dropout(model)
+        model.train(trainable)
+        if not trainable:
+            model.requires_grad_(False)
+    if spec.gradient_checkpointing and trainable:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -294,6 +316,8 @@ def model_identity(spec: str | Mapping[str, Any] | ModelSpec, *, seed: int = 0) 
     """
     spec = as_spec(spec)
     identity = {"dtype": spec.dtype or "float32"}
+    if spec.lora is not None:
+        identity |= {"lora": _canonical(spec.lora), "lora_seed": str(seed)}
     if spec.config is not None:
         identity |= {"config": _hash_text(_canonical(spec.config)), "seed": str(seed)}
     else:
@@ -350,7 +374,8 @@ def save_pretrained(
     """Write a model and its tokenizer in Hugging Face layout, whole or not at all.
 
     Args:
-        model: The model; it is not changed.
+        model: The model; it is not changed. Adapters are merged into the weights, and also saved on their own in
+            ``adapter``.
         tokenizer: Its tokenizer.
         directory: The target; replaced if it exists.
         generation: Entries of the generation config to set, such as the temperature the policy was trained
@@ -374,6 +399,9 @@ def save_pretrained(
     old = target.with_name(f".{target.name}.{mark}.old")
     try:
         beside.mkdir()
+        if has_adapters(model):
+            model.save_pretrained(beside / "adapter")
+            model = merged_copy(model)
         if isinstance(saved_dtype, torch.dtype):
             weights = {
                 key: value.to(saved_dtype) if value.is_floating_point() else value

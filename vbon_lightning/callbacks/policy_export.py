@@ -47,8 +47,8 @@ class PolicyExport(Callback):
         if self.every_validation and fitting and not trainer.sanity_checking:
             self._export(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export; once all callbacks have ended training, so that averaged weights are exported as such."""
         self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:

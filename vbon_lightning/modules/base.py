@@ -156,6 +156,12 @@ class AlignmentModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position in the data, what a resumed run must agree with, and the random state."""
+        if self.actor_spec.policy_spec.lora is not None:
+            # The base is frozen and named by its content: the adapters are all there is to keep.
+            trained = self._trained_names()
+            for state in ("state_dict", "current_model_state"):  # the second is Lightning's weight averaging
+                if state in checkpoint:
+                    checkpoint[state] = {key: value for key, value in checkpoint[state].items() if key in trained}
         checkpoint["vbon_lightning"] = {
             "module": {"class": type(self).__name__, **self._settings},
             "models": self.actor_spec.identity(),
@@ -192,6 +198,9 @@ class AlignmentModule(LightningModule):
         self.batches_seen = state["batches_seen"]
         torch.set_rng_state(state["random_state"].cpu())
 
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     @property
     def resuming(self) -> bool:
         """Return whether a checkpoint that is loaded now is to be trained on."""
@@ -204,6 +213,10 @@ class AlignmentModule(LightningModule):
             ValueError: Naming the weights that are missing, superfluous or of another shape.
         """
         self.configure_model()
+        if self.actor_spec.policy_spec.lora is not None:
+            trained = self._trained_names()
+            frozen = {key: value for key, value in self.state_dict().items() if key not in trained}
+            state_dict = frozen | dict(state_dict)
         try:
             return nn.Module.load_state_dict(self, state_dict, strict=True, assign=assign)
         except RuntimeError as problem:

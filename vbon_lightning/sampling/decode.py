@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -45,7 +46,24 @@ def forget_casts(device: torch.device) -> None:
         torch.clear_autocast_cache()
 
 
-@torch.no_grad()
+def recomputes(model: PreTrainedModel) -> bool:
+    """Return whether a model computes activations again for the gradient, and then keeps no cache."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextmanager
+def caching(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model keep a cache, which gradient checkpointing forbids in training mode."""
+    recomputing = recomputes(model)
+    if recomputing:
+        model.eval()
+    try:
+        yield
+    finally:
+        if recomputing:
+            model.train()
+
+
 def sample_completions(
     model: PreTrainedModel,
     prompt_tokens: Tensor,
@@ -78,8 +96,7 @@ def sample_completions(
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if not end_ids:
         raise ValueError("end_ids must name at least one token that ends a response, got none")
-    batch = prompt_tokens.shape[0]
-    _, samples, length = noise.shape
+    length = noise.shape[-1]
     if length < 1:
         raise ValueError(f"noise must hold at least one token a sample, got shape {tuple(noise.shape)}")
     lengths = prompt_mask.sum(-1)
@@ -87,6 +104,21 @@ def sample_completions(
     if not shortest:
         raise ValueError("every prompt needs at least one token, but a row of prompt_mask is all False")
     check_context(model, int(longest_prompt), length)
+    with torch.no_grad(), caching(model):
+        return _decode(model, prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature)
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompt_tokens: Tensor,
+    prompt_mask: Tensor,
+    noise: Tensor,
+    end_ids: Sequence[int],
+    pad_id: int,
+    temperature: float,
+) -> Completions:
+    batch, samples, length = noise.shape
+    lengths = prompt_mask.sum(-1)
     device = prompt_tokens.device
     rows = batch * samples
     noise = noise.to(device).reshape(rows, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from vbon_lightning.functional import token_statistics
-from vbon_lightning.sampling.decode import forget_casts, keep_logits
+from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
 from vbon_lightning.types import Completions, PromptBatch
 
 MAX_LOGITS = 2**25
@@ -65,7 +66,7 @@ def response_logits(
 
 def response_statistics(
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]],
     prompts: PromptBatch,
     completions: Completions,
     *,
@@ -80,7 +81,8 @@ def response_statistics(
 
     Args:
         policy: A causal language model; gradients flow to it where they are enabled.
-        reference: Another of the same vocabulary, which gets no gradient.
+        reference: Another of the same vocabulary, which gets no gradient, or a context that gives it for the time
+            of its pass: the policy's own base, its adapters off.
         prompts: ``[B, P]`` prompts.
         completions: ``[B, G, T]`` responses.
         temperature: The sampling temperature, applied to both.
@@ -88,8 +90,9 @@ def response_statistics(
         max_logits: Logits of each model that live at once.
     """
     mask = completions.mask
-    with torch.no_grad():
-        theirs = _states(reference, prompts, completions)
+    context = nullcontext(reference) if isinstance(reference, PreTrainedModel) else reference()
+    with torch.no_grad(), context as model:
+        theirs = _states(model, prompts, completions)
     ours = _states(policy, prompts, completions, hidden=hidden)
     real = mask.reshape(-1).nonzero().squeeze(-1)
     tokens = completions.tokens.reshape(-1)[real]
@@ -167,10 +170,6 @@ def _states(
     return _States(states.flatten(0, 1), head, head.out_features, states if hidden else None)
 
 
-def _checkpoints(model: PreTrainedModel) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def _chunk(
     ours: _States, states: Tensor, theirs: _States, their_states: Tensor, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +209,7 @@ def _predictions(
     prompt_mask = prompts.mask.long()
     padded = not bool(prompts.mask.all())
     limit = keep_logits(model, length + 1) if part is model else {}
-    if model.training and _checkpoints(model):  # which allows no cache
+    if recomputes(model):  # which allows no cache
         each = prompt_mask.repeat_interleave(samples, dim=0)
         attended = torch.nn.functional.pad(each, (0, length), value=1)
         output = part(
