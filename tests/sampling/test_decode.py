@@ -7,15 +7,21 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config
 
 from tests.helpers import tiny_gpt2, tiny_llama
 from vbon_lightning.functional import response_mask, token_log_probs
 from vbon_lightning.sampling import decode as decode_module
 from vbon_lightning.sampling import prompt_noise, response_logits, sample_completions
+from vbon_lightning.sampling.cache import can_share_prompts
 from vbon_lightning.types import Completions, PromptBatch
 
 VOCABULARY, PAD = 24, 0
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+DEEPER = {
+    "llama": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gpt2": {"n_layer": 2},
+}
 PROMPTS = [[3, 4, 5, 6, 7], [9], [11, 12, 5], [3, 4]]
 
 
@@ -83,12 +89,21 @@ def assert_same(ours: tuple[list[int], list[float], bool], theirs: tuple[list[in
     assert ours[2] == theirs[2]
 
 
+@pytest.fixture(params=[False, True], ids=["copied prompts", "shared prompts"])
+def shared(request, monkeypatch):
+    """Whether the decode loop holds each prompt once, however short it is."""
+    monkeypatch.setattr(decode_module, "SHARE_FROM", 1 if request.param else 10**9)
+    return request.param
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
     ("ends", "early"), [([2, 7, 20], 0.3), ([], 0.0), ([2, *range(10, 20)], 0.9)], ids=["some", "none", "most"]
 )
-def test_equals_a_decode_without_cache(kind, ends, early, monkeypatch):
-    model = MODELS[kind](VOCABULARY, seed=1, spread=2.0)
+def test_equals_a_decode_without_cache(kind, ends, early, shared, monkeypatch):
+    model = MODELS[kind](VOCABULARY, seed=1, spread=2.0, **DEEPER[kind])
+    assert can_share_prompts(model)
+    before = model.config._attn_implementation
     ends = ends or [VOCABULARY + 1]
     kept: list[int] = []
     select = decode_module.DynamicCache.batch_select_indices
@@ -108,10 +123,11 @@ def test_equals_a_decode_without_cache(kind, ends, early, monkeypatch):
     assert finished >= early * 24, "the case does not finish as many rows as it should"
     assert bool(kept) == (early > 0), "finished rows leave the cache where there are some"
     assert kept == sorted(kept, reverse=True)
+    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_prompts_of_one_length_need_no_mask(kind):
+def test_prompts_of_one_length_need_no_mask(kind, shared):
     model = MODELS[kind](VOCABULARY, seed=2)
     prompts = [[3, 4, 5], [6, 7, 8]]
     noise = noise_of([0, 1])
@@ -122,7 +138,7 @@ def test_prompts_of_one_length_need_no_mask(kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_row_depends_on_no_other(kind):
+def test_a_row_depends_on_no_other(kind, shared):
     model = MODELS[kind](VOCABULARY, seed=3, spread=2.0)
     together = rows_of(
         sample_completions(model, *pad_left(PROMPTS, 9), noise_of([0, 1, 2, 3]), end_ids=[2, 9], pad_id=PAD)
@@ -264,7 +280,7 @@ def test_no_longer_than_the_longest_response():
     assert drawn.finished.all()
 
 
-def test_half_precision():
+def test_half_precision(shared):
     model = tiny_llama(VOCABULARY, seed=7).to(torch.bfloat16)
     prompts = batch_of(PROMPTS)
     drawn = sample_completions(model, prompts.tokens, prompts.mask, noise_of([0, 1, 2, 3]), end_ids=[2, 3], pad_id=PAD)
@@ -276,7 +292,7 @@ def test_half_precision():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_autocast_and_a_gradient_after_it(kind):
+def test_autocast_and_a_gradient_after_it(kind, shared):
     model = MODELS[kind](VOCABULARY, seed=8).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -337,3 +353,60 @@ def test_refuses_what_makes_no_sense(change, message):
     }
     with pytest.raises(ValueError, match=message):
         sample_completions(tiny_llama(VOCABULARY), **(arguments | change))
+
+
+def other_model(kind: str) -> nn.Module:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": PAD,
+    }
+    config = {
+        "gemma2": lambda: Gemma2Config(**sizes, head_dim=8, attn_logit_softcapping=0.5, sliding_window=64),
+        "mistral": lambda: MistralConfig(**sizes, sliding_window=4),
+        "qwen2": lambda: Qwen2Config(**sizes),
+    }[kind]()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("gemma2", False), ("mistral", False), ("qwen2", True)])
+def test_models_whose_attention_is_another_are_noticed_and_sampled_right(kind, shares, monkeypatch):
+    monkeypatch.setattr(decode_module, "SHARE_FROM", 1)
+    model = other_model(kind)
+    assert can_share_prompts(model) == shares
+    noise = noise_of([0, 1, 2, 3])
+    ours = sample_completions(model, *pad_left(PROMPTS), noise, end_ids=[2, 7, 20], pad_id=PAD)
+    for prompt, group, uniforms in zip(PROMPTS, rows_of(ours), noise, strict=True):
+        for row, uniform in zip(group, uniforms, strict=True):
+            assert_same(row, slow_decode(model, prompt, uniform, [2, 7, 20], 1.0))
+
+
+def test_long_prompts_are_held_once(monkeypatch):
+    model = tiny_llama(VOCABULARY, seed=2)
+    made = []
+    build = decode_module.SamplingCache
+
+    def keep(*arguments, **named):
+        made.append(build(*arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(decode_module, "SamplingCache", keep)
+    for length in (decode_module.SHARE_FROM - 1, decode_module.SHARE_FROM):
+        model.config.max_position_embeddings = 2 * length
+        prompt = [3 + i % 20 for i in range(length)]
+        noise = noise_of([0, 1], samples=4, length=3)
+        sample_completions(model, *pad_left([prompt, prompt[::-1]]), noise, end_ids=[99], pad_id=PAD)
+    # Two prompts with four samples each: eight rows of prompt and response, or two of prompts and eight of responses.
+    copied, shared = (cache.layers[0] for cache in made)
+    assert copied._keys.shape[0] == 8
+    assert copied._keys.shape[2] == decode_module.SHARE_FROM - 1 + 2
+    assert shared.prompt_keys.shape[:3] == (2, 1, decode_module.SHARE_FROM)
+    assert shared._keys.shape[:3] == (8, 1, 2)

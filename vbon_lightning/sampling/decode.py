@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
+from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend, can_share_prompts, shared_prompts
 from vbon_lightning.types import Completions
 
 _COMPACT_BELOW = 0.875
@@ -139,8 +140,7 @@ def _decode(
         use_cache=True,
         **keep_logits(model, 1),
     )
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(samples)
+    cache, context = _extend(model, output.past_key_values, prompt_mask if padded else None, samples, length)
     logits = output.logits[:, -1].repeat_interleave(samples, dim=0)
     next_position = lengths.repeat_interleave(samples)
     attention = prompt_mask.long().repeat_interleave(samples, dim=0) if padded else None
@@ -169,14 +169,15 @@ def _decode(
             attention = attention[keep] if attention is not None else None
         if attention is not None:
             attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=-1)
-        output = model(
-            input_ids=chosen[:, None],
-            attention_mask=attention,
-            position_ids=(next_position[active] + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache, logits = output.past_key_values, output.logits[:, -1]
+        with context():
+            output = model(
+                input_ids=chosen[:, None],
+                attention_mask=attention,
+                position_ids=(next_position[active] + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits = output.logits[:, -1]
 
     forget_casts(device)
     longest = step + 1
@@ -187,3 +188,15 @@ def _decode(
         finished=finished.view(batch, samples),
         log_probs=log_probs[:, :longest].reshape(shape),
     )
+
+
+def _extend(
+    model: PreTrainedModel, prompts: Cache, prompt_mask: Tensor | None, samples: int, length: int
+) -> tuple[Cache, Callable[[], AbstractContextManager[None]]]:
+    """Return the cache of all rows, and the context to run the model in with it."""
+    if not can_extend(prompts):  # of sliding windows, for example
+        prompts.batch_repeat_interleave(samples)
+        return prompts, nullcontext
+    shared = samples > 1 and prompts.get_seq_length() >= SHARE_FROM and can_share_prompts(model)
+    cache = SamplingCache(prompts, samples=samples, room=length - 1, shared=shared, prompt_mask=prompt_mask)
+    return cache, partial(shared_prompts, model, cache) if shared else nullcontext

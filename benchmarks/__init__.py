@@ -1,0 +1,1 @@
+"""Measurements against named peers; each file says how to run it."""
