@@ -33,7 +33,7 @@ def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
          "--trainer.val_check_interval", "1")  # fmt: skip
     vbon(monkeypatch, "predict", *data, "--config", f"{configs}/table.yaml", *small,
          "--model.init_args.samples", "16", "--trainer.enable_progress_bar", "false")  # fmt: skip
-    for n in ("2", "8"):
+    for n in ("4", "16"):
         vbon(monkeypatch, "fit", *data, "--config", f"{configs}/vbon.yaml", *small, *quick,
              "--model.init_args.n", n, "--trainer.default_root_dir", f"runs/demo/vbon-n{n}")  # fmt: skip
     for beta in ("0.3", "0.1"):

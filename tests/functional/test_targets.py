@@ -110,6 +110,24 @@ def test_best_of_n_is_the_optimum_of_the_exact_target_only(rewards: Tensor, n: f
     assert expected_gradient(at_optimum, wrong).abs().max().item() > 1e-3
 
 
+@REWARDS
+@pytest.mark.parametrize("floor", [-0.2, -1.0, -4.0])
+def test_a_floor_moves_the_optimum_by_no_more_than_it_says(rewards: Tensor, floor: float) -> None:
+    n, cdf = 8, exact_cdf(REFERENCE, rewards)
+    target = vbon_target(REFERENCE.log(), cdf, n=n, log_ratio_floor=floor)
+    bon = best_of_n(REFERENCE, rewards, n)
+    raised = torch.maximum(bon, math.exp(floor) * REFERENCE)
+    assert (raised > bon).any(), "the floor is met"
+    optimum = raised / raised.sum()
+    at_optimum = optimum.log().requires_grad_()
+    assert expected_gradient(at_optimum, target).abs().max().item() < 1e-14
+    assert (optimum - bon).abs().sum() / 2 <= math.exp(floor)
+    exact = vbon_target(REFERENCE.log(), cdf, n=n)
+    torch.testing.assert_close(target.score, exact.score.clamp(min=floor / (n - 1)))
+    lower = vbon_target(REFERENCE.log(), cdf, n=n, bound="lower", log_ratio_floor=floor)
+    assert lower.score.min().item() == pytest.approx(floor / (n - 1))
+
+
 @ORDERS
 def test_bound_is_kl_rl_with_the_log_cdf_as_reward(theta: Tensor, n: float) -> None:
     """Scaled back by n - 1, the bound of the vBoN objective has n - 1 times the KL-RL gradient."""
@@ -340,6 +358,11 @@ MASK, TOKENS, TARGET = torch.ones(1, 2, 3).bool(), torch.zeros(1, 2, 3), Target(
             lambda: vbon_target(PAIR, RewardCDF(PAIR, PAIR), n=1),
             ValueError,
             "n must be greater than 1, got 1",
+        ),
+        (
+            lambda: vbon_target(PAIR, RewardCDF(PAIR, PAIR), n=2, log_ratio_floor=0.0),
+            ValueError,
+            "log_ratio_floor must be less than 0, got 0.0",
         ),
         (
             lambda: vbon_target(PAIR, RewardCDF(PAIR, PAIR), n=2, bound="upper"),

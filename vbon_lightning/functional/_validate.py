@@ -63,7 +63,7 @@ def check_dims(name: str, value: Tensor, dims: int, meaning: str, *, at_least: b
 
 
 def check_real(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf,
-               at_most: float = math.inf) -> None:  # fmt: skip
+               at_most: float = math.inf, below: float = math.inf) -> None:  # fmt: skip
     """Raise TypeError unless ``value`` is a finite real number, ValueError unless it is in range."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
@@ -75,6 +75,8 @@ def check_real(name: str, value: float, *, above: float = -math.inf, at_least: f
         raise ValueError(f"{name} must be at least {at_least:g}, got {value!r}")
     if not value <= at_most:
         raise ValueError(f"{name} must be at most {at_most:g}, got {value!r}")
+    if not value < below:
+        raise ValueError(f"{name} must be less than {below:g}, got {value!r}")
 
 
 def check_count(name: str, value: int, *, at_most: int, of: str) -> None:

@@ -33,7 +33,12 @@ class Target(NamedTuple):
 
 @torch.no_grad()
 def vbon_target(
-    log_reference: Tensor, cdf: RewardCDF, *, n: float, bound: Literal["exact", "lower"] = "exact"
+    log_reference: Tensor,
+    cdf: RewardCDF,
+    *,
+    n: float,
+    bound: Literal["exact", "lower"] = "exact",
+    log_ratio_floor: float | None = None,
 ) -> Target:
     """Build the target of variational Best-of-N, ``min KL(policy || pi_bon)``, in its beta form.
 
@@ -42,20 +47,28 @@ def vbon_target(
     1)``. With ``bound="lower"`` the log-ratio is replaced by ``log n + (n - 1) log F_lt``: KL-regularised RL
     with reward log F. https://arxiv.org/abs/2407.06057.
 
+    The log-ratio has no lower end: the worst responses, which Best-of-N as good as never returns, dominate the
+    variance of the gradient while the policy still samples them. With a floor of -L nats it becomes ``max(log pi_bon
+    - log p, -L)``, and the optimum ``max(pi_bon, exp(-L) p)``, normalised: within ``exp(-L)`` of pi_bon in total
+    variation, so at most that much below it in win rate.
+
     Args:
         log_reference: ``[B, G]``, log-probability of each response under the reference.
         cdf: ``[B, G]`` log F_lt and log F_le at each response's reward.
         n: number of samples of Best-of-N, any real > 1.
         bound: ``"exact"`` for the log-ratio with ties, ``"lower"`` for its lower bound.
+        log_ratio_floor: negative nats to which lower log-ratios are raised; None for none.
 
     Returns:
         :class:`Target` with ``kl_coef = 1 / (n - 1)``.
 
     Raises:
         TypeError: on a wrong dtype or an ``n`` that is not a number.
-        ValueError: if the shapes differ, ``n <= 1`` or ``bound`` is unknown.
+        ValueError: if the shapes differ, ``n <= 1``, ``bound`` is unknown or the floor is not negative.
     """
     weight = kl_weight(n)
+    if log_ratio_floor is not None:
+        check_real("log_ratio_floor", log_ratio_floor, below=0.0)
     check_float("log_reference", log_reference)
     if bound == "exact":
         log_ratio = bon_log_ratio(log_reference, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)
@@ -65,6 +78,8 @@ def vbon_target(
         log_ratio = bon_log_ratio_bound(cdf.log_below, n=n)
     else:
         raise ValueError(f"bound must be 'exact' or 'lower', got {bound!r}")
+    if log_ratio_floor is not None:
+        log_ratio = log_ratio.clamp(min=log_ratio_floor)
     return Target(score=weight * log_ratio, kl_coef=weight)
 
 

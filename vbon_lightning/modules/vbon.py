@@ -37,6 +37,9 @@ class VBoN(PolicyGradient):
             with reward log F and beta = 1/(N-1)).
         cdf_estimator: How the distribution function is estimated from M rewards: ``jeffreys`` (k + 1/2)/(M +
             1), ``add_one`` (the authors'), ``laplace`` or ``digamma``.
+        log_ratio_floor: Raise log-ratios of Best-of-N to the reference below this many nats (negative) to it: -L
+            spares the gradient the noise of the worst responses and moves the optimum by at most exp(-L) in total
+            variation. None keeps the target exact.
         **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
     """
 
@@ -46,6 +49,7 @@ class VBoN(PolicyGradient):
         n: float = 4.0,
         bound: Bound = "exact",
         cdf_estimator: CDFEstimator = "jeffreys",
+        log_ratio_floor: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, **kwargs)
@@ -55,8 +59,11 @@ class VBoN(PolicyGradient):
             raise ValueError(f"model.bound must be one of {', '.join(known)}; got {bound!r}")
         if cdf_estimator not in (known := get_args(CDFEstimator)):
             raise ValueError(f"model.cdf_estimator must be one of {', '.join(known)}; got {cdf_estimator!r}")
+        if log_ratio_floor is not None and not log_ratio_floor < 0:
+            raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
-        self.record_settings(n=n, bound=bound, cdf_estimator=cdf_estimator)
+        self.log_ratio_floor = log_ratio_floor
+        self.record_settings(n=n, bound=bound, cdf_estimator=cdf_estimator, log_ratio_floor=log_ratio_floor)
 
     def setup(self, stage: str) -> None:
         """Refuse to start without enough reference rewards, before anything expensive."""
@@ -86,4 +93,4 @@ class VBoN(PolicyGradient):
             raise ValueError(_NO_REWARDS)
         cdf = reward_cdf(rollout.rewards, rollout.reference_rewards, estimator=self.cdf_estimator)
         log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
-        return vbon_target(log_reference, cdf, n=self.n, bound=self.bound)
+        return vbon_target(log_reference, cdf, n=self.n, bound=self.bound, log_ratio_floor=self.log_ratio_floor)

@@ -76,8 +76,8 @@ class SamplingCache(DynamicCache):
         self, prompts: Cache, *, samples: int, room: int, shared: bool, prompt_mask: Tensor | None = None
     ) -> None:
         super().__init__()
-        kind = _SharedLayer if shared else _Layer
-        states = [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in prompts.layers]
+        layers = cast("list[DynamicLayer]", prompts.layers)
+        states = [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in layers]
         first, _ = states[0]
         self.prompts, self.groups = first.shape[0], samples
         rows = self.prompts * samples
