@@ -91,7 +91,7 @@ def write(name: str, title: str, body: str, data: Any, packages: Sequence[str], 
         packages: Whose versions to name.
         command: What was run; this process's command line by default.
     """
-    command = command or "python " + shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+    command = command or shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     used = versions("torch", "transformers", *packages)
     about = {"command": command, "machine": machine(), "versions": used}
     RESULTS.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """The exact log-probability under Best-of-N against the binomial sum that defines it: time and error.
 
-python benchmarks/exact_target.py
+python -m benchmarks.exact_target
 
 The sum over i = 1..N of C(N,i) F^(N-i) p^i is evaluated in float64 by log-gamma and log-sum-exp, which a float
 binomial could not do from N = 1030 on; the reference is (F + p)^N - F^N in 50-digit arithmetic. Ours gets float32.

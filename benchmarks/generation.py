@@ -1,6 +1,6 @@
 """Sampling: this package's decode loop against transformers' generate, as response tokens a second.
 
-python benchmarks/generation.py
+python -m benchmarks.generation
 
 Both sample up to T tokens for each of B x G rows at temperature 1 without top-k or top-p, from the same weights.
 ``generate`` gets num_return_sequences = G and returns tokens alone; ours returns each token's log-probability, too.

@@ -1,6 +1,6 @@
 """How a step's time and peak memory grow with its sizes, one at a time, and the table's with prompts x M.
 
-python benchmarks/growth.py
+python -m benchmarks.growth
 
 A step is a rollout, its rewards, the statistics under both models and a backward pass. Peak memory is the process's
 above what it held once the models were loaded. Each point is a process of its own.

@@ -1,6 +1,6 @@
 """Where a training step's time goes: sampling, text and reward, scoring under both models, backward, the rest.
 
-python benchmarks/profile_step.py
+python -m benchmarks.profile_step
 
 Runs vBoN in Lightning's Trainer on the demo's model with clocks around its parts. "Models" is the time inside the
 transformers forward passes and the backward pass; what is not models is overhead.

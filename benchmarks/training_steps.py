@@ -1,6 +1,6 @@
 """Whole training steps: vBoN against TRL's RLOOTrainer, as response tokens a second.
 
-python benchmarks/training_steps.py
+python -m benchmarks.training_steps
 
 Both sample G responses to each of B prompts from the same model at temperature 1 without top-k or top-p, score them
 with the same function (VADER), take a leave-one-out baseline and the KL to a frozen reference, and make one AdamW

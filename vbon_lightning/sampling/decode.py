@@ -147,12 +147,16 @@ def _decode(
     active = torch.arange(rows, device=device)
 
     for step in range(length):
-        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
-        cumulative = log_p.double().exp_().cumsum_(-1)
-        threshold = noise[active, step, None] * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=log_p.shape[-1] - 1)
+        scaled = logits.float() / temperature
+        scaled = scaled - scaled.amax(-1, keepdim=True)
+        # Summed in float64: the last of many small probabilities must not be lost.
+        cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
+        total = cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, noise[active, step, None] * total, right=True)
+        chosen = chosen.clamp_(max=scaled.shape[-1] - 1)
+        log_p = scaled.gather(-1, chosen) - total.log().float()
         running = ~finished[active]
-        log_probs[active, step] = torch.where(running, log_p.gather(-1, chosen).squeeze(-1), 0.0)
+        log_probs[active, step] = torch.where(running, log_p.squeeze(-1), 0.0)
         chosen = chosen.squeeze(-1)
         tokens[active, step] = torch.where(running, chosen, pad_id)
         mask[active, step] = running
