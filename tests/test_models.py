@@ -505,3 +505,8 @@ def test_identity_changes_with_the_end_tokens(tmp_path: Path) -> None:
     generation = json.loads(path.read_text())
     path.write_text(json.dumps(generation | {"eos_token_id": [1, 2]}))
     assert models.model_identity(str(directory)) != before
+
+
+def test_a_mapping_with_a_misspelt_field_is_no_name():
+    with pytest.raises(ModelError, match=r"unknown model field in '\{nam: x\}': the fields are name, gguf_file"):
+        models.as_spec("{nam: x}")

@@ -126,6 +126,9 @@ def as_spec(value: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
     if isinstance(value, ModelSpec):
         spec = value
     elif isinstance(value, str):
+        if value.lstrip().startswith("{"):  # a mapping that the command line could not read as one
+            known = ", ".join(field.name for field in dataclasses.fields(ModelSpec))
+            raise ModelError(f"unknown model field in {value!r}: the fields are {known}")
         spec = ModelSpec(name=value)
     else:
         fields = dict(value.as_dict() if hasattr(value, "as_dict") else value)
