@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from vbon_lightning.actors import ActorSpec
     from vbon_lightning.data import AlignmentDataModule
     from vbon_lightning.models import ModelSpec
-    from vbon_lightning.modules import KLRL, SFT, ReferenceSampler, VBoN
+    from vbon_lightning.modules import KLRL, SFT, ReferenceSampler, RewardModelling, VBoN
     from vbon_lightning.sources import TextSource
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "AlignmentDataModule",
     "ModelSpec",
     "ReferenceSampler",
+    "RewardModelling",
     "TextSource",
     "VBoN",
 ]
@@ -32,6 +33,7 @@ _HOMES = {
     "AlignmentDataModule": "data",
     "ModelSpec": "models",
     "ReferenceSampler": "modules",
+    "RewardModelling": "modules",
     "TextSource": "sources",
     "VBoN": "modules",
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -16,10 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.encoding import (
+    EncodedJudged,
     EncodedPrompt,
     EncodedText,
+    collate_judged,
     collate_prompts,
     collate_texts,
+    encode_comparisons,
+    encode_labelled,
     encode_prompts,
     encode_texts,
 )
@@ -29,7 +33,7 @@ from vbon_lightning.reference_table import ReferenceTable
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.sampler import ShardedSampler
 from vbon_lightning.sources import TextSource, read_rows
-from vbon_lightning.types import PromptBatch, TextBatch
+from vbon_lightning.types import JudgedBatch, PromptBatch, TextBatch
 
 Split = Literal["train", "val", "test"]
 
@@ -66,7 +70,8 @@ class AlignmentDataModule(LightningDataModule):
     """Bring prompts, texts and reference rewards to SFT, vBoN, KL-constrained RL and the reference sampler.
 
     Modules that learn from rollouts get :class:`~vbon_lightning.types.PromptBatch`, supervised fine-tuning
-    gets :class:`~vbon_lightning.types.TextBatch`; which of them is asked of the module (``batch_kind``).
+    gets :class:`~vbon_lightning.types.TextBatch`, reward-model training :class:`~vbon_lightning.types.JudgedBatch`;
+    which of them is asked of the module (``batch_kind``).
 
     Args:
         policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
@@ -86,7 +91,7 @@ class AlignmentDataModule(LightningDataModule):
         eval_batch_size: The same for validation, test and predict; ``batch_size`` by default.
         max_prompt_tokens: Longest prompt, in tokens.
         too_long: What to do with a longer one: ``error`` names its row, ``truncate_left`` keeps its end.
-        max_text_tokens: Longest text for supervised fine-tuning.
+        max_text_tokens: Longest text for supervised fine-tuning and for reward models.
         long_text: What to do with a longer one: ``truncate`` drops its end (and the EOS with it), ``split``
             makes consecutive pieces of it, of which only the last has the EOS.
         num_workers: Loader processes.
@@ -209,6 +214,16 @@ class AlignmentDataModule(LightningDataModule):
                     max_tokens=self.max_prompt_tokens,
                     too_long=self.too_long,
                 )
+            elif kind == "labelled":
+                encoded = encode_labelled(
+                    rows,
+                    self.tokenizer,
+                    labels=getattr(self._module, "labels", ()),
+                    max_tokens=self.max_text_tokens,
+                    long_text=self.long_text,
+                )
+            elif kind == "comparisons":
+                encoded = encode_comparisons(rows, self.tokenizer, max_tokens=self.max_text_tokens)
             else:
                 encoded = encode_texts(rows, self.tokenizer, max_tokens=self.max_text_tokens, long_text=self.long_text)
             self._rows[split, kind] = _Rows(encoded)
@@ -323,12 +338,18 @@ class AlignmentDataModule(LightningDataModule):
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _loader(self, cls: type[DataLoader], rows: _Rows, kind: str, sampler: ShardedSampler, size: int) -> DataLoader:
-        collate = self._collate_texts if kind == "text" else self._collate_prompts
+        collate: dict[str, Callable[[list[Any]], NamedTuple]] = {
+            "text": self._collate_texts,
+            "labelled": self._collate_judged,
+            "comparisons": self._collate_judged,
+            "prompts": self._collate_prompts,
+            "table": self._collate_without_rewards,
+        }
         return cls(
             rows,
             batch_size=size,
             sampler=sampler,
-            collate_fn=collate if kind != "table" else self._collate_without_rewards,
+            collate_fn=collate[kind],
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -339,6 +360,9 @@ class AlignmentDataModule(LightningDataModule):
 
     def _collate_texts(self, items: list[tuple[int, bool, EncodedText]]) -> TextBatch:
         return collate_texts(items, pad_id=self._pad_id())
+
+    def _collate_judged(self, items: list[tuple[int, bool, EncodedJudged]]) -> JudgedBatch:
+        return collate_judged(items, pad_id=self._pad_id())
 
     def _collate_without_rewards(self, items: list[tuple[int, bool, EncodedPrompt]]) -> PromptBatch:
         return collate_prompts(items, pad_id=self._pad_id())

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.reference_table import prompt_key
 from vbon_lightning.sources import TextRow, TextSource
-from vbon_lightning.types import PromptBatch, TextBatch
+from vbon_lightning.types import JudgedBatch, PromptBatch, TextBatch
 
 
 class PromptError(ValueError):
@@ -33,6 +33,19 @@ class EncodedText(NamedTuple):
     tokens: list[int]
     context: int
     """Number of leading tokens that are given and not learnt."""
+
+
+class EncodedJudged(NamedTuple):
+    """One labelled text, or a preferred text and a worse one, as token ids."""
+
+    texts: list[list[int]]
+    """K lists of token ids."""
+    label: int | None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The longest of the texts."""
+        return max(self.texts, key=len)
 
 
 def encode_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -136,6 +149,97 @@ def encode_texts(
             pieces = [tokens[start : start + max_tokens] for start in starts]
         encoded += [EncodedText(piece, context) for piece in pieces]
     return encoded
+
+
+def encode_labelled(
+    rows: Sequence[TextRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labels: Sequence[str],
+    max_tokens: int | None = None,
+    long_text: Literal["truncate", "split"] = "truncate",
+) -> list[EncodedJudged]:
+    """Encode labelled texts as a sequence classifier reads them, with the special tokens of its tokenizer.
+
+    A text cut by ``first_words`` is learnt as it was cut. The pieces of a split text all have its label.
+
+    Args:
+        rows: The texts, each with its label: an index into ``labels`` or one of them.
+        tokenizer: The classifier's tokenizer.
+        labels: Names of the labels, by index.
+        max_tokens: Longest text in tokens.
+        long_text: What to do with a longer one.
+
+    Raises:
+        PromptError: Naming the row without a label, or with one that is unknown.
+    """
+    known = {name: index for index, name in enumerate(labels)} | {str(index): index for index in range(len(labels))}
+    for row in rows:
+        if row.label is None:
+            raise PromptError(f"row {row.row} has no label: name the column that holds it (label_column)")
+        if str(row.label) not in known:
+            raise PromptError(
+                f"row {row.row}: the label {row.label!r} is none of model.labels, {', '.join(labels)}, "
+                f"nor an index from 0 to {len(labels) - 1}"
+            )
+    pieces = _encode_whole(tokenizer, [row.prompt for row in rows], max_tokens, split=long_text == "split")
+    return [EncodedJudged([tokens], known[str(rows[row].label)]) for row, tokens in pieces]
+
+
+def encode_comparisons(
+    rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None
+) -> list[EncodedJudged]:
+    """Encode pairs of responses to one prompt as a reward model reads them, prompt and response in one text.
+
+    Args:
+        rows: Prompts with a response and a worse one.
+        tokenizer: The reward model's tokenizer.
+        max_tokens: Longest text in tokens; longer ones lose their end.
+
+    Raises:
+        PromptError: Naming a row that lacks one of the responses, or whose texts are the same once they are cut.
+    """
+    texts = []
+    for row in rows:
+        if row.response is None or row.rejected is None:
+            raise PromptError(
+                f"row {row.row} lacks {'the response' if row.response is None else 'the worse response'}: name the "
+                "columns that hold them (response_column, rejected_column)"
+            )
+        texts += [row.prompt + row.response, row.prompt + row.rejected]
+    tokens = [piece for _, piece in _encode_whole(tokenizer, texts, max_tokens, split=False)]
+    encoded = []
+    for row, chosen, rejected in zip(rows, tokens[::2], tokens[1::2], strict=True):
+        if chosen == rejected:
+            raise PromptError(
+                f"row {row.row}: both responses are the same {len(chosen)} tokens, and nothing can be learnt from "
+                "that: leave the row out, or raise data.max_text_tokens if it cut them"
+            )
+        encoded.append(EncodedJudged([chosen, rejected], None))
+    return encoded
+
+
+def _encode_whole(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None, *, split: bool
+) -> list[tuple[int, list[int]]]:
+    """Encode texts with their special tokens, cut or split to ``max_tokens``: (place in ``texts``, token ids)."""
+    if max_tokens is None:
+        return list(enumerate(tokenizer(list(texts))["input_ids"]))
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if max_tokens < least:
+        raise PromptError(f"data.max_text_tokens must be at least {least} for this tokenizer, got {max_tokens}")
+    found = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_overflowing_tokens=split)
+    places = found["overflow_to_sample_mapping"] if split else range(len(texts))
+    return list(zip(places, found["input_ids"], strict=True))
+
+
+def collate_judged(items: Sequence[tuple[int, bool, EncodedJudged]], *, pad_id: int) -> JudgedBatch:
+    """Pad texts on the right."""
+    _, valid, rows = zip(*items, strict=True)
+    tokens, mask = _pad([text for row in rows for text in row.texts], pad_id=pad_id, left=False)
+    shape = (len(rows), len(rows[0].texts), -1)
+    labels = None if rows[0].label is None else torch.tensor([row.label for row in rows])
+    return JudgedBatch(tokens.view(shape), mask.view(shape), labels, torch.tensor(valid))
 
 
 def collate_prompts(items: Sequence[tuple[int, bool, EncodedPrompt]], *, pad_id: int) -> PromptBatch:

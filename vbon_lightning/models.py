@@ -127,8 +127,8 @@ def as_spec(value: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
         spec = value
     elif isinstance(value, str):
         if value.lstrip().startswith("{"):  # a mapping that the command line could not read as one
-            known = ", ".join(field.name for field in dataclasses.fields(ModelSpec))
-            raise ModelError(f"unknown model field in {value!r}: the fields are {known}")
+            names = ", ".join(field.name for field in dataclasses.fields(ModelSpec))
+            raise ModelError(f"unknown model field in {value!r}: the fields are {names}")
         spec = ModelSpec(name=value)
     else:
         fields = dict(value.as_dict() if hasattr(value, "as_dict") else value)
@@ -391,10 +391,12 @@ def save_pretrained(
     target = Path(os.path.abspath(directory))
     if target.exists() and not target.is_dir():
         raise ModelError(f"cannot save a model to {str(target)!r}: it is a file")
-    generation_config = copy.deepcopy(model.generation_config or GenerationConfig())
-    unknown = generation_config.update(**(generation or {}))
-    if unknown:
-        raise ModelError(f"unknown generation entry {', '.join(sorted(unknown))}")
+    generation_config = None
+    if model.can_generate():
+        generation_config = copy.deepcopy(model.generation_config or GenerationConfig())
+        unknown = generation_config.update(**(generation or {}))
+        if unknown:
+            raise ModelError(f"unknown generation entry {', '.join(sorted(unknown))}")
     saved_dtype = parse_dtype(dtype) if dtype not in (None, "auto") else None
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
@@ -414,7 +416,8 @@ def save_pretrained(
             _set_config_dtype(beside / "config.json", str(dtype))
         else:
             model.save_pretrained(beside)
-        generation_config.save_pretrained(beside)
+        if generation_config is not None:
+            generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         if target.exists():
             target.rename(old)

@@ -41,6 +41,9 @@ class TextSource:
         split: Split of the data set; single files have none.
         column: Column that holds the text; ``text`` for the lines of a ``.txt`` file.
         response_column: Column that holds the response, to fine-tune on pairs.
+        rejected_column: Column that holds a worse response than ``response_column``, to learn a reward from
+            preferences.
+        label_column: Column that holds the text's label, to learn a reward by classification.
         template: Text with ``{column}`` in braces to be filled in, in place of ``column``;
             ``{{`` and ``}}`` are literal braces.
         first_words: Number of words of the text that make the prompt, None for the whole text.
@@ -61,6 +64,8 @@ class TextSource:
     split: str = "train"
     column: str = "text"
     response_column: str | None = None
+    rejected_column: str | None = None
+    label_column: str | None = None
     template: str | None = None
     first_words: int | None = None
     where: dict[str, Any] | None = None
@@ -96,6 +101,10 @@ class TextRow(NamedTuple):
     """The response as text; None without a response column."""
     text: str
     """The whole text, of which the prompt is the first words where ``first_words`` cuts it."""
+    rejected: str | None = None
+    """A worse response as text; None without a column of them."""
+    label: str | int | None = None
+    """The text's label as it stands in the source; None without a column of them."""
 
 
 def read_rows(source: TextSource) -> list[TextRow]:
@@ -132,7 +141,8 @@ def _text_rows(source: TextSource, kept: Counter[str]) -> Iterator[TextRow]:
     """Yield the rows before shuffle and slice, and count how many passed each filter."""
     fields = _template_fields(source.template) if source.template is not None else []
     texts = fields if source.template is not None else [source.column]
-    texts = texts + ([source.response_column] if source.response_column else [])
+    named = (source.response_column, source.rejected_column, source.label_column)
+    texts = texts + [column for column in named if column]
     needed = list(dict.fromkeys([*texts, *(source.where or {})]))
     where, unit, records = _open(source, needed)
     seen: set[str] = set()
@@ -163,12 +173,28 @@ def _text_rows(source: TextSource, kept: Counter[str]) -> Iterator[TextRow]:
                 continue
             seen.add(prompt)
         kept["unique"] += 1
-        response = None
-        if source.response_column is not None:
-            response = _text(record[source.response_column], source.response_column, place)
-            if not response.strip():
-                raise SourceError(f"{place}: the response (column {source.response_column!r}) is empty")
-        yield TextRow(number, prompt, response, text)
+        response, rejected = (
+            _response(record, column, place) for column in (source.response_column, source.rejected_column)
+        )
+        label = None if source.label_column is None else _label(record[source.label_column], source.label_column, place)
+        yield TextRow(number, prompt, response, text, rejected, label)
+
+
+def _response(record: dict[str, Any], column: str | None, place: str) -> str | None:
+    if column is None:
+        return None
+    response = _text(record[column], column, place)
+    if not response.strip():
+        raise SourceError(f"{place}: the response (column {column!r}) is empty")
+    return response
+
+
+def _label(value: Any, column: str, place: str) -> str | int:
+    if isinstance(value, bool) or (isinstance(value, float) and value == int(value)):
+        return int(value)
+    if not isinstance(value, (str, int)) or value == "":
+        raise SourceError(f"{place}: the label (column {column!r}) must be a number or a name, got {value!r}")
+    return value
 
 
 def _first_words(text: str, words: int, count: int | None, place: str) -> str:

@@ -41,6 +41,19 @@ class TextBatch(NamedTuple):
     """``[B]`` bool, as in :class:`PromptBatch`."""
 
 
+class JudgedBatch(NamedTuple):
+    """A batch of texts to learn a reward from, padded on the right: K = 1 labelled text a row, or K = 2 to compare."""
+
+    tokens: Tensor
+    """``[B, K, L]`` long; of two texts the preferred one comes first."""
+    mask: Tensor
+    """``[B, K, L]`` bool: True on real tokens."""
+    labels: Tensor | None
+    """``[B]`` long: the label of each text; None where texts are compared."""
+    valid: Tensor
+    """``[B]`` bool, as in :class:`PromptBatch`."""
+
+
 class Completions(NamedTuple):
     """Responses as they were sampled."""
 

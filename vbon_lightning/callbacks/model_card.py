@@ -18,7 +18,7 @@ _PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers
 
 _CARD = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 {base_entry}tags:
 - vbon-lightning
 - {tag}
@@ -26,26 +26,14 @@ pipeline_tag: text-generation
 
 # {title}
 
-A language model trained with {method} by `vbon_lightning`.
+A {kind} trained with {method} by `vbon_lightning`.
 
 - **Method:** {method}
 - **Base model:** {base}
 - **Reward:** {reward}
 - **Optimizer steps:** {steps}
 
-## How to load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
-inputs = tokenizer("Your prompt", return_tensors="pt")
-print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
-```
-
-The generation config holds the sampling settings the policy was trained at.
-
+{usage}
 ## Hyper-parameters
 
 {settings}
@@ -59,6 +47,41 @@ The last values logged in training, on the training run's own data.
 {versions}"""
 
 
+_GENERATES = """## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+inputs = tokenizer("Your prompt", return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
+```
+
+The generation config holds the sampling settings the policy was trained at.
+"""
+
+_CLASSIFIES = """## How to load it
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+print(model(**tokenizer("Your text", return_tensors="pt")).logits)
+```
+
+Or as the reward of a run, in its YAML:
+
+```yaml
+data:
+  reward:
+    class_path: vbon_lightning.rewards.ClassifierReward
+    init_args: {model: path/to/this/directory}
+```
+"""
+
+
 def model_card(trainer: Trainer, pl_module: LightningModule) -> str:
     """Write a model card: method, base, reward, hyper-parameters, metrics, versions and how to load it.
 
@@ -69,9 +92,13 @@ def model_card(trainer: Trainer, pl_module: LightningModule) -> str:
     method = type(pl_module).__name__
     actors = getattr(pl_module, "actor_spec", None)
     base, is_hub_name = _base(actors)
+    generates = getattr(getattr(pl_module, "policy", None), "can_generate", lambda: True)()
     return _CARD.format(
         base_entry=f"base_model: {json.dumps(base)}\n" if is_hub_name else "",
         tag=method.lower(),
+        task="text-generation" if generates else "text-classification",
+        kind="language model" if generates else "sequence classifier",
+        usage=_GENERATES if generates else _CLASSIFIES,
         title=f"{base} after {method}" if actors is not None else f"A policy after {method}",
         method=method,
         base=base,

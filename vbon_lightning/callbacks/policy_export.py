@@ -58,7 +58,7 @@ class PolicyExport(Callback):
         if trainer.is_global_zero:
             policy = cast(PreTrainedModel, pl_module.policy)
             tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
-            settings = getattr(pl_module, "generation_settings", None)
+            settings = getattr(pl_module, "generation_settings", None) if policy.can_generate() else None
             target.parent.mkdir(parents=True, exist_ok=True)
             staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.staged")
             try:

@@ -35,6 +35,7 @@ from vbon_lightning.functional.policy_gradient import (
     reinforce_loss,
 )
 from vbon_lightning.functional.reward_cdf import CDF_ESTIMATORS, RewardCDF, reward_cdf
+from vbon_lightning.functional.reward_modelling import bradley_terry_loss
 from vbon_lightning.functional.sequences import response_mask, sequence_log_prob, token_log_probs
 from vbon_lightning.functional.targets import (
     Target,
@@ -63,6 +64,7 @@ __all__ = [
     "bon_self_win_rate",
     "bon_win_rate",
     "bon_win_rate_bound",
+    "bradley_terry_loss",
     "clipped_surrogate_loss",
     "clipped_value_loss",
     "cost_to_go",
