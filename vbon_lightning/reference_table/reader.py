@@ -185,15 +185,15 @@ class ReferenceTable:
 
         Raises:
             PromptNotInTable: if the table lacks the prompt.
-            ReferenceTableError: if the table has no token ids for each of the prompt's responses.
+            ReferenceTableError: if the table lacks them, as an import without tokens does.
         """
         rewards, found = self.rewards(key, text), self._token_column()[key]
-        if found is None or len(found.lengths) != len(rewards):
+        if found is None or len(found.lengths) != len(rewards) or not len(found.tokens):
             what = f"the prompt with key {key}" if text is None else f"prompt {text!r}"
             raise ReferenceTableError(
-                f"the reference table {self.path} holds {len(rewards)} responses to {what}, and the token ids of "
-                f"{0 if found is None else len(found.lengths)} of them: make the table with `vbon predict`, or import "
-                "it again with their token ids"
+                f"the reference table {self.path} lacks the token ids of its {len(rewards)} responses to {what}, and "
+                "they are what is learnt from: make the table with `vbon predict`, or import it with an "
+                "`encode_response` that gives them"
             )
         return found
 
