@@ -123,12 +123,19 @@ def test_every_data_option_is_documented(vbon: Run, capsys: pytest.CaptureFixtur
     assert not [option for option, help_ in data.items() if not help_]
 
 
-@pytest.mark.parametrize("module", ["VBoN", "KLRL", "SFT", "ReferenceSampler"])
+@pytest.mark.parametrize("module", ["VBoN", "KLRL", "SFT", "BoNSFT", "DPO", "ReferenceSampler"])
 def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         vbon("fit", "--model.help", module)
     model = options(capsys.readouterr().out)
-    named = {"VBoN": "n", "KLRL": "minibatches", "SFT": "dropout", "ReferenceSampler": "samples"}[module]
+    named = {
+        "VBoN": "n",
+        "KLRL": "minibatches",
+        "SFT": "dropout",
+        "BoNSFT": "eval_samples",
+        "DPO": "pairs_per_prompt",
+        "ReferenceSampler": "samples",
+    }[module]
     assert {"--model.actors", "--model.seed", f"--model.{named}"} < set(model)
     assert not [option for option, help_ in model.items() if not help_]
 
@@ -139,6 +146,8 @@ def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytes
         ("VBoN", {"n": 3.0, "bound": "lower", "estimator": "clipped", "minibatches": 2}),
         ("KLRL", {"beta": 0.3, "estimator": "ppo", "epochs_per_rollout": 2}),
         ("SFT", {"dropout": False}),
+        ("BoNSFT", {"n": 3, "selection": "groups", "eval_samples": 2}),
+        ("DPO", {"n": 3, "loss": "bonbon", "alpha": 0.01}),
         ("ReferenceSampler", {"samples": 7}),
     ],
 )
@@ -211,6 +220,49 @@ def test_predict_fit_validate(vbon: Run, files: Path, tmp_path: Path, capsys: py
     assert "M = 16 reference rewards a prompt, fewer than n = 17" in message
     message = failure(capsys, lambda: vbon("predict", "--config", sampling, "--ckpt_path", str(last)))
     assert "takes no --ckpt_path" in message
+
+
+def test_learning_from_the_table_alone(
+    vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = str(tmp_path / "table")
+    sampler = {"class_path": "ReferenceSampler", "init_args": {"samples": 16}}
+    vbon("predict", "--config", config(files, tmp_path / "predict", model=sampler, data__reference_table=table))
+    monitors = [
+        {"class_path": "vbon_lightning.callbacks.PolicyExport", "init_args": {"directory": str(tmp_path / "export")}},
+        *({"class_path": f"vbon_lightning.callbacks.{name}"} for name in ("KLMonitor", "BestOfNWinRate")),
+    ]
+    for name, arguments in (
+        ("BoNSFT", {"n": 4, "responses_per_prompt": 2}),
+        ("BoNSFT", {"n": 4, "selection": "groups"}),
+        ("DPO", {"n": 4, "beta": 0.5}),
+        ("DPO", {"n": 4, "loss": "bonbon"}),
+    ):
+        model = {"class_path": name, "init_args": arguments}
+        path = config(files, tmp_path / "fit", model=model, data__reference_table=table, trainer__callbacks=monitors)
+        vbon("fit", "--config", path, "--trainer.enable_checkpointing", "true", "--trainer.default_root_dir", "run")
+        last = max((tmp_path / "run").rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+        card = (tmp_path / "export" / "README.md").read_text()
+        assert f"trained with {name} by" in card
+        assert all(metric in card for metric in ("train/loss", "val/kl", "val/win_rate_vs_bon4"))
+        assert ("train/accuracy" in card) == ("train/margin" in card) == (name == "DPO")
+        vbon("validate", "--config", path, "--ckpt_path", str(last))
+        vbon("fit", "--config", path, "--ckpt_path", str(last), "--trainer.max_steps", "3")
+        message = failure(
+            capsys,
+            lambda path=path, last=last: vbon(
+                "fit", "--config", path, "--ckpt_path", str(last), "--trainer.max_steps", "3", "--model.n", "3"
+            ),
+        )
+        assert "n: checkpoint has 4, this run has 3" in message
+
+    path = config(files, tmp_path / "fit", model={"class_path": "DPO", "init_args": {"n": 4}})
+    assert "DPO learns from cached responses: name a table" in failure(capsys, lambda: vbon("fit", "--config", path))
+    many = ("--data.reference_table", table, "--model.n", "17")
+    message = failure(capsys, lambda: vbon("fit", "--config", path, *many))
+    assert "M = 16 responses a prompt, fewer than the 34" in message
+    message = failure(capsys, lambda: vbon("fit", "--config", path, "--model.n", "1"))
+    assert "model.n must be an integer > 1, got 1" in message
 
 
 # -- errors ---------------------------------------------------------------------------------------------

@@ -243,6 +243,23 @@ def test_training_deals_whole_batches_anew_each_epoch(make):
     assert all(len(set(epoch)) == 9 for epoch in epochs)
 
 
+def test_training_brings_the_tables_responses_where_they_are_asked_for(make, tmp_path):
+    module = SimpleNamespace(batches_seen=0, batch_kind="responses")
+    data = make(module=module, reference_table=str(tmp_path / "table"), missing_eos_penalty=0.5)
+    write_table(data, [*TRAIN, *VAL])
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        assert batch.responses.tokens.tolist() == [[[3]] * 4] * 2
+        assert batch.responses.mask.all()
+        index = torch.tensor([TRAIN.index(text) for text in batch.prompts.text])
+        assert batch.prompts.reference_rewards.tolist() == [
+            [10.0 * i, 10.0 * i + 0.5, 10.0 * i + 2, 10.0 * i + 2.5] for i in index.tolist()
+        ]
+    for batch in data.val_dataloader():  # prompts, to be sampled from
+        assert batch.reference_rewards.shape[1] == 4
+        assert batch.tokens.shape == batch.mask.shape
+
+
 def test_training_resumes_at_any_batch(make):
     def stream(start: int, count: int, **settings: Any) -> list[list[str]]:
         module = SimpleNamespace(batches_seen=start, updates_per_rollout=2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.modules import distributed
-from tests.modules.setting import make_files
+from tests.modules.setting import make_files, make_table
 from vbon_lightning.reference_table import ReferenceTable
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
+    directory = make_files(tmp_path_factory.mktemp("files"))
+    make_table(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def _unpadded(tokens: list[Any]) -> list[Any]:
     return [[" ".join(map(str, sample)).removesuffix(" 0" * sample.count(0)) for sample in row] for row in tokens]
 
 
-@pytest.mark.parametrize("kind", ["vbon", "sft"])
+@pytest.mark.parametrize("kind", ["vbon", "sft", "bonsft"])
 def test_validation_over_an_uneven_batch(kind: str, together: Path, alone: Any) -> None:
     expected = alone(kind)["metrics"]
     assert expected

@@ -155,6 +155,43 @@ def test_matrices_follow_the_keys_and_are_cut_to_the_common_m(tmp_path: Path) ->
         table.rewards_matrix([a.key, b.key], ["a"])
 
 
+def test_response_tokens_are_kept_as_they_are(tmp_path: Path) -> None:
+    expected = [make_row(i, samples=3 + i % 2) for i in range(150)]  # over two row groups
+    expected[5] = expected[5]._replace(response_tokens=[[], [7, 7], [2], []])
+    write(tmp_path, *expected)
+    table = ReferenceTable.open(tmp_path)
+    for row in expected:
+        tokens, lengths = table.response_tokens(row.key)
+        assert [part.tolist() for part in tokens.split(lengths.tolist())] == row.response_tokens
+    assert table.longest_response == 3
+    chosen = [expected[5], expected[4], expected[149]]
+    tokens, mask = table.response_matrix([row.key for row in chosen], pad_id=9)
+    assert tokens.shape == mask.shape == (3, 3, 3)
+    assert tokens.dtype == torch.long
+    for row, ids, keep in zip(chosen, tokens, mask, strict=True):
+        assert [part[kept].tolist() for part, kept in zip(ids, keep, strict=True)] == row.response_tokens[:3]
+        assert (ids[~keep] == 9).all()
+        assert torch.equal(keep, torch.arange(3) < keep.sum(-1, keepdim=True))
+
+
+def test_response_tokens_stay_in_memory(tmp_path: Path) -> None:
+    a, b = make_row(1), make_row(2)
+    write(tmp_path, a, b)
+    table = ReferenceTable.open(tmp_path)
+    table.response_matrix([a.key])
+    for file in tmp_path.glob("*.parquet"):
+        file.unlink()
+    assert table.response_tokens(b.key).lengths.tolist() == [1, 2, 3]
+
+
+def test_responses_without_tokens_are_named(tmp_path: Path) -> None:
+    write(tmp_path, make_row(1)._replace(response_tokens=[[], [], []], finished=None))
+    table = ReferenceTable.open(tmp_path)
+    with pytest.raises(ReferenceTableError, match="lacks the token ids of its 3 responses to prompt 'prompt 1'"):
+        table.response_matrix([make_row(1).key], ["prompt 1"])
+    assert not table.knows_finished
+
+
 def test_keys_restrict_the_table_and_its_m(tmp_path: Path) -> None:
     a, b, c = make_row(1, samples=4), make_row(2, samples=2), make_row(3, samples=5)
     write(tmp_path, a, b)

@@ -24,6 +24,7 @@ from tests.modules.setting import (
     make_data,
     make_files,
     make_module,
+    make_table,
     make_trainer,
     weights,
 )
@@ -32,12 +33,14 @@ from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.cli import run
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"vbon": 5, "sft": 5, "clipped": 13, "ppo": 15}
+STEPS = {"vbon": 5, "sft": 5, "bonsft": 5, "dpo": 5, "clipped": 13, "ppo": 15}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
+    directory = make_files(tmp_path_factory.mktemp("files"))
+    make_table(directory)
+    return directory
 
 
 def fit(
@@ -57,6 +60,8 @@ def fit(
     changes = dict(data or {})
     if kind == "sft":  # GPT-2 has dropout
         changes |= {"policy": str(files / "gpt2"), "train": TextSource(path=str(files / "texts.txt"))}
+    if kind in ("bonsft", "dpo"):
+        changes = {"reference_table": str(files / "table")} | changes
     brought = make_data(files, **changes)
     module = make_module(kind, brought, **(model or {}))
     callbacks = [] if kill is None else [kill]
@@ -94,6 +99,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     [
         *(("vbon", kill) for kill in (1, 2, 3)),
         *(("sft", kill) for kill in (1, 2, 3)),
+        *((kind, kill) for kind in ("bonsft", "dpo") for kill in (1, 3)),
         *(("clipped", kill) for kill in (2, 8, 9)),
         *(("ppo", kill) for kill in (3, 8, 13)),
     ],
@@ -104,7 +110,7 @@ def test_killed_and_resumed(kind: str, kill: int, files: Path, tmp_path: Path, u
     assert_same(weights(resumed), uninterrupted(kind))
 
 
-@pytest.mark.parametrize(("kind", "kill"), [("vbon", 2), ("clipped", 8), ("sft", 4)])
+@pytest.mark.parametrize(("kind", "kill"), [("vbon", 2), ("clipped", 8), ("sft", 4), ("bonsft", 2)])
 def test_killed_in_the_validation_after_an_epoch(
     kind: str, kill: int, files: Path, tmp_path: Path, uninterrupted: Any
 ) -> None:

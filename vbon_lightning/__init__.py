@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from vbon_lightning.actors import ActorSpec
     from vbon_lightning.data import AlignmentDataModule
     from vbon_lightning.models import ModelSpec
-    from vbon_lightning.modules import KLRL, SFT, ReferenceSampler, RewardModelling, VBoN
+    from vbon_lightning.modules import DPO, KLRL, SFT, BoNSFT, ReferenceSampler, RewardModelling, VBoN
     from vbon_lightning.sources import TextSource
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
     "KLRL",
     "SFT",
     "ActorSpec",
     "AlignmentDataModule",
+    "BoNSFT",
     "ModelSpec",
     "ReferenceSampler",
     "RewardModelling",
@@ -27,10 +29,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DPO": "modules",
     "KLRL": "modules",
     "SFT": "modules",
     "ActorSpec": "actors",
     "AlignmentDataModule": "data",
+    "BoNSFT": "modules",
     "ModelSpec": "models",
     "ReferenceSampler": "modules",
     "RewardModelling": "modules",

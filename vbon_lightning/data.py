@@ -33,7 +33,7 @@ from vbon_lightning.reference_table import ReferenceTable
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.sampler import ShardedSampler
 from vbon_lightning.sources import TextSource, read_rows
-from vbon_lightning.types import JudgedBatch, PromptBatch, TextBatch
+from vbon_lightning.types import JudgedBatch, PromptBatch, Responses, TableBatch, TextBatch
 
 Split = Literal["train", "val", "test"]
 
@@ -70,8 +70,9 @@ class AlignmentDataModule(LightningDataModule):
     """Bring prompts, texts and reference rewards to SFT, vBoN, KL-constrained RL and the reference sampler.
 
     Modules that learn from rollouts get :class:`~vbon_lightning.types.PromptBatch`, supervised fine-tuning
-    gets :class:`~vbon_lightning.types.TextBatch`, reward-model training :class:`~vbon_lightning.types.JudgedBatch`;
-    which of them is asked of the module (``batch_kind``).
+    gets :class:`~vbon_lightning.types.TextBatch`, reward-model training :class:`~vbon_lightning.types.JudgedBatch`, and
+    modules that learn from the reference table's responses train on :class:`~vbon_lightning.types.TableBatch`; which of
+    them is asked of the module (``batch_kind``).
 
     Args:
         policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
@@ -192,7 +193,12 @@ class AlignmentDataModule(LightningDataModule):
 
     @property
     def _batch_kind(self) -> str:
-        return getattr(self._module, "batch_kind", "prompts")
+        kind = getattr(self._module, "batch_kind", "prompts")
+        return "prompts" if kind == "responses" else kind  # the same rows; in training the responses come along
+
+    @property
+    def _brings_responses(self) -> bool:
+        return getattr(self._module, "batch_kind", None) == "responses" and self.reference_table is not None
 
     @property
     def _reads_table(self) -> bool:
@@ -248,6 +254,9 @@ class AlignmentDataModule(LightningDataModule):
                 )
             if self._reads_table:  # names a prompt that the table lacks
                 self.table_rewards(rows)
+            if self._brings_responses and split == "train":  # names one whose responses have no tokens
+                for row in rows:
+                    self.table().response_tokens(row.key, row.text)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the order and content of batches, to be compared when a run is resumed."""
@@ -296,6 +305,8 @@ class AlignmentDataModule(LightningDataModule):
             repeats=getattr(module, "updates_per_rollout", 1),
             position=(lambda: module.batches_seen) if hasattr(module, "batches_seen") else None,
         )
+        if self._brings_responses:
+            kind = "responses"
         return self._loader(_ResumableLoader, rows, kind, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -343,6 +354,7 @@ class AlignmentDataModule(LightningDataModule):
             "labelled": self._collate_judged,
             "comparisons": self._collate_judged,
             "prompts": self._collate_prompts,
+            "responses": self._collate_responses,
             "table": self._collate_without_rewards,
         }
         return cls(
@@ -372,6 +384,11 @@ class AlignmentDataModule(LightningDataModule):
         if not self._reads_table:
             return batch
         return batch._replace(reference_rewards=self.table_rewards([row for _, _, row in items]))
+
+    def _collate_responses(self, items: list[tuple[int, bool, EncodedPrompt]]) -> TableBatch:
+        keys, texts = [row.key for _, _, row in items], [row.text for _, _, row in items]
+        tokens, mask = self.table().response_matrix(keys, texts, pad_id=self._pad_id())
+        return TableBatch(self._collate_prompts(items), Responses(tokens, mask))
 
     def table_rewards(self, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
         """Return the table's rewards ``[B, M]`` of given prompts, the missing-EOS penalty subtracted."""

@@ -67,6 +67,24 @@ class Completions(NamedTuple):
     """``[B, G, T]`` float32: log-probability of each token at the sampling temperature, 0 outside the mask."""
 
 
+class Responses(NamedTuple):
+    """Given responses: what scoring needs to know of them."""
+
+    tokens: Tensor
+    """``[B, G, T]`` long: response token ids, then padding."""
+    mask: Tensor
+    """``[B, G, T]`` bool: True on response tokens."""
+
+
+class TableBatch(NamedTuple):
+    """A batch of prompts with the reference table's responses to them, to learn from without sampling."""
+
+    prompts: PromptBatch
+    """B prompts; their ``reference_rewards`` are the responses' rewards."""
+    responses: Responses
+    """``[B, M, T]``: the M cached responses, as they were sampled: an EOS only where one was."""
+
+
 class Rollout(NamedTuple):
     """What a training or evaluation step learned about its prompts; callbacks read only this."""
 

@@ -18,6 +18,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ppo": {},
     "clipped": {"model": {"kl_estimator": "prefix_baseline"}},
     "sft": {"data": {"train": "texts.txt"}, "model": {"dropout": False}},
+    "bonsft": {"table": True},
+    "dpo": {"table": True},
+    "bonbon": {"kind": "dpo", "table": True, "model": {"loss": "bonbon"}},
 }
 """Whose weights are compared."""
 
@@ -38,13 +41,17 @@ class Remember(Callback):
 def fit(kind: str, files: Path, directory: Path, *, ranks: int) -> dict[str, Any]:
     """Train and return the weights, the metrics of the validation and what was sampled first."""
     changes = CASES[kind]
-    options = {key: TextSource(path=str(files / name)) for key, name in changes.get("data", {}).items()}
+    options: dict[str, Any] = {
+        key: TextSource(path=str(files / name)) for key, name in changes.get("data", {}).items()
+    }
+    if changes.get("table"):
+        options["reference_table"] = str(files / "table")
     # The batch is the same in all; three validation rows fill no two ranks evenly.
     data = make_data(files, batch_size=4 // ranks, eval_batch_size=1, **options)
-    module = make_module(kind, data, **changes.get("model", {}))
+    module = make_module(changes.get("kind", kind), data, **changes.get("model", {}))
     remember = Remember()
     callbacks: list[Callback] = [remember]
-    if kind == "vbon":
+    if kind in ("vbon", "bonsft"):
         callbacks += [KLMonitor(), RewardMonitor(), BestOfNWinRate()]
     trainer = make_trainer(directory, *callbacks, steps=9, **strategy(ranks))
     trainer.fit(module, data)

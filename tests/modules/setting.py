@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from tests.helpers import save_tiny_model
-from vbon_lightning import KLRL, SFT, AlignmentDataModule, TextSource, VBoN
+from vbon_lightning import DPO, KLRL, SFT, AlignmentDataModule, BoNSFT, ReferenceSampler, TextSource, VBoN
 from vbon_lightning.rewards import RewardModel
 
 torch.set_num_threads(1)  # threads cost such small models far more than they bring
@@ -73,6 +73,16 @@ def make_data(directory: Path, **changes: Any) -> AlignmentDataModule:
     return AlignmentDataModule(**(arguments | changes))
 
 
+def make_table(directory: Path, samples: int = 16, **changes: Any) -> str:
+    """Fill ``table`` in the directory with responses to the prompts of :func:`make_data`, and return its path."""
+    table = str(directory / "table")
+    data = make_data(directory, reference_table=table, **changes)
+    make_trainer(directory, callbacks=[], enable_checkpointing=False).predict(
+        ReferenceSampler(data.actors, samples=samples), data, return_predictions=False
+    )
+    return table
+
+
 def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01)
 
@@ -82,7 +92,7 @@ def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSched
 
 
 def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> LightningModule:
-    """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl`` and ``sft``."""
+    """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl``, ``bonsft``, ``dpo`` and ``sft``."""
     online = {"samples_per_prompt": 4, "reference_samples": 16}
     several = {"epochs_per_rollout": 2, "minibatches": 2}
     common: dict[str, Any] = {"actors": data.actors, "optimizer": adam, "lr_scheduler": cosine}
@@ -94,6 +104,10 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
         return KLRL(**(common | {"samples_per_prompt": 4} | several | {"beta": 0.2, "estimator": "ppo"} | changes))
     if kind == "klrl":
         return KLRL(**(common | {"samples_per_prompt": 4, "beta": 0.2} | changes))
+    if kind == "bonsft":
+        return BoNSFT(**(common | {"n": 4, "responses_per_prompt": 3, "eval_samples": 4} | changes))
+    if kind == "dpo":
+        return DPO(**(common | {"n": 4, "pairs_per_prompt": 2, "eval_samples": 4} | changes))
     return SFT(**(common | changes))
 
 

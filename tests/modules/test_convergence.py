@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.helpers import EOS, save_tiny_model
 from tests.modules.setting import VowelReward, make_data, make_trainer
-from vbon_lightning import KLRL, TextSource, VBoN
+from vbon_lightning import DPO, KLRL, BoNSFT, ReferenceSampler, TextSource, VBoN
 
 LENGTH, N, BETA = 3, 4, 0.3
 PROMPTS = ["a", "b", "ce", "eb"]
@@ -117,3 +117,54 @@ def test_klrl_reaches_the_tilted_reference(estimator: Any, data: Any, tmp_path: 
     assert after < 0.2 * before
     # The other method's optimum is somewhere else.
     assert divergence(module, data, best_of_n) > after
+
+
+@pytest.fixture(scope="module")
+def table_data(data: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same data with a table of many responses, so that Best-of-N of them is Best-of-N."""
+    directory = tmp_path_factory.mktemp("table")
+    made = make_data(
+        directory, policy=data.actors.policy, train=data.sources["train"], val=None, max_new_tokens=LENGTH,
+        batch_size=4, reference_table=str(directory / "table"),
+    )  # fmt: skip
+    trainer(directory).predict(ReferenceSampler(made.actors, samples=1024), made, return_predictions=False)
+    return made
+
+
+@pytest.mark.parametrize("selection", ["weights", "groups"])
+def test_bonsft_reaches_best_of_n(selection: Any, table_data: Any, tmp_path: Path) -> None:
+    module = BoNSFT(
+        table_data.actors, n=N, responses_per_prompt=32, selection=selection, optimizer=adam, lr_scheduler=decay
+    )
+    module.configure_model()
+    before = divergence(module, table_data, best_of_n)
+    trainer(tmp_path).fit(module, table_data)
+    after = divergence(module, table_data, best_of_n)
+    assert before > 0.5
+    assert after < 0.2 * before
+
+
+def expected_rewards(module: Any, data: Any) -> tuple[float, float, float]:
+    """Return the exact expected reward of the reference, the policy and Best-of-N, mean over prompts."""
+    every = responses(module.policy.config.vocab_size)
+    texts = [module.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in every]
+    total = torch.zeros(3, dtype=torch.float64)
+    for prompt in data.prompts("train")[: len(PROMPTS)]:
+        rewards = REWARD([prompt.text], [texts], [every])[0].double()
+        reference = distribution(module.actors.reference, prompt.tokens, every)
+        policy = distribution(module.policy, prompt.tokens, every)
+        total += torch.stack([(p.exp() * rewards).sum() for p in (reference, policy, best_of_n(reference, rewards))])
+    return tuple((total / len(PROMPTS)).tolist())
+
+
+@pytest.mark.parametrize("loss", ["dpo", "bonbon"])
+def test_pairs_raise_the_reward(loss: Any, table_data: Any, tmp_path: Path) -> None:
+    module = DPO(
+        table_data.actors, n=N, pairs_per_prompt=32, loss=loss, beta=0.3, optimizer=adam, lr_scheduler=decay
+    )
+    module.configure_model()
+    reference, before, best = expected_rewards(module, table_data)
+    assert before == pytest.approx(reference)
+    trainer(tmp_path).fit(module, table_data)
+    after = expected_rewards(module, table_data)[1]
+    assert after > reference + 0.8 * (best - reference)

@@ -9,8 +9,14 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from tests.helpers import tiny_gpt2, tiny_llama
 from tests.sampling.test_decode import PAD, PROMPTS, VOCABULARY, batch_of, noise_of
 from vbon_lightning.functional import token_log_probs, vocabulary_kl
-from vbon_lightning.sampling import response_logits, response_statistics, sample_completions, scoring
-from vbon_lightning.types import Completions
+from vbon_lightning.sampling import (
+    response_log_probs,
+    response_logits,
+    response_statistics,
+    sample_completions,
+    scoring,
+)
+from vbon_lightning.types import Completions, Responses
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
@@ -151,6 +157,37 @@ def test_statistics_and_their_gradient_equal_those_of_each_row_alone(kind, max_l
         assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
     assert not got.reference_log_probs.requires_grad
     reference.zero_grad()
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize("max_logits", [1, 5 * VOCABULARY, 2**25], ids=["one", "five", "all"])
+def test_log_probs_of_one_model_are_those_of_the_statistics(kind, max_logits):
+    policy, reference = (BUILD[kind](VOCABULARY, seed=seed) for seed in (4, 5))
+    prompts = batch_of(PROMPTS)
+    drawn = sampled(policy, prompts)
+    sizes = []
+    if kind != "gemma2":
+        assert scoring.output_head(policy) is not None
+        policy.get_output_embeddings().register_forward_hook(lambda _, arguments, out: sizes.append(out.numel()))
+    given = Responses(drawn.tokens, drawn.mask)
+    got = response_log_probs(policy, prompts, given, temperature=0.7, max_logits=max_logits)
+    assert all(size <= max(max_logits, VOCABULARY) for size in sizes)
+    expected = response_statistics(policy, reference, prompts, drawn, temperature=0.7).log_probs
+    assert torch.allclose(got, expected, atol=1e-6)
+    weighted(got, torch.zeros_like(got)).backward()
+    ours = gradients(policy)
+    weighted(expected, torch.zeros_like(got)).backward()
+    for one, other in zip(ours, gradients(policy), strict=True):
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_responses_without_tokens_have_probability_one(model):
+    prompts = batch_of(PROMPTS)
+    empty = Responses(torch.zeros(4, 2, 1, dtype=torch.long), torch.zeros(4, 2, 1, dtype=torch.bool))
+    got = response_log_probs(model, prompts, empty)
+    assert not got.any()
+    got.sum().backward()
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
 def test_each_prompt_is_run_once(model):

@@ -8,32 +8,16 @@ import torch
 from torch import Tensor
 
 from vbon_lightning.functional import bon_log_ratio, bon_order_weights
+from vbon_lightning.functional import bon_selection_weights as selection_weights
 from vbon_lightning.functional.reward_cdf import reward_counts
+
+__all__ = ["KL_CHECK_ESTIMATOR", "KL_ESTIMATOR", "bon_against_bon", "bon_kl", "selection_weights"]
 
 KL_ESTIMATOR = (
     "the cached responses stand for the reference, "
     "sum_j w_j log(M w_j), w_j = (F_le^N - F_lt^N) / (M (F_le - F_lt)); never above log N - (N-1)/N"
 )
 KL_CHECK_ESTIMATOR = "estimator of Beirami et al. (2024) from the selected response's probability"
-
-
-def selection_weights(reference_rewards: Tensor, *, n: int) -> Tensor:
-    """Compute the probability that Best-of-n of a random n-subset returns each cached response.
-
-    ``(C(k_le, n) - C(k_lt, n)) / ((k_le - k_lt) C(M, n))`` with ``k_lt``, ``k_le`` the numbers of rewards
-    below, and at or below, the response's own. The mean of any value of the selected response under these
-    weights is unbiased.
-
-    Args:
-        reference_rewards: ``[B, M]``.
-        n: N of Best-of-N, at most M.
-
-    Returns:
-        ``[B, M]`` float64, each row summing to 1.
-    """
-    below, at_or_below = reward_counts(reference_rewards, reference_rewards)
-    shares = _subset_shares(reference_rewards.shape[1], n).to(reference_rewards.device)
-    return (shares[at_or_below] - shares[below]) / (at_or_below - below)
 
 
 def bon_against_bon(reference_rewards: Tensor, *, n: int, m: int) -> Tensor:

@@ -10,6 +10,7 @@ from vbon_lightning.functional.best_of_n import (
     bon_log_ratio,
     bon_log_ratio_bound,
     bon_order_weights,
+    bon_selection_weights,
     bon_self_win_rate,
     bon_win_rate,
     bon_win_rate_bound,
@@ -34,8 +35,10 @@ from vbon_lightning.functional.policy_gradient import (
     normalise_advantages,
     reinforce_loss,
 )
+from vbon_lightning.functional.preference import PreferenceLoss, bonbon_beta, bonbon_loss, dpo_loss
 from vbon_lightning.functional.reward_cdf import CDF_ESTIMATORS, RewardCDF, reward_cdf
 from vbon_lightning.functional.reward_modelling import bradley_terry_loss
+from vbon_lightning.functional.selection import GroupExtremes, group_extremes, systematic_resampling
 from vbon_lightning.functional.sequences import response_mask, sequence_log_prob, token_log_probs
 from vbon_lightning.functional.targets import (
     Target,
@@ -50,6 +53,8 @@ from vbon_lightning.functional.targets import (
 __all__ = [
     "CDF_ESTIMATORS",
     "AdvantageEstimate",
+    "GroupExtremes",
+    "PreferenceLoss",
     "RewardCDF",
     "SurrogateLoss",
     "Target",
@@ -61,14 +66,19 @@ __all__ = [
     "bon_log_ratio",
     "bon_log_ratio_bound",
     "bon_order_weights",
+    "bon_selection_weights",
     "bon_self_win_rate",
     "bon_win_rate",
     "bon_win_rate_bound",
+    "bonbon_beta",
+    "bonbon_loss",
     "bradley_terry_loss",
     "clipped_surrogate_loss",
     "clipped_value_loss",
     "cost_to_go",
+    "dpo_loss",
     "generalized_advantage_estimation",
+    "group_extremes",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -83,6 +93,7 @@ __all__ = [
     "reward_cdf",
     "sampled_kl_advantages",
     "sequence_log_prob",
+    "systematic_resampling",
     "token_log_probs",
     "token_rewards",
     "token_statistics",

@@ -271,6 +271,35 @@ def bon_order_weights(m: int, n: int) -> Tensor:
 
 
 @torch.no_grad()
+def bon_selection_weights(reference_rewards: Tensor, *, n: int) -> Tensor:
+    """Compute the probability that Best-of-n of a random n-subset returns each cached response.
+
+    ``(C(k_le, n) - C(k_lt, n)) / ((k_le - k_lt) C(M, n))`` with ``k_lt``, ``k_le`` the numbers of rewards
+    below, and at or below, the response's own. The mean of any value of the selected response under these
+    weights is unbiased.
+
+    Args:
+        reference_rewards: ``[B, M]``.
+        n: number of samples of Best-of-N, an integer with ``1 <= n <= M``.
+
+    Returns:
+        ``[B, M]`` float64 (float32 on MPS), each row summing to 1; NaN in rows that hold a NaN.
+
+    Raises:
+        TypeError: on a wrong dtype or an ``n`` that is not an integer.
+        ValueError: on a wrong shape or ``n`` out of range.
+    """
+    check_float("reference_rewards", reference_rewards)
+    check_dims("reference_rewards", reference_rewards, 2, "[B, M]")
+    m = reference_rewards.shape[1]
+    check_count("n", n, at_most=m, of="M, the cached samples a prompt")
+    below, at_or_below = reward_counts(reference_rewards, reference_rewards)
+    shares = _subset_shares(m, n).to(reference_rewards.device, working_dtype(reference_rewards))
+    weights = (shares[at_or_below] - shares[below]) / (at_or_below - below)
+    return weights.masked_fill(reference_rewards.isnan().any(-1, keepdim=True), torch.nan)
+
+
+@torch.no_grad()
 def bon_expected_reward(reference_rewards: Tensor, *, n: int) -> Tensor:
     """Estimate the expected reward of Best-of-N without bias, from M cached samples a prompt.
 

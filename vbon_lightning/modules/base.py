@@ -32,7 +32,8 @@ class AlignmentModule(LightningModule):
     """
 
     batch_kind = "prompts"
-    """Which batches the data module should bring: ``prompts`` or ``text``."""
+    """Which batches the data module should bring: ``prompts``, ``text``, or ``responses``: prompts, and in training the
+    reference table's responses to them."""
     needs_reference = True
     trains_policy = True
 

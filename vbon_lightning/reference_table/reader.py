@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -33,11 +34,20 @@ class _Place(NamedTuple):
     offset: int
 
 
+class TokenLists(NamedTuple):
+    """Lists of token ids, laid end to end."""
+
+    tokens: Tensor
+    """``[sum of lengths]`` int32."""
+    lengths: Tensor
+    """``[M]`` long: how many of them belong to each list."""
+
+
 class ReferenceTable:
     """M reference responses and rewards for each prompt, read as they are needed.
 
-    Made by :meth:`open`. Rewards, log-probabilities and flags are kept in memory once asked for, one tensor a
-    prompt; texts and tokens are read from the disk at each :meth:`row`.
+    Made by :meth:`open`. Rewards, log-probabilities, flags and the responses' token ids are kept in memory once asked
+    for, in tensors a prompt; texts are read from the disk at each :meth:`row`.
     """
 
     def __init__(self, path: Path, fingerprint: dict[str, Any], keys: Collection[str] | None) -> None:
@@ -47,6 +57,7 @@ class ReferenceTable:
         """What made the table, as the first writer stored it."""
         self._wanted = None if keys is None else frozenset(keys)
         self._columns: dict[str, dict[str, Tensor | None]] = {}
+        self._tokens: dict[str, TokenLists | None] | None = None
         self._samples: int | None = None
         self._places = self._retrying(self._scan)
 
@@ -162,6 +173,63 @@ class ReferenceTable:
         """Return :meth:`log_probs` of several prompts, cut to the common M: ``[K, samples]`` float32."""
         return self._matrix("log_probs", keys, texts)
 
+    def response_tokens(self, key: str, text: str | None = None) -> TokenLists:
+        """Return the token ids of a prompt's reference responses, as they were sampled.
+
+        Args:
+            key: the prompt's key.
+            text: the prompt, for the error message.
+
+        Returns:
+            :class:`TokenLists` of M responses, the EOS included where one was sampled.
+
+        Raises:
+            PromptNotInTable: if the table lacks the prompt.
+            ReferenceTableError: if the table lacks them, as an import without tokens does.
+        """
+        rewards, found = self.rewards(key, text), self._token_column()[key]
+        if found is None or len(found.lengths) != len(rewards) or not len(found.tokens):
+            what = f"the prompt with key {key}" if text is None else f"prompt {text!r}"
+            raise ReferenceTableError(
+                f"the reference table {self.path} lacks the token ids of its {len(rewards)} responses to {what}, and "
+                "they are what is learnt from: make the table with `vbon predict`, or import it with an "
+                "`encode_response` that gives them"
+            )
+        return found
+
+    def response_matrix(
+        self, keys: Sequence[str], texts: Sequence[str] | None = None, *, pad_id: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return :meth:`response_tokens` of several prompts, cut to the common M and padded on the right.
+
+        Args:
+            keys: K keys of prompts.
+            texts: the prompts, for the error message.
+            pad_id: what to pad with.
+
+        Returns:
+            Token ids ``[K, samples, T]`` long, T the longest of these responses, and the mask of the same shape, True
+            on what is no padding.
+        """
+        rows = [self.response_tokens(key, None if texts is None else texts[i]) for i, key in enumerate(keys)]
+        lengths = torch.stack([row.lengths[: self.samples] for row in rows])
+        mask = torch.arange(max(1, int(lengths.max()))) < lengths[..., None]
+        tokens = torch.full(mask.shape, pad_id, dtype=torch.long)
+        kept = [row.tokens[:count] for row, count in zip(rows, lengths.sum(-1).tolist(), strict=True)]
+        tokens[mask] = torch.cat(kept).long()
+        return tokens, mask
+
+    @property
+    def longest_response(self) -> int:
+        """Return the most tokens that a response has."""
+        known = (row.lengths for row in self._token_column().values() if row is not None)
+        return max((int(lengths.max()) for lengths in known if len(lengths)), default=0)
+
+    @property
+    def knows_finished(self) -> bool:
+        """Return whether the table tells finished from truncated responses; JSON Lines imports do not."""
+        return all(values is not None for values in self._column("finished").values())
+
     def row(self, key: str, text: str | None = None) -> TableRow:
         """Read all there is about one prompt.
 
@@ -238,24 +306,27 @@ class ReferenceTable:
 
     def _column(self, name: str) -> dict[str, Tensor | None]:
         if name not in self._columns:
-            self._columns[name] = self._retrying(lambda: self._load(name))
+            self._columns[name] = self._retrying(lambda: self._load(name, _numbers))
         return self._columns[name]
 
-    def _load(self, name: str) -> dict[str, Tensor | None]:
+    def _token_column(self) -> dict[str, TokenLists | None]:
+        if self._tokens is None:
+            self._tokens = self._retrying(lambda: self._load("response_tokens", _token_lists))
+        return self._tokens
+
+    def _load(self, name: str, part: Callable[[pa.ListArray], Callable[[int], _T]]) -> dict[str, _T | None]:
         by_file: dict[Path, dict[int, list[tuple[str, int]]]] = {}
         for key, place in self._places.items():
             by_file.setdefault(place.file, {}).setdefault(place.group, []).append((key, place.offset))
-        loaded: dict[str, Tensor | None] = {}
+        loaded: dict[str, _T | None] = {}
         for path, groups in by_file.items():
             with open_shard(path) as file:
                 for group, members in groups.items():
                     lists = file.read_row_group(group, columns=[name]).column(0).combine_chunks()
                     known = lists.is_valid().to_pylist()
-                    bounds = lists.offsets.to_pylist()
-                    values = lists.values.to_numpy(zero_copy_only=False)
+                    take = part(lists)
                     for key, i in members:
-                        part = values[bounds[i] : bounds[i + 1]]
-                        loaded[key] = torch.from_numpy(part.copy()) if known[i] else None
+                        loaded[key] = take(i) if known[i] else None
         return loaded
 
     def _values(self, name: str, key: str, text: str | None) -> Tensor:
@@ -278,3 +349,20 @@ class ReferenceTable:
         if not rows:
             return torch.zeros(0, self.samples, dtype=torch.bool if name == "finished" else torch.float32)
         return torch.stack(rows)
+
+
+def _numbers(lists: pa.ListArray) -> Callable[[int], Tensor]:
+    bounds, values = lists.offsets.to_pylist(), lists.values.to_numpy(zero_copy_only=False)
+    return lambda i: torch.from_numpy(values[bounds[i] : bounds[i + 1]].copy())
+
+
+def _token_lists(lists: pa.ListArray) -> Callable[[int], TokenLists]:
+    bounds = lists.offsets.to_pylist()
+    ends = torch.from_numpy(lists.values.offsets.to_numpy().copy()).long()
+    values = lists.values.values.to_numpy(zero_copy_only=False)
+
+    def take(i: int) -> TokenLists:
+        edges = ends[bounds[i] : bounds[i + 1] + 1]
+        return TokenLists(torch.from_numpy(values[edges[0] : edges[-1]].copy()), edges.diff())
+
+    return take

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from vbon_lightning.functional import token_statistics
+from vbon_lightning.functional import token_log_probs, token_statistics
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
-from vbon_lightning.types import Completions, PromptBatch
+from vbon_lightning.types import Completions, PromptBatch, Responses
 
 MAX_LOGITS = 2**25
 """Logits that live at once, of each model: 128 MiB in float32."""
@@ -43,7 +43,7 @@ class ResponseStatistics(NamedTuple):
 
 
 def response_logits(
-    model: PreTrainedModel, prompts: PromptBatch, completions: Completions, *, hidden: bool = False
+    model: PreTrainedModel, prompts: PromptBatch, completions: Completions | Responses, *, hidden: bool = False
 ) -> ResponseLogits:
     """Run prompts and their responses through a model and keep what predicts the response tokens.
 
@@ -68,7 +68,7 @@ def response_statistics(
     policy: PreTrainedModel,
     reference: PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]],
     prompts: PromptBatch,
-    completions: Completions,
+    completions: Completions | Responses,
     *,
     temperature: float = 1.0,
     hidden: bool = False,
@@ -89,32 +89,38 @@ def response_statistics(
         hidden: Also return the policy's last hidden states, for a value head.
         max_logits: Logits of each model that live at once.
     """
-    mask = completions.mask
     context = nullcontext(reference) if isinstance(reference, PreTrainedModel) else reference()
     with torch.no_grad(), context as model:
         theirs = _states(model, prompts, completions)
     ours = _states(policy, prompts, completions, hidden=hidden)
-    real = mask.reshape(-1).nonzero().squeeze(-1)
-    tokens = completions.tokens.reshape(-1)[real]
-    size = max(1, max_logits // ours.vocabulary)
-    again = len(real) > size and torch.is_grad_enabled()
-    pieces = []
-    for start in range(0, len(real), size):
-        part = slice(start, start + size)
-        # Without padding the rows are the positions: a slice copies nothing.
-        rows = part if len(real) == mask.numel() else real[part]
-        arguments = (ours, ours.features[rows], theirs, theirs.features[rows], tokens[part], temperature)
-        pieces.append(checkpoint(_chunk, *arguments, use_reentrant=False) if again else _chunk(*arguments))
-
-    def spread(values: tuple[Tensor, ...]) -> Tensor:
-        joined = torch.cat(values)
-        if len(real) == mask.numel():
-            return joined.view(mask.shape)
-        return joined.new_zeros(mask.numel()).index_copy(0, real, joined).view(mask.shape)
-
-    log_probs, reference_log_probs, kl = (spread(values) for values in zip(*pieces, strict=True))
-    states = None if ours.hidden is None else ours.hidden.view(*mask.shape, -1)
+    log_probs, reference_log_probs, kl = _by_chunks(_chunk, [ours, theirs], completions, temperature, max_logits)
+    states = None if ours.hidden is None else ours.hidden.view(*completions.mask.shape, -1)
     return ResponseStatistics(log_probs, reference_log_probs, kl, states)
+
+
+def response_log_probs(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    completions: Completions | Responses,
+    *,
+    temperature: float = 1.0,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
+    """Compute log-probabilities of response tokens under one model, as :func:`response_statistics` does under two.
+
+    Args:
+        model: A causal language model; gradients flow to it where they are enabled.
+        prompts: ``[B, P]`` prompts.
+        completions: ``[B, G, T]`` responses.
+        temperature: The sampling temperature.
+        max_logits: Logits that live at once.
+
+    Returns:
+        ``[B, G, T]``, differentiable, 0 outside the mask.
+    """
+    states = _states(model, prompts, completions)
+    (log_probs,) = _by_chunks(_log_prob_chunk, [states], completions, temperature, max_logits)
+    return log_probs
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -158,7 +164,7 @@ class _States(NamedTuple):
 
 
 def _states(
-    model: PreTrainedModel, prompts: PromptBatch, completions: Completions, *, hidden: bool = False
+    model: PreTrainedModel, prompts: PromptBatch, completions: Completions | Responses, *, hidden: bool = False
 ) -> _States:
     head = output_head(model)
     if head is None:
@@ -168,6 +174,45 @@ def _states(
         model, model.base_model, prompts, completions, lambda output: [output.last_hidden_state]
     )
     return _States(states.flatten(0, 1), head, head.out_features, states if hidden else None)
+
+
+def _by_chunks(
+    chunk: Callable[..., tuple[Tensor, ...]],
+    models: list[_States],
+    completions: Completions | Responses,
+    temperature: float,
+    max_logits: int,
+) -> list[Tensor]:
+    """Turn states into what is known of each real token, ``max_logits`` at a time: tensors ``[B, G, T]``.
+
+    Args:
+        chunk: Computes it for some tokens, from each model's states and its features there, tokens, temperature.
+        models: The states; those of the first carry the gradient.
+        completions: ``[B, G, T]`` responses.
+        temperature: The sampling temperature.
+        max_logits: Logits of each model that live at once.
+    """
+    mask = completions.mask
+    real = mask.reshape(-1).nonzero().squeeze(-1)
+    tokens = completions.tokens.reshape(-1)[real]
+    size = max(1, max_logits // models[0].vocabulary)
+    again = len(real) > size and torch.is_grad_enabled()
+    pieces = []
+    for start in range(0, max(1, len(real)), size):
+        part = slice(start, start + size)
+        # Without padding the rows are the positions: a slice copies nothing.
+        rows = part if len(real) == mask.numel() else real[part]
+        features = [value for states in models for value in (states, states.features[rows])]
+        arguments = (*features, tokens[part], temperature)
+        pieces.append(checkpoint(chunk, *arguments, use_reentrant=False) if again else chunk(*arguments))
+
+    def spread(values: tuple[Tensor, ...]) -> Tensor:
+        joined = torch.cat(values)
+        if len(real) == mask.numel():
+            return joined.view(mask.shape)
+        return joined.new_zeros(mask.numel()).index_copy(0, real, joined).view(mask.shape)
+
+    return [spread(values) for values in zip(*pieces, strict=True)]
 
 
 def _chunk(
@@ -183,11 +228,16 @@ def _chunk(
     return statistics.log_probs, statistics.reference_log_probs, statistics.kl
 
 
+def _log_prob_chunk(ours: _States, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor]:
+    logits = states if ours.head is None else ours.head(states)
+    return (token_log_probs(logits, tokens, temperature=temperature),)
+
+
 def _predictions(
     model: PreTrainedModel,
     part: Any,
     prompts: PromptBatch,
-    completions: Completions,
+    completions: Completions | Responses,
     read: Callable[[Any], list[Tensor]],
     **arguments: Any,
 ) -> list[Tensor]:
