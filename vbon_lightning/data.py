@@ -82,6 +82,7 @@ class AlignmentDataModule(LightningDataModule):
         val: Where validation text comes from.
         test: Where held-out text for ``vbon test`` and ``vbon compare`` comes from.
         reference_table: Directory of the reference table: read when it is there, written by ``vbon predict``.
+        table_samples: M, how many of the table's responses a prompt to use, the first ones; all by default.
         table_seed: Seeds the table's responses; part of its fingerprint.
         table_splits: Splits whose prompts ``vbon predict`` fills into the table.
         max_new_tokens: Longest response, in tokens.
@@ -108,6 +109,7 @@ class AlignmentDataModule(LightningDataModule):
         val: TextSource | None = None,
         test: TextSource | None = None,
         reference_table: str | None = None,
+        table_samples: int | None = None,
         table_seed: int = 0,
         table_splits: list[Split] = ["train", "val", "test"],  # noqa: B006 (never mutated; a tuple reads worse in YAML)
         max_new_tokens: int = 32,
@@ -123,7 +125,11 @@ class AlignmentDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        for name, size in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("table_samples", table_samples),
+        ):
             if size is not None and size < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {size}")
         for name, value, known in (
@@ -142,7 +148,7 @@ class AlignmentDataModule(LightningDataModule):
             missing_eos_penalty=missing_eos_penalty,
         )
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
-        self.reference_table = reference_table
+        self.reference_table, self.table_samples = reference_table, table_samples
         self.table_seed, self.table_splits = table_seed, list(table_splits)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -178,6 +184,23 @@ class AlignmentDataModule(LightningDataModule):
         if self._table is None:
             self._table = ReferenceTable.open(resolve_path(self.reference_table), fingerprint=self.fingerprint())
         return self._table
+
+    @property
+    def reference_rewards(self) -> int:
+        """Return M, the number of reference rewards a prompt that the table brings to training.
+
+        Raises:
+            ValueError: If ``table_samples`` asks for more than the table holds.
+        """
+        held = self.table().samples
+        if self.table_samples is None:
+            return held
+        if self.table_samples > held:
+            raise ValueError(
+                f"data.table_samples={self.table_samples}, but the reference table {self.reference_table} holds "
+                f"{held} responses a prompt: lower it, or make a larger table with `vbon predict`"
+            )
+        return self.table_samples
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the table's responses and rewards depend on."""
@@ -285,7 +308,7 @@ class AlignmentDataModule(LightningDataModule):
         if source is not None:
             settings["train_content"] = self._split("train", self._batch_kind).digest
         if self._reads_table:
-            settings |= {"table_seed": self.table_seed, "reference rewards a prompt": self.table().samples}
+            settings |= {"table_seed": self.table_seed, "reference rewards a prompt": self.reference_rewards}
         return settings
 
     def train_dataloader(self) -> DataLoader:
@@ -394,9 +417,10 @@ class AlignmentDataModule(LightningDataModule):
         """Return the table's rewards ``[B, M]`` of given prompts, the missing-EOS penalty subtracted."""
         table = self.table()
         keys, texts = [row.key for row in prompts], [row.text for row in prompts]
-        rewards = table.rewards_matrix(keys, texts)
+        samples = self.reference_rewards
+        rewards = table.rewards_matrix(keys, texts)[:, :samples]
         if self.actors.missing_eos_penalty:
-            finished = table.finished_matrix(keys, texts)
+            finished = table.finished_matrix(keys, texts)[:, :samples]
             rewards = rewards - self.actors.missing_eos_penalty * (1.0 - finished.float())
         return rewards
 

@@ -136,8 +136,8 @@ def _best_of_n(
     lengths = torch.tensor([[len(ids) for ids in row.response_tokens[:samples]] for row in rows])
     log_probs = finished = judged = None
     with suppress(ReferenceTableError):  # imported tables do not know them
-        log_probs = table.log_probs_matrix(keys, texts)
-        finished = table.finished_matrix(keys, texts)
+        log_probs = table.log_probs_matrix(keys, texts)[:, :samples]
+        finished = table.finished_matrix(keys, texts)[:, :samples]
     if judge is not None:
         responses = [list(row.responses[:samples]) for row in rows]
         ids = [[list(tokens) for tokens in row.response_tokens[:samples]] for row in rows]

@@ -75,7 +75,7 @@ class VBoN(PolicyGradient):
                 return
             if data.reference_table is None:
                 raise ValueError(_NO_REWARDS)
-            samples, what = data.table().samples, f"the reference table {data.reference_table}"
+            samples, what = data.reference_rewards, f"the reference table {data.reference_table}"
         if samples < self.n:
             raise ValueError(
                 f"{what} has M = {samples} reference rewards a prompt, fewer than n = {self.n:g}: Best-of-n cannot "

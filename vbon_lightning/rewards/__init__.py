@@ -3,6 +3,7 @@
 from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, join_texts
 from vbon_lightning.rewards.classifier import ClassifierReward
 from vbon_lightning.rewards.function import CallableReward
+from vbon_lightning.rewards.threshold import ThresholdReward
 from vbon_lightning.rewards.vader import VaderReward
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ClassifierReward",
     "RewardError",
     "RewardModel",
+    "ThresholdReward",
     "VaderReward",
     "check_rewards",
     "join_texts",

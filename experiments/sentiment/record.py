@@ -1,0 +1,173 @@
+"""Turn what `vbon` left in a run's directory into the small JSON files that are kept.
+
+python experiments/sentiment/record.py table main            # makes the table, and times it
+python experiments/sentiment/record.py bon main
+python experiments/sentiment/record.py training vbon-n4-s0
+python experiments/sentiment/record.py run vbon-n4-s0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from sweep import Run, Setting, read_sweep
+
+from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
+
+_DATA = ("policy", "reward", "table_samples", "max_new_tokens", "temperature", "batch_size")
+
+
+def make_table(setting: Setting) -> None:
+    """Run ``vbon predict`` and record how long a response took.
+
+    Where the command goes on with a table that was begun before, the time a response is that of the new ones.
+    """
+    from vbon_lightning.cli import quiet, run
+
+    quiet()
+    data = _data_config(setting.table)
+    before, began = _responses(data["reference_table"]), time.perf_counter()
+    run(setting.table)
+    seconds, after = time.perf_counter() - began, _responses(data["reference_table"])
+    new = after - before
+    plain = {
+        "command": _command(setting.table),
+        "device": _device(),
+        "responses": after,
+        "samples": ReferenceTable.open(data["reference_table"]).samples,
+        "seconds_per_response": seconds / new if new else None,
+    }
+    _write(setting.directory / "table.json", plain)
+
+
+def record_bon(setting: Setting) -> None:
+    """Write the reports on the reference and on Best-of-N, with the table's costs."""
+    comparison = _read(setting.directory / "comparison" / "comparison.json")
+    _write(
+        setting.result,
+        {"setting": setting.name, "table": _read(setting.directory / "table.json"), **comparison},
+    )
+
+
+def record_training(run: Run) -> None:
+    """Write a finished training's costs and settings from its last checkpoint, and remove the checkpoints.
+
+    Raises:
+        ValueError: If the last checkpoint is not of the last step.
+    """
+    folder, config = run.directory / "checkpoints", yaml.safe_load((run.directory / "config.yaml").read_text())
+    checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True, mmap=True)
+    steps, planned = checkpoint["global_step"], config["trainer"]["max_steps"]
+    if steps != planned:
+        raise ValueError(
+            f"{folder}/last.ckpt is of step {steps} of {planned}: ModelCheckpoint's every_n_train_steps must divide "
+            "trainer.max_steps"
+        )
+    state, data = checkpoint["vbon_lightning"], config["data"]
+    module = state["module"]
+    rollouts = state["batches_seen"] // (module.get("epochs_per_rollout", 1) * module.get("minibatches", 1))
+    prompts = rollouts * data["batch_size"] * state["trainer"]["world_size"]
+    plain = {
+        "command": _command(run.fit),
+        "device": _device(),
+        "seconds": checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"],
+        "optimizer_steps": steps,
+        "prompts": prompts,
+        # A method that learns from the table samples nothing.
+        "sampled_responses": prompts * module.get("samples_per_prompt", 0),
+        "settings": {
+            "module": module,
+            "optimizer": {name: _short(values) for name, values in state["optimizer"].items()},
+            "trainer": state["trainer"],
+            "data": {key: data[key] for key in _DATA},
+        },
+    }
+    _write(run.directory / "training.json", plain)
+    shutil.rmtree(folder)
+
+
+def record_run(run: Run) -> None:
+    """Write the result of a run: what it was, what it cost and what it is worth."""
+    comparison = _read(run.directory / "comparison" / "comparison.json")
+    (report,) = [report for report in comparison["reports"] if report["method"] == run.title]
+    plain = {
+        "run": run.name,
+        "method": run.method,
+        "title": run.title,
+        "setting": run.setting,
+        "strength": {"option": run.option, "short": run.short, "value": run.value},
+        "seed": run.seed,
+        "training": _read(run.directory / "training.json"),
+        "compare": comparison["command"],
+        "report": report,
+    }
+    _write(run.result, plain)
+
+
+def _short(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is off and what is a scheduler's state."""
+    return {key: value for key, value in settings.items() if value not in (None, False) and not key.startswith("_")}
+
+
+def _data_config(words: list[str]) -> dict[str, Any]:
+    """Return the data section of the last config that names the table."""
+    merged: dict[str, Any] = {}
+    for word, file in zip(words, words[1:], strict=False):
+        if word == "--config":
+            merged |= yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("data", {})
+    return merged
+
+
+def _responses(table: str) -> int:
+    try:
+        opened = ReferenceTable.open(table)
+    except ReferenceTableError:
+        return 0
+    return sum(len(opened.rewards(key)) for key in opened.keys())
+
+
+def _command(words: list[str]) -> str:
+    return "vbon " + shlex.join(words)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, plain: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.staged")
+    staged.write_text(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def main() -> None:
+    """Record one thing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", default=str(Path(__file__).with_name("sweep.yaml")))
+    parser.add_argument("what", choices=["table", "bon", "training", "run"])
+    parser.add_argument("name", help="of the setting or the run")
+    args = parser.parse_args()
+    sweep = read_sweep(args.sweep)
+    if args.what in ("table", "bon"):
+        setting = sweep.settings[args.name]
+        make_table(setting) if args.what == "table" else record_bon(setting)
+    else:
+        (run,) = [run for run in sweep.runs if run.name == args.name]
+        record_training(run) if args.what == "training" else record_run(run)
+
+
+if __name__ == "__main__":
+    main()

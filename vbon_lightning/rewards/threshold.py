@@ -1,0 +1,50 @@
+"""Another reward as 0 or 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.rewards.base import RewardModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class ThresholdReward(RewardModel):
+    """Score 1 where another reward is above a threshold and 0 elsewhere.
+
+    Such rewards, like those of a checker that passes or fails, tie almost always.
+
+    Args:
+        reward: The other reward.
+        threshold: What its reward must exceed.
+    """
+
+    def __init__(self, reward: RewardModel, threshold: float = 0.0) -> None:
+        self.reward, self.threshold = reward, threshold
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        token_ids: Sequence[Sequence[Sequence[int]]] = (),
+    ) -> Tensor:
+        """Score responses; see :meth:`RewardModel.__call__`."""
+        return (self.reward(prompts, responses, token_ids) > self.threshold).float()
+
+    def identity(self) -> dict[str, str]:
+        """Describe the reward by the other one and the threshold."""
+        return {"class": "ThresholdReward", "threshold": str(float(self.threshold)), "reward": str(self.reward.identity())}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the other reward to a device.
+
+        Args:
+            device: The device.
+        """
+        self.reward.to(device)
+        return self
