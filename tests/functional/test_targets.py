@@ -129,6 +129,19 @@ def test_a_floor_moves_the_optimum_by_no_more_than_it_says(rewards: Tensor, floo
 
 
 @ORDERS
+def test_the_untied_formula_is_the_exact_one_without_ties_only(n: float) -> None:
+    def ratios(rewards: Tensor, bound: str) -> Tensor:
+        return vbon_target(REFERENCE.log(), exact_cdf(REFERENCE, rewards), n=n, bound=bound).score / kl_weight(n)
+
+    torch.testing.assert_close(ratios(DISTINCT, "untied"), ratios(DISTINCT, "exact"), atol=1e-12, rtol=0)
+    exact, untied = ratios(TIED, "exact"), ratios(TIED, "untied")
+    assert (REFERENCE * exact.exp()).sum().item() == pytest.approx(1)
+    tied = TIED == 1.0
+    torch.testing.assert_close(untied[~tied], exact[~tied], atol=1e-12, rtol=0)
+    assert (untied[tied] < exact[tied]).all()  # too little is left for responses that tie
+
+
+@ORDERS
 def test_bound_is_kl_rl_with_the_log_cdf_as_reward(theta: Tensor, n: float) -> None:
     """Scaled back by n - 1, the bound of the vBoN objective has n - 1 times the KL-RL gradient."""
     probs = torch.tensor([0.7, 0.2, 0.9, 1.0], dtype=torch.float64)
@@ -367,7 +380,7 @@ MASK, TOKENS, TARGET = torch.ones(1, 2, 3).bool(), torch.zeros(1, 2, 3), Target(
         (
             lambda: vbon_target(PAIR, RewardCDF(PAIR, PAIR), n=2, bound="upper"),
             ValueError,
-            "bound must be 'exact' or 'lower', got 'upper'",
+            "bound must be 'exact', 'untied' or 'lower', got 'upper'",
         ),
         (
             lambda: vbon_target(PAIR, RewardCDF(PAIR[0], PAIR[0]), n=2),

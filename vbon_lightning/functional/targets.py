@@ -37,7 +37,7 @@ def vbon_target(
     cdf: RewardCDF,
     *,
     n: float,
-    bound: Literal["exact", "lower"] = "exact",
+    bound: Literal["exact", "lower", "untied"] = "exact",
     log_ratio_floor: float | None = None,
 ) -> Target:
     """Build the target of variational Best-of-N, ``min KL(policy || pi_bon)``, in its beta form.
@@ -45,7 +45,9 @@ def vbon_target(
     ``-KL(policy || pi_bon) = E[log pi_bon - log p] - KL(policy || reference)``; everything is divided by n -
     1, so that the objective is ``-KL(policy || pi_bon) / (n - 1)`` and the KL coefficient ``beta = 1 / (n -
     1)``. With ``bound="lower"`` the log-ratio is replaced by ``log n + (n - 1) log F_lt``: KL-regularised RL
-    with reward log F. https://arxiv.org/abs/2407.06057.
+    with reward log F; with ``bound="untied"`` it is the paper's, which takes rewards never to tie. Where they do, as with
+    a reward of 0 and 1, both call the tied responses far less likely under Best-of-N than they are.
+    https://arxiv.org/abs/2407.06057.
 
     The log-ratio has no lower end: the worst responses, which Best-of-N as good as never returns, dominate the
     variance of the gradient while the policy still samples them. With a floor of -L nats it becomes ``max(log pi_bon
@@ -56,7 +58,8 @@ def vbon_target(
         log_reference: ``[B, G]``, log-probability of each response under the reference.
         cdf: ``[B, G]`` log F_lt and log F_le at each response's reward.
         n: number of samples of Best-of-N, any real > 1.
-        bound: ``"exact"`` for the log-ratio with ties, ``"lower"`` for its lower bound.
+        bound: ``"exact"`` for the log-ratio with ties, ``"untied"`` for the one without, ``"lower"`` for its lower
+            bound.
         log_ratio_floor: negative nats to which lower log-ratios are raised; None for none.
 
     Returns:
@@ -72,12 +75,14 @@ def vbon_target(
     check_float("log_reference", log_reference)
     if bound == "exact":
         log_ratio = bon_log_ratio(log_reference, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)
+    elif bound == "untied":
+        log_ratio = bon_log_ratio(log_reference, cdf.log_below, n=n)
     elif bound == "lower":
         check_float("cdf.log_below", cdf.log_below)
         check_same_shape("cdf.log_below", cdf.log_below, "log_reference", log_reference)
         log_ratio = bon_log_ratio_bound(cdf.log_below, n=n)
     else:
-        raise ValueError(f"bound must be 'exact' or 'lower', got {bound!r}")
+        raise ValueError(f"bound must be 'exact', 'untied' or 'lower', got {bound!r}")
     if log_ratio_floor is not None:
         log_ratio = log_ratio.clamp(min=log_ratio_floor)
     return Target(score=weight * log_ratio, kl_coef=weight)

@@ -12,7 +12,7 @@ from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbo
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.types import Rollout
 
-Bound = Literal["exact", "lower"]
+Bound = Literal["exact", "lower", "untied"]
 CDFEstimator = Literal["jeffreys", "add_one", "laplace", "digamma"]
 
 _NO_REWARDS = (
@@ -34,7 +34,8 @@ class VBoN(PolicyGradient):
         actors: The policy, reference and reward, as the data module names them.
         n: N of Best-of-N, any real number > 1.
         bound: ``exact`` for the distribution itself, ``lower`` for the paper's lower bound (KL-constrained RL
-            with reward log F and beta = 1/(N-1)).
+            with reward log F and beta = 1/(N-1)), ``untied`` for the paper's distribution, which is wrong where rewards
+            tie: for comparison.
         cdf_estimator: How the distribution function is estimated from M rewards: ``jeffreys`` (k + 1/2)/(M +
             1), ``add_one`` (the authors'), ``laplace`` or ``digamma``.
         log_ratio_floor: Raise log-ratios of Best-of-N to the reference below this many nats (negative) to it: -L
