@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.evaluation.reports import Judge, PolicyReport, bon_reports, evaluate_policy
+from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_temperature, write_temperatures
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
@@ -38,6 +40,7 @@ def compare(
     split: Split = "test",
     title: str = "Best-of-N and policies aligned to it",
     judge: RewardModel | None = None,
+    temperatures: list[float] = [],  # noqa: B006 (never mutated)
     shown_prompts: int = 6,
     shown_samples: int = 1,
     seed: int = 0,
@@ -59,6 +62,8 @@ def compare(
         split: Which of the data's splits has the held-out prompts.
         title: Title of the table and the picture.
         judge: A second reward, one that no policy was trained against.
+        temperatures: Also sample the reference and the policies at each of these temperatures and report reward and win
+            rate over the reference at its own (``temperatures.json``, ``.md`` and ``.png``).
         shown_prompts: How many prompts to show with their responses.
         shown_samples: How many responses a policy to show.
         seed: Seeds the sampling; policies share their noise.
@@ -67,6 +72,8 @@ def compare(
     """
     if not policies:
         raise ValueError("name at least one policy to compare: --policies.NAME DIRECTORY")
+    if any(not 0 < temperature < math.inf for temperature in temperatures):
+        raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     spec = data.actors
     prompts, table = data.prompts(split), data.table()
@@ -93,14 +100,28 @@ def compare(
     scorer = None if judge is None else _judge(actors, judge)
 
     # Each batch prompts x samples rows; the loader is rebuilt for every policy, so that all see the same batches.
-    def rollouts(label: str, number: int, limit: int | None = None) -> Iterator[Rollout]:
+    def rollouts(
+        label: str, number: int, limit: int | None = None, *, statistics: bool = True
+    ) -> Iterator[Rollout]:
         loader = data.split_dataloader(split)
         for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
             if limit is not None and done * data.eval_batch_size >= limit:
                 return
-            yield actors.rollout(_to(batch, place), num_samples=number, seed=seed, stream="compare", step=0)
+            yield actors.rollout(
+                _to(batch, place), num_samples=number, seed=seed, stream="compare", step=0, statistics=statistics
+            )
+
+    by_temperature: list[TemperatureReport] = []
+
+    def at_temperatures(name: str) -> None:
+        for temperature in temperatures:
+            actors.temperature = temperature
+            found = rollouts(f"{name}, T = {temperature:g}", samples, statistics=False)
+            by_temperature.append(evaluate_temperature(found, name=name, temperature=temperature))
+        actors.temperature = spec.temperature
 
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
+    at_temperatures("reference")
     reports = _best_of_n(table, keys, texts, rewards, n, judge)
     for name, path in policies.items():
         actors.policy = _move(load_causal_lm(as_spec(path), trainable=False), place)
@@ -115,6 +136,7 @@ def compare(
             )
         )
         shown[name] = kept
+        at_temperatures(name)
     files = write_comparison(
         reports,
         output,
@@ -122,6 +144,8 @@ def compare(
         command=command,
         samples=text_samples(shown, prompts=shown_prompts, samples=shown_samples),
     )
+    if by_temperature:
+        files |= write_temperatures(by_temperature, output, title=title, trained_at=spec.temperature)
     print(comparison_markdown(reports, title=title, command=command))
     print("\n".join(f"wrote {path}" for path in files.values()))
     return reports

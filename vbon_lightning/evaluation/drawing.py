@@ -80,10 +80,15 @@ def pareto_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure
     return figure
 
 
+def policy_styles(count: int) -> list[tuple[str, str]]:
+    """Return a colour and a marker for each of so many policies."""
+    return [_STYLES[number % len(_STYLES)] for number in range(count)]
+
+
 def _method_styles(reports: Sequence[PolicyReport]) -> dict[str, tuple[str, str]]:
     own = (BEST_OF_N, REFERENCE)
     methods = dict.fromkeys(report.method for report in reports if report.method not in own)
-    styles = {method: _STYLES[number % len(_STYLES)] for number, method in enumerate(methods)}
+    styles = dict(zip(methods, policy_styles(len(methods)), strict=True))
     return styles | {BEST_OF_N: (_BON_COLOUR, "o"), REFERENCE: (_BON_COLOUR, "*")}
 
 

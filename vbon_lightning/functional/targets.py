@@ -45,8 +45,8 @@ def vbon_target(
     ``-KL(policy || pi_bon) = E[log pi_bon - log p] - KL(policy || reference)``; everything is divided by n -
     1, so that the objective is ``-KL(policy || pi_bon) / (n - 1)`` and the KL coefficient ``beta = 1 / (n -
     1)``. With ``bound="lower"`` the log-ratio is replaced by ``log n + (n - 1) log F_lt``: KL-regularised RL
-    with reward log F; with ``bound="untied"`` it is the paper's, which takes rewards never to tie. Where they do, as with
-    a reward of 0 and 1, both call the tied responses far less likely under Best-of-N than they are.
+    with reward log F; with ``bound="untied"`` it is the paper's, which takes rewards never to tie. Where they do, as
+    with a reward of 0 and 1, both call the tied responses far less likely under Best-of-N than they are.
     https://arxiv.org/abs/2407.06057.
 
     The log-ratio has no lower end: the worst responses, which Best-of-N as good as never returns, dominate the

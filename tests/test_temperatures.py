@@ -1,0 +1,57 @@
+"""Policies at other sampling temperatures: their averages, table and figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.rollouts import make_rollout
+from vbon_lightning.evaluation.temperatures import (
+    evaluate_temperature,
+    temperature_figure,
+    temperature_markdown,
+    write_temperatures,
+)
+
+
+def test_averages_over_prompts() -> None:
+    rollouts = [make_rollout(seed=seed, first=3 * seed, fillers=seed) for seed in range(2)]
+    report = evaluate_temperature(rollouts, name="policy", temperature=0.5)
+    kept = [(rollout, row) for rollout in rollouts for row in range(3) if rollout.prompts.valid[row]]
+    assert len(kept) == 5
+    wins, rewards = [], []
+    for rollout, row in kept:
+        ours, theirs = rollout.rewards[row], rollout.reference_rewards[row]  # type: ignore[index]
+        wins.append(torch.tensor([[float(a > b) + 0.5 * float(a == b) for b in theirs] for a in ours]).mean())
+        rewards.append(ours.mean())
+    assert report.win_rate.mean == pytest.approx(float(torch.stack(wins).mean()), abs=1e-6)
+    assert report.reward.mean == pytest.approx(float(torch.stack(rewards).mean()), abs=1e-6)
+    assert report.temperature == 0.5
+
+
+def test_reference_rewards_are_needed() -> None:
+    with pytest.raises(ValueError, match="win rates of 'policy' need reference rewards"):
+        evaluate_temperature([make_rollout(references=None)], name="policy", temperature=1.0)
+    with pytest.raises(ValueError, match="there are no prompts to evaluate 'policy' on"):
+        evaluate_temperature([], name="policy", temperature=1.0)
+
+
+def test_the_files(tmp_path: Path) -> None:
+    reports = [
+        evaluate_temperature([make_rollout(seed=seed)], name=name, temperature=temperature)
+        for seed, (name, temperature) in enumerate([("a", 0.5), ("a", 1.0), ("b|c", 1.0)])
+    ]
+    written = write_temperatures(reports, tmp_path, title="Title", trained_at=0.7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(written)
+    plain = json.loads((tmp_path / "temperatures.json").read_text())
+    assert [report["temperature"] for report in plain["reports"]] == [0.5, 1.0, 1.0]
+    table = temperature_markdown(reports, title="Title", trained_at=0.7)
+    assert table == (tmp_path / "temperatures.md").read_text()
+    assert f"| b\\|c | - | {reports[2].win_rate} |" in table
+    assert "its own temperature, 0.7" in table
+    assert (tmp_path / "temperatures.png").read_bytes().startswith(b"\x89PNG")
+    figure = temperature_figure(reports, title="Title", trained_at=0.7)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b|c"]
