@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from vbon_lightning.functional import token_statistics
+from vbon_lightning.functional import token_log_probs, token_statistics
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
 from vbon_lightning.types import Completions, PromptBatch
 
@@ -115,6 +115,40 @@ def response_statistics(
     log_probs, reference_log_probs, kl = (spread(values) for values in zip(*pieces, strict=True))
     states = None if ours.hidden is None else ours.hidden.view(*mask.shape, -1)
     return ResponseStatistics(log_probs, reference_log_probs, kl, states)
+
+
+@torch.no_grad()
+def response_log_probs(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    completions: Completions,
+    *,
+    temperature: float = 1.0,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
+    """Compute one model's log-probabilities of response tokens, without a gradient.
+
+    Args:
+        model: A causal language model.
+        prompts: ``[B, P]`` prompts.
+        completions: ``[B, G, T]`` responses.
+        temperature: The sampling temperature.
+        max_logits: Logits that live at once.
+
+    Returns:
+        ``[B, G, T]`` float32, 0 outside the mask.
+    """
+    mask = completions.mask
+    states = _states(model, prompts, completions)
+    real = mask.reshape(-1).nonzero().squeeze(-1)
+    tokens = completions.tokens.reshape(-1)
+    found = torch.zeros(mask.numel(), device=mask.device)
+    for rows in real.split(max(1, max_logits // states.vocabulary)):
+        features = states.features[rows]
+        logits = features if states.head is None else states.head(features)
+        found[rows] = token_log_probs(logits, tokens[rows], temperature=temperature).float()
+    forget_casts(mask.device)
+    return found.view(mask.shape)
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear | None:
