@@ -109,7 +109,8 @@ class ReferenceSampler(AlignmentModule):
                     self._start_scoring(sampled)
                 else:
                     rows += self._score(sampled)
-            if self.trainer.predict_loop.batch_progress.is_last_batch:
+            progress: Any = self.trainer.predict_loop.batch_progress
+            if progress.is_last_batch:
                 rows += self._finish_scoring()
         except BaseException:
             self._stop_scoring()

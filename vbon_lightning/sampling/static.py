@@ -53,8 +53,9 @@ class StaticLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token a row at the slot and return everything."""
         keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
-        keys.index_copy_(2, self.slot, key_states)
-        values.index_copy_(2, self.slot, value_states)
+        # Under autocast the library's cache holds both in the keys' type.
+        keys.index_copy_(2, self.slot, key_states.to(keys.dtype))
+        values.index_copy_(2, self.slot, value_states.to(values.dtype))
         return keys, values
 
 

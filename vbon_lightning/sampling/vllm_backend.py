@@ -120,9 +120,10 @@ class VllmSampler:
                     )
                 )
         found = self._engine.generate(requests, parameters, use_tqdm=False)
-        if len(found) != len(requests) or any(len(request.outputs) != 1 for request in found):
-            raise RuntimeError(f"vLLM returned {len(found)} results for {len(requests)} requests, or not one output each")
-        return [request.outputs[0] for request in found]
+        outputs = [output for request in found for output in request.outputs]
+        if not len(requests) == len(found) == len(outputs):
+            raise RuntimeError(f"vLLM returned {len(outputs)} outputs to {len(requests)} requests")
+        return outputs
 
     def _synchronise(self, model: PreTrainedModel) -> None:
         """Give the engine the model's weights, where it may not have them."""
