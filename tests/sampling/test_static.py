@@ -204,6 +204,15 @@ def test_attention_without_a_mask_is_noticed():
     assert "its attention (flash_attention_2) takes no mask of its own" in str(why_not_static(model))
 
 
+def test_sharded_parameters_are_noticed():
+    class FullyShardedDataParallel(torch.nn.Module):
+        pass
+
+    model = model_of("llama")
+    model.model.wrapper = FullyShardedDataParallel()
+    assert "sharded" in str(why_not_static(model))
+
+
 def test_a_step_that_computes_something_else_is_noticed(monkeypatch):
     def late(self: Any) -> None:
         self.number.zero_()
@@ -435,6 +444,7 @@ def test_a_capture_that_fails_falls_back(monkeypatch):
     with pytest.warns(UserWarning, match="could not be captured and runs uncaptured: operation not permitted"):
         sampler._capture(decoder, model)
     assert decoder.graph is None
+    assert model in sampler._uncaptured, "not tried again for other shapes"
     compare(sampler, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -180,7 +180,9 @@ class StaticDecoder:
             pool: Memory that graphs share: none of them leaves anything in it between two steps.
         """
         device = self.logits.device
-        with torch.cuda.device(device), _without_cast_cache(device):
+        # The last context is for a capture that fails: it would leave its own stream the current one.
+        current = torch.cuda.current_stream(device)
+        with torch.cuda.device(device), _without_cast_cache(device), torch.cuda.stream(current):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -234,6 +236,7 @@ class GraphSampler:
         self.check_every, self.width_step, self.keep = check_every, width_step, keep
         self._decoders: WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, StaticDecoder]] = WeakKeyDictionary()
         self._pool: Any = None
+        self._uncaptured: WeakSet[PreTrainedModel] = WeakSet()
         self._warned: set[str] = set()
 
     def __call__(
@@ -307,7 +310,7 @@ class GraphSampler:
                 known[key] = StaticDecoder(
                     prompts, logits, rows=rows, width=width, length=length, temperature=temperature, pad_id=pad_id
                 )
-                if logits.is_cuda:
+                if logits.is_cuda and model not in self._uncaptured:
                     self._capture(known[key], model)
         known.move_to_end(key)
         return known[key]
@@ -319,6 +322,7 @@ class GraphSampler:
             decoder.capture(model, self._pool)
         except Exception as problem:  # whatever the model does that a capture forbids: it still runs uncaptured
             decoder.graph = None
+            self._uncaptured.add(model)
             self._warn(f"a decode step of {type(model).__name__} could not be captured and runs uncaptured: {problem}")
 
     def _warn(self, message: str) -> None:
@@ -377,6 +381,10 @@ _OBSTACLES: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> str | None:
+    if any("FullyShardedDataParallel" in type(module).__name__ for module in model.modules()) or any(
+        hasattr(parameter, "full_tensor") for parameter in model.parameters()
+    ):
+        return "its parameters are sharded, and are gathered elsewhere every time"
     device = next(model.parameters()).device
     tokens = torch.tensor([[0, 1, 2], [0, 0, 1]], device=device) % model.config.get_text_config().vocab_size
     mask = torch.tensor([[True, True, True], [False, True, True]], device=device)
