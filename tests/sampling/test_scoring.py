@@ -9,7 +9,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from tests.helpers import tiny_gpt2, tiny_llama
 from tests.sampling.test_decode import PAD, PROMPTS, VOCABULARY, batch_of, noise_of
 from vbon_lightning.functional import token_log_probs, vocabulary_kl
-from vbon_lightning.sampling import response_logits, response_statistics, sample_completions, scoring
+from vbon_lightning.sampling import (
+    response_log_probs,
+    response_logits,
+    response_statistics,
+    sample_completions,
+    scoring,
+)
 from vbon_lightning.types import Completions
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -42,6 +48,19 @@ def test_equals_a_pass_over_each_row_alone(model):
         span = slice(len(prompt) - 1, len(prompt) - 1 + real)
         assert torch.allclose(scored.logits[row, :real], output.logits[0, span], atol=1e-5)
         assert torch.allclose(scored.hidden[row, :real], output.hidden_states[-1][0, span], atol=1e-5)
+
+
+@pytest.mark.parametrize("max_logits", [1, 5 * VOCABULARY, 2**25], ids=["one", "five", "all"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_one_model(model, max_logits, temperature):
+    prompts = batch_of(PROMPTS)
+    drawn = sampled(model, prompts)
+    assert not drawn.mask.all()
+    logits = response_logits(model, prompts, drawn).logits
+    expected = token_log_probs(logits, drawn.tokens.flatten(0, 1), temperature=temperature).view(drawn.mask.shape)
+    found = response_log_probs(model, prompts, drawn, temperature=temperature, max_logits=max_logits)
+    assert torch.allclose(found, torch.where(drawn.mask, expected, 0.0), atol=1e-5)
+    assert not found.requires_grad
 
 
 def test_no_hidden_states_unless_asked_for(model):
