@@ -47,15 +47,15 @@ def answer(work: Any) -> bool:
     return True
 
 
-def machine() -> str:
-    """Describe the machine in words."""
+def machine(accelerator: str | None = None) -> str:
+    """Describe the machine in words, and the accelerator that was used, if any."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {name}, {gigabytes:.0f} GiB of memory, no accelerator used"
+    return f"{os.cpu_count()} cores of {name}, {gigabytes:.0f} GiB of memory, {accelerator or 'no accelerator'} used"
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -80,7 +80,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write(name: str, title: str, body: str, data: Any, packages: Sequence[str], command: str | None = None) -> None:
+def write(
+    name: str,
+    title: str,
+    body: str,
+    data: Any,
+    packages: Sequence[str],
+    command: str | None = None,
+    accelerator: str | None = None,
+) -> None:
     """Write results/NAME.json and results/NAME.md and print the latter.
 
     Args:
@@ -90,13 +98,14 @@ def write(name: str, title: str, body: str, data: Any, packages: Sequence[str], 
         data: All numbers.
         packages: Whose versions to name.
         command: What was run; this process's command line by default.
+        accelerator: The accelerator that was used, if any.
     """
     command = command or shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     used = versions("torch", "transformers", *packages)
-    about = {"command": command, "machine": machine(), "versions": used}
+    about = {"command": command, "machine": machine(accelerator), "versions": used}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "results": data}, indent=1) + "\n")
     named = ", ".join(f"{package} {number}" for package, number in used.items())
-    text = f"{title}\n\n{body}\n`{command}` on {machine()}; {named}.\n"
+    text = f"{title}\n\n{body}\n`{command}` on {machine(accelerator)}; {named}.\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(text)

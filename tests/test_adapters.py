@@ -16,7 +16,7 @@ from tests.modules.setting import make_data, make_files, make_module, make_train
 from tests.test_actors import Lengths
 from vbon_lightning import TextSource
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.adapters import adapters_off, merged_copy
+from vbon_lightning.adapters import adapters_active, adapters_off, merged_copy, merged_parameters
 from vbon_lightning.callbacks import PolicyExport
 from vbon_lightning.models import ModelError, ModelSpec, load_causal_lm, model_identity
 
@@ -93,6 +93,27 @@ def test_the_adapters_are_off_for_the_reference_only(base: str) -> None:
         assert torch.allclose(off(tokens).logits, plain(tokens).logits, atol=1e-6)
     assert torch.equal(model(tokens).logits, before)
     assert not torch.allclose(before, plain(tokens).logits, atol=1e-3)
+
+
+def test_merged_parameters_are_those_of_the_merged_model(base: str) -> None:
+    actors = Actors.load(ActorSpec(ModelSpec(base, lora=LORA)))
+    scramble(actors)
+    plain = load_causal_lm(base, trainable=False)
+    assert adapters_active(actors.policy)
+    assert not adapters_active(plain)
+
+    def check(found: Any, expected: torch.nn.Module) -> None:
+        named, given = dict(expected.named_parameters()), dict(found)
+        assert given.keys() == named.keys()
+        for name, value in given.items():
+            assert torch.allclose(value, named[name], atol=1e-6), name
+            assert not value.requires_grad
+
+    check(merged_parameters(actors.policy), merged_copy(actors.policy))
+    with adapters_off(actors.policy):
+        assert not adapters_active(actors.policy)
+        check(merged_parameters(actors.policy), plain)
+    check(merged_parameters(plain), plain)
 
 
 def test_another_reference_is_a_model_of_its_own(files: Path, tmp_path: Path) -> None:

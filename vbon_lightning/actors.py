@@ -24,7 +24,14 @@ from vbon_lightning.models import (
     model_identity,
 )
 from vbon_lightning.rewards import RewardModel, check_rewards
-from vbon_lightning.sampling import prompt_noise, response_statistics, sample_completions
+from vbon_lightning.sampling import (
+    Sampler,
+    check_sampler,
+    make_sampler,
+    prompt_noise,
+    response_statistics,
+    sample_completions,
+)
 from vbon_lightning.types import Completions, PromptBatch, Rollout
 
 
@@ -40,6 +47,9 @@ class ActorSpec:
         max_new_tokens: Longest response, in tokens.
         temperature: Sampling temperature, > 0; log-probabilities and KL are of the tempered models.
         missing_eos_penalty: Subtracted from the reward of responses that the length limit cut.
+        sampler: How responses are sampled: ``eager``, ``graph`` or ``vllm`` (docs/sampling.md).
+        max_rows: Most responses that are sampled at once; None for no limit. Bounds the memory.
+        engine_options: Arguments of vLLM's engine, for ``vllm``.
     """
 
     # Not a dataclass: jsonargparse would spread its fields over every module's options.
@@ -51,7 +61,11 @@ class ActorSpec:
         max_new_tokens: int = 32,
         temperature: float = 1.0,
         missing_eos_penalty: float = 0.0,
+        sampler: str = "eager",
+        max_rows: int | None = None,
+        engine_options: dict[str, Any] | None = None,
     ) -> None:
+        check_sampler(sampler, max_rows=max_rows, engine_options=engine_options)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if max_new_tokens < 1:
@@ -63,6 +77,7 @@ class ActorSpec:
         self.policy, self.reference, self.reward = policy, reference, reward
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.missing_eos_penalty = missing_eos_penalty
+        self.sampler, self.max_rows, self.engine_options = sampler, max_rows, engine_options
 
     @property
     def policy_spec(self) -> ModelSpec:
@@ -89,6 +104,8 @@ class ActorSpec:
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "missing_eos_penalty": self.missing_eos_penalty,
+            # The other samplers draw the same samples.
+            **({"sampler": "vllm"} if self.sampler == "vllm" else {}),
         }
 
     def table_fingerprint(self, *, seed: int, model_seed: int = 0) -> dict[str, Any]:
@@ -128,6 +145,11 @@ class Actors:
     missing_eos_penalty: float = 0.0
     shares_base: bool = False
     """Whether the reference is the policy with its adapters off; ``reference`` then is None."""
+    sampler: Sampler = field(default_factory=lambda: sample_completions, repr=False)
+    """What samples responses."""
+    sampler_mismatch: float | None = None
+    """Mean absolute difference between the sampler's log-probabilities and the policy's in the last rollout, where
+    the sampler is another program than the policy."""
     _placed: Any = field(default=None, repr=False)
 
     @classmethod
@@ -151,7 +173,10 @@ class Actors:
 
         Raises:
             ModelError: If policy and reference differ in vocabulary, or in the tokens that end a response.
+            SamplerError: If the sampler is not installed.
         """
+        # What is not installed is to be known before a model is loaded.
+        sampler = make_sampler(spec.sampler, max_rows=spec.max_rows, engine_options=spec.engine_options)
         policy_spec, reference_spec = spec.policy_spec, spec.reference_spec
         tokenizer = load_tokenizer(policy_spec)
         if reference and reference_spec != policy_spec:
@@ -171,6 +196,7 @@ class Actors:
             temperature=spec.temperature,
             missing_eos_penalty=spec.missing_eos_penalty,
             shares_base=reference and spec.shares_base,
+            sampler=sampler,
         )
 
     @contextmanager
@@ -215,7 +241,7 @@ class Actors:
             step=step,
         )
         pad_id = self.tokenizer.pad_token_id
-        return sample_completions(
+        return self.sampler(
             model,
             prompts.tokens,
             prompts.mask,
@@ -302,6 +328,7 @@ class Actors:
         """
         self.place()
         completions = self.sample(self.policy, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        self.sampler_mismatch = getattr(self.sampler, "mismatch", None)
         token_ids = self.token_ids(completions)
         responses = self.decode(token_ids, prompts)
         rewards = self.score(prompts.text, responses, token_ids, completions.finished)

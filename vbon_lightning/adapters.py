@@ -70,3 +70,38 @@ def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
     del copied.peft_config
     copied._hf_peft_config_loaded = False
     return copied
+
+
+def adapters_active(model: nn.Module) -> bool:
+    """Return whether a model has adapters and they are on."""
+    if not has_adapters(model):
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) and not module.disable_adapters for module in model.modules())
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the parameters of the plain model that a model with adapters equals now, under the plain model's names.
+
+    Each weight is merged when it is asked for: no second copy of the model is made. Without adapters, or with them
+    off, these are the model's own parameters. Tied parameters appear once.
+    """
+    if not has_adapters(model):
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, parameter in model.named_parameters():
+        owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if owner is None:
+            yield name, parameter.detach()
+        elif name.startswith(f"{owner}.base_layer."):
+            layer: Any = layers[owner]
+            weight = parameter.detach()
+            if name == f"{owner}.base_layer.weight" and not layer.disable_adapters:
+                for adapter in layer.active_adapters:
+                    weight = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
+            yield name.replace(".base_layer.", "."), weight

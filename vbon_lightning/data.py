@@ -89,6 +89,10 @@ class AlignmentDataModule(LightningDataModule):
         temperature: Sampling temperature, > 0.
         missing_eos_penalty: Subtracted from the reward of responses that the length limit cut, in the table's
             rewards and in the policy's alike.
+        sampler: How responses are sampled: ``eager`` (the decode loop), ``graph`` (the same samples in fixed shapes,
+            replayed as a CUDA graph) or ``vllm`` (needs the extra ``vllm``). docs/sampling.md says more.
+        max_rows: Most responses that are sampled at once, which bounds the memory; by default all of a batch.
+        engine_options: Arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``, for ``vllm``.
         batch_size: Prompts (or texts) a step and rank.
         eval_batch_size: The same for validation, test and predict; ``batch_size`` by default.
         max_prompt_tokens: Longest prompt, in tokens.
@@ -115,6 +119,9 @@ class AlignmentDataModule(LightningDataModule):
         max_new_tokens: int = 32,
         temperature: float = 1.0,
         missing_eos_penalty: float = 0.0,
+        sampler: Literal["eager", "graph", "vllm"] = "eager",
+        max_rows: int | None = None,
+        engine_options: dict[str, Any] | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_prompt_tokens: int | None = None,
@@ -146,6 +153,9 @@ class AlignmentDataModule(LightningDataModule):
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             missing_eos_penalty=missing_eos_penalty,
+            sampler=sampler,
+            max_rows=max_rows,
+            engine_options=engine_options,
         )
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
         self.reference_table, self.table_samples = reference_table, table_samples

@@ -50,6 +50,19 @@ def test_equals_a_pass_over_each_row_alone(model):
         assert torch.allclose(scored.hidden[row, :real], output.hidden_states[-1][0, span], atol=1e-5)
 
 
+@pytest.mark.parametrize("max_logits", [1, 5 * VOCABULARY, 2**25], ids=["one", "five", "all"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_one_model(model, max_logits, temperature):
+    prompts = batch_of(PROMPTS)
+    drawn = sampled(model, prompts)
+    assert not drawn.mask.all()
+    logits = response_logits(model, prompts, drawn).logits
+    expected = token_log_probs(logits, drawn.tokens.flatten(0, 1), temperature=temperature).view(drawn.mask.shape)
+    found = response_log_probs(model, prompts, drawn, temperature=temperature, max_logits=max_logits)
+    assert torch.allclose(found, torch.where(drawn.mask, expected, 0.0), atol=1e-5)
+    assert not found.requires_grad
+
+
 def test_no_hidden_states_unless_asked_for(model):
     prompts = batch_of(PROMPTS)
     assert response_logits(model, prompts, sampled(model, prompts)).hidden is None

@@ -189,6 +189,8 @@ class PolicyGradient(AlignmentModule):
             if not self._experience:
                 raise RuntimeError("an update is due on a rollout that is not there")
             loss, rollout, logs = self._minibatch_update(self._next_minibatch(number, update))
+        if update == 0 and self.loaded.sampler_mismatch is not None:
+            logs["sampler_mismatch"] = torch.tensor(self.loaded.sampler_mismatch)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, prog_bar=False)
         return {"loss": loss, "rollout": rollout}
 

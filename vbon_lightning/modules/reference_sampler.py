@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback
@@ -12,8 +14,19 @@ from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.reference_table import TableRow, prompt_key
-from vbon_lightning.sampling import prompt_noise, sample_completions
+from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.types import PromptBatch
+
+
+class _Sampled(NamedTuple):
+    """A group's responses before they are scored; nothing of it is on the device any more."""
+
+    keys: list[str]
+    prompts: PromptBatch
+    prompt_ids: list[list[int]]
+    token_ids: list[list[list[int]]]
+    finished: torch.Tensor
+    log_probs: list[list[float]]
 
 
 class ReferenceSampler(AlignmentModule):
@@ -26,17 +39,29 @@ class ReferenceSampler(AlignmentModule):
         actors: The policy, reference and reward, as the data module names them.
         samples: M, responses a prompt.
         rows_per_pass: Most responses decoded at once; bounds the memory.
+        overlap_scoring: Score a group of prompts in a thread of its own while the next is sampled; by default on
+            CUDA only, since on the CPU both want the same cores. The table is the same. A reward must then not touch
+            what sampling uses (its model, the tokenizer's settings).
         seed: Initialises a reference made from a config; the responses come from ``data.table_seed``.
     """
 
     trains_policy = False
     needs_reference = False
 
-    def __init__(self, actors: ActorSpec, samples: int = 256, rows_per_pass: int = 1024, seed: int = 0) -> None:
+    def __init__(
+        self,
+        actors: ActorSpec,
+        samples: int = 256,
+        rows_per_pass: int = 1024,
+        overlap_scoring: bool | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__(actors, seed=seed)
         if samples < 1 or rows_per_pass < 1:
             raise ValueError(f"model.samples and model.rows_per_pass must be >= 1, got {samples}, {rows_per_pass}")
-        self.samples, self.rows_per_pass = samples, rows_per_pass
+        self.samples, self.rows_per_pass, self.overlap_scoring = samples, rows_per_pass, overlap_scoring
+        self._scorer: ThreadPoolExecutor | None = None
+        self._pending: Future[list[TableRow]] | None = None
         self.writer = ReferenceTableWriter()
         self.record_settings(samples=samples)
 
@@ -49,6 +74,9 @@ class ReferenceSampler(AlignmentModule):
                 reward=spec.reward,
                 max_new_tokens=spec.max_new_tokens,
                 temperature=spec.temperature,
+                sampler=spec.sampler,
+                max_rows=spec.max_rows,
+                engine_options=spec.engine_options,
             )
             self.actors = Actors.load(only_reference, seed=self.seed, trainable=False, reference=False)
             self.policy = self.actors.policy
@@ -63,18 +91,62 @@ class ReferenceSampler(AlignmentModule):
 
     def on_predict_start(self) -> None:
         """Check that prompts and responses fit the model's context."""
+        self._stop_scoring()  # of a run that was interrupted
         self.check_lengths(self.loaded.max_new_tokens)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[TableRow]:
-        """Return a table row for each prompt."""
+        """Return the table rows that are ready: those of the batch or, where scoring overlaps, all but a group.
+
+        The next batch returns that group, the last one all that is left. What is not returned is not in the table.
+        """
+        overlap = self.device.type == "cuda" if self.overlap_scoring is None else self.overlap_scoring
         rows: list[TableRow] = []
-        for group in self._groups(batch):
-            rows += self._rows(group)
+        try:
+            for group in self._groups(batch):
+                sampled = self._sample(group)
+                rows += self._finish_scoring()
+                if overlap:
+                    self._start_scoring(sampled)
+                else:
+                    rows += self._score(sampled)
+            progress: Any = self.trainer.predict_loop.batch_progress
+            if progress.is_last_batch:
+                rows += self._finish_scoring()
+        except BaseException:
+            self._stop_scoring()
+            raise
         return rows
 
+    def _start_scoring(self, sampled: _Sampled) -> None:
+        if self._scorer is None:
+            self._scorer = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._pending = self._scorer.submit(_as_here(self._score, self.device), sampled)
+
+    def _finish_scoring(self) -> list[TableRow]:
+        """Return the rows of the group that is being scored, or raise what its reward raised."""
+        pending, self._pending = self._pending, None
+        return [] if pending is None else pending.result()
+
+    def _stop_scoring(self) -> None:
+        """Let the thread go, and forget what it has not finished."""
+        scorer, self._scorer, self._pending = self._scorer, None, None
+        if scorer is not None:
+            scorer.shutdown(wait=False, cancel_futures=True)
+
+    def on_predict_end(self) -> None:
+        """Let the scoring thread go."""
+        self._stop_scoring()
+
     def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
-        """Split a batch so that its samples fit a pass, leaving out the rows that only even out the ranks."""
-        kept = batch.valid.nonzero().squeeze(-1)
+        """Split a batch so that its samples fit a pass, leaving out rows that even out the ranks and those done."""
+        done = self.finished_keys()
+        missing = [
+            valid and (not done or prompt_key(row[keep].tolist()) not in done)
+            for row, keep, valid in zip(batch.tokens, batch.mask, batch.valid.tolist(), strict=True)
+        ]
+        kept = torch.tensor(missing, device=batch.tokens.device).nonzero().squeeze(-1)
+        if not len(kept):
+            return
         for rows in kept.split(max(1, self.rows_per_pass // self.samples)):
             width = int(batch.mask[rows].sum(-1).max())
             yield PromptBatch(
@@ -85,7 +157,7 @@ class ReferenceSampler(AlignmentModule):
                 [batch.text[row] for row in rows.tolist()],
             )
 
-    def _rows(self, prompts: PromptBatch) -> list[TableRow]:
+    def _sample(self, prompts: PromptBatch) -> _Sampled:
         actors = self.loaded
         actors.place()
         ids = [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)]
@@ -99,7 +171,7 @@ class ReferenceSampler(AlignmentModule):
             step=0,
         )
         passes = [
-            sample_completions(
+            actors.sampler(
                 actors.policy,
                 prompts.tokens,
                 prompts.mask,
@@ -111,22 +183,30 @@ class ReferenceSampler(AlignmentModule):
             for part in noise.split(self.rows_per_pass, dim=1)
         ]
         by_pass = [actors.token_ids(part) for part in passes]
-        token_ids = [[ids for part in by_pass for ids in part[row]] for row in range(len(keys))]
-        finished = torch.cat([part.finished for part in passes], dim=1)
-        log_probs = torch.cat([part.log_probs.sum(-1) for part in passes], dim=1)
-        responses = actors.decode(token_ids, prompts)
-        rewards = actors.score(prompts.text, responses, token_ids, finished)
+        return _Sampled(
+            keys=keys,
+            prompts=prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu()),
+            prompt_ids=ids,
+            token_ids=[[ids for part in by_pass for ids in part[row]] for row in range(len(keys))],
+            finished=torch.cat([part.finished for part in passes], dim=1).cpu(),
+            log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1).tolist(),
+        )
+
+    def _score(self, sampled: _Sampled) -> list[TableRow]:
+        actors, prompts = self.loaded, sampled.prompts
+        responses = actors.decode(sampled.token_ids, prompts)
+        rewards = actors.score(prompts.text, responses, sampled.token_ids, sampled.finished)
         return [
             TableRow(*fields)
             for fields in zip(
-                keys,
+                sampled.keys,
                 prompts.text,
-                ids,
+                sampled.prompt_ids,
                 responses,
-                token_ids,
+                sampled.token_ids,
                 rewards.tolist(),
-                log_probs.tolist(),
-                finished.tolist(),
+                sampled.log_probs,
+                sampled.finished.tolist(),
                 strict=True,
             )
         ]
@@ -138,3 +218,22 @@ class ReferenceSampler(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse checkpoints: the sampler has nothing to restore."""
         raise ValueError("`vbon predict` samples from data.reference and takes no --ckpt_path")
+
+
+def _as_here(work: Callable[[_Sampled], list[TableRow]], device: torch.device) -> Callable[[_Sampled], list[TableRow]]:
+    """Return work that, in another thread, computes as it would in this one: torch keeps these modes a thread."""
+    inference, kind = torch.is_inference_mode_enabled(), device.type
+    casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    def there(sampled: _Sampled) -> list[TableRow]:
+        with ExitStack() as modes:
+            entered: list[AbstractContextManager[Any]] = [torch.inference_mode(inference)]
+            if kind == "cuda":
+                entered.append(torch.cuda.device(device))
+            if casts is not None:
+                entered.append(torch.autocast(kind, dtype=casts))
+            for mode in entered:
+                modes.enter_context(mode)
+            return work(sampled)
+
+    return there

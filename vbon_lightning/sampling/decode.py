@@ -93,6 +93,15 @@ def sample_completions(
     Returns:
         :class:`~vbon_lightning.types.Completions`, as long as the longest response.
     """
+    check_request(model, prompt_mask, noise, end_ids, temperature)
+    with torch.no_grad(), caching(model):
+        return _decode(model, prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature)
+
+
+def check_request(
+    model: PreTrainedModel, prompt_mask: Tensor, noise: Tensor, end_ids: Sequence[int], temperature: float
+) -> None:
+    """Refuse what cannot be sampled; the arguments are those of :func:`sample_completions`."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if not end_ids:
@@ -105,8 +114,41 @@ def sample_completions(
     if not shortest:
         raise ValueError("every prompt needs at least one token, but a row of prompt_mask is all False")
     check_context(model, int(longest_prompt), length)
-    with torch.no_grad(), caching(model):
-        return _decode(model, prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature)
+
+
+def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution of each row at its uniform.
+
+    Args:
+        logits: ``[N, V]``.
+        uniforms: ``[N, 1]`` float64 on [0, 1).
+        temperature: Sampling temperature, > 0.
+
+    Returns:
+        The tokens ``[N, 1]`` and their log-probabilities ``[N, 1]``, in float32.
+    """
+    scaled = logits.float() / temperature
+    scaled = scaled - scaled.amax(-1, keepdim=True)
+    # Summed in float64: the last of many small probabilities must not be lost.
+    cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, uniforms * total, right=True)
+    chosen = chosen.clamp_(max=scaled.shape[-1] - 1)
+    return chosen, scaled.gather(-1, chosen) - total.log().float()
+
+
+def prefill(model: PreTrainedModel, prompt_tokens: Tensor, prompt_mask: Tensor, padded: bool) -> tuple[Cache, Tensor]:
+    """Run each prompt once and return its cache and the logits ``[B, V]`` of the first response token."""
+    positions = (prompt_mask.long().cumsum(-1) - 1).clamp_(min=0)
+    output = model(
+        input_ids=prompt_tokens,
+        attention_mask=prompt_mask.long() if padded else None,
+        position_ids=positions,
+        past_key_values=DynamicCache(config=model.config),
+        use_cache=True,
+        **keep_logits(model, 1),
+    )
+    return output.past_key_values, output.logits[:, -1]
 
 
 def _decode(
@@ -131,30 +173,15 @@ def _decode(
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
 
     padded = not bool(prompt_mask.all())
-    positions = (prompt_mask.long().cumsum(-1) - 1).clamp_(min=0)
-    output = model(
-        input_ids=prompt_tokens,
-        attention_mask=prompt_mask.long() if padded else None,
-        position_ids=positions,
-        past_key_values=DynamicCache(config=model.config),
-        use_cache=True,
-        **keep_logits(model, 1),
-    )
-    cache, context = _extend(model, output.past_key_values, prompt_mask if padded else None, samples, length)
-    logits = output.logits[:, -1].repeat_interleave(samples, dim=0)
+    prompts, logits = prefill(model, prompt_tokens, prompt_mask, padded)
+    cache, context = _extend(model, prompts, prompt_mask if padded else None, samples, length)
+    logits = logits.repeat_interleave(samples, dim=0)
     next_position = lengths.repeat_interleave(samples)
     attention = prompt_mask.long().repeat_interleave(samples, dim=0) if padded else None
     active = torch.arange(rows, device=device)
 
     for step in range(length):
-        scaled = logits.float() / temperature
-        scaled = scaled - scaled.amax(-1, keepdim=True)
-        # Summed in float64: the last of many small probabilities must not be lost.
-        cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
-        total = cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, noise[active, step, None] * total, right=True)
-        chosen = chosen.clamp_(max=scaled.shape[-1] - 1)
-        log_p = scaled.gather(-1, chosen) - total.log().float()
+        chosen, log_p = choose_tokens(logits, noise[active, step, None], temperature)
         running = ~finished[active]
         log_probs[active, step] = torch.where(running, log_p.squeeze(-1), 0.0)
         chosen = chosen.squeeze(-1)

@@ -1,0 +1,222 @@
+"""Scoring that overlaps with sampling: the same table, no row lost or repeated, errors told; and the progress bar."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch import Tensor
+
+from tests.modules.setting import Killed, VowelReward, make_data, make_files, make_trainer
+from vbon_lightning import AlignmentDataModule, ReferenceSampler, TextSource
+from vbon_lightning.reference_table import ReferenceTable, TableRow
+
+PROMPTS = 10
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+class Watched(VowelReward):
+    """Note the threads and torch modes it is called in; sleep, and break where told."""
+
+    def __init__(self, pause: float = 0.0, break_at: int | None = None) -> None:
+        super().__init__()
+        self.pause, self.break_at = pause, break_at
+        self.threads: list[str] = []
+        self.modes: list[tuple[Any, ...]] = []
+        self.prompts: list[str] = []
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        token_ids: Sequence[Sequence[Sequence[int]]],
+    ) -> Tensor:
+        if self.break_at == len(self.threads):
+            raise ValueError("no reward for this one")
+        time.sleep(self.pause)
+        self.threads.append(threading.current_thread().name)
+        self.modes.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        self.prompts += prompts
+        return super().__call__(prompts, responses, token_ids)
+
+
+def data_of(files: Path, table: Path, reward: Any, **changes: Any) -> AlignmentDataModule:
+    train = TextSource(path=str(files / "train.txt"))
+    settings: dict[str, Any] = {"train": train, "val": None, "reward": reward, "reference_table": str(table)}
+    return make_data(files, **(settings | {"eval_batch_size": 3} | changes))
+
+
+def predict(
+    files: Path, table: Path, reward: Any, *callbacks: Any, overlap: bool | None, data: Any = None, **trainer: Any
+) -> Any:
+    changes = data or {}
+    module_data = data_of(files, table, reward, **changes)
+    sampler = ReferenceSampler(module_data.actors, samples=4, rows_per_pass=8, overlap_scoring=overlap)
+    found = make_trainer(table.parent, *callbacks, **trainer).predict(sampler, module_data)
+    assert sampler._scorer is None
+    return found
+
+
+def rows_of(table: Path) -> list[TableRow]:
+    opened = ReferenceTable.open(table)
+    return [opened.row(key) for key in opened.keys()]  # noqa: SIM118
+
+
+def assert_same_rows(table: Path, whole: Path) -> None:
+    """Compare tables whose prompts stood in other batches, and so with other padding: their last digits differ."""
+    ours, theirs = sorted(rows_of(table)), sorted(rows_of(whole))
+    assert len(ours) == len(theirs) == PROMPTS
+    for one, other in zip(ours, theirs, strict=True):
+        assert one._replace(log_probs=None) == other._replace(log_probs=None)
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_table_is_the_same(precision: str, files: Path, tmp_path: Path) -> None:
+    found, rewards, returned = {}, {}, {}
+    for overlap in (False, True):
+        rewards[overlap] = Watched()
+        table = tmp_path / str(overlap) / "table"
+        returned[overlap] = predict(files, table, rewards[overlap], overlap=overlap, precision=precision)
+        found[overlap] = rows_of(table)
+    assert found[True] == found[False]
+    assert len(found[True]) == PROMPTS
+    flat = {overlap: [row for rows in batches for row in rows] for overlap, batches in returned.items()}
+    assert flat[True] == flat[False], "all rows are returned, in order"
+    assert set(rewards[False].threads) == {threading.main_thread().name}
+    assert all(name.startswith("scoring") for name in rewards[True].threads)
+    assert rewards[True].prompts == rewards[False].prompts
+    assert rewards[True].modes == rewards[False].modes
+
+
+def test_scoring_waits_for_nothing_but_the_group_before(files: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """While a group is scored, the next one is sampled."""
+    sampled: list[float] = []
+    sample = ReferenceSampler._sample
+
+    def noting(self: Any, prompts: Any) -> Any:
+        sampled.append(time.perf_counter())
+        return sample(self, prompts)
+
+    monkeypatch.setattr(ReferenceSampler, "_sample", noting)
+    scored: list[float] = []
+
+    class Slow(Watched):
+        def __call__(self, *arguments: Any) -> Tensor:
+            rewards = super().__call__(*arguments)
+            scored.append(time.perf_counter())
+            return rewards
+
+    predict(files, tmp_path / "table", Slow(pause=0.2), overlap=True)
+    assert len(sampled) == len(scored) > 3
+    assert all(begun < ended for begun, ended in zip(sampled[1:], scored, strict=False))
+    assert all(ended < begun for ended, begun in zip(scored, sampled[2:], strict=False)), "one group ahead, not more"
+
+
+def test_on_the_cpu_it_is_off_unless_asked_for(files: Path, tmp_path: Path) -> None:
+    reward = Watched()
+    predict(files, tmp_path / "table", reward, overlap=None)
+    assert set(reward.threads) == {threading.main_thread().name}
+
+
+@pytest.mark.parametrize("broken", [0, 1, 4])
+def test_an_error_of_the_reward_is_told_and_what_was_scored_is_kept(broken: int, files: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    with pytest.raises(ValueError, match="no reward for this one"):
+        predict(files, table, Watched(break_at=broken), overlap=True)
+    left = list(table.glob("*.parquet"))
+    reward = Watched()
+    predict(files, table, reward, overlap=True)
+    whole = tmp_path / "whole" / "table"
+    predict(files, whole, Watched(), overlap=False)
+    assert_same_rows(table, whole)
+    assert len(reward.prompts) == len(set(reward.prompts))
+    assert (len(reward.prompts) < PROMPTS) == bool(left)
+
+
+class KillAfter(Callback):
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_predict_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if batch_idx == self.batches:
+            raise Killed
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_a_kill_loses_and_repeats_nothing(batches: int, files: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    with pytest.raises(Killed):
+        predict(files, table, Watched(), KillAfter(batches), overlap=True)
+    reward = Watched()
+    predict(files, table, reward, overlap=True)
+    whole = tmp_path / "whole" / "table"
+    predict(files, whole, Watched(), overlap=False)
+    assert_same_rows(table, whole)
+    # Groups are of 2 and 1 prompts: of each batch killed, all but its last group was written.
+    assert len(reward.prompts) == PROMPTS - (3 * batches - 1)
+
+
+def test_a_limited_run_returns_its_last_group(files: Path, tmp_path: Path) -> None:
+    predict(files, tmp_path / "table", Watched(), overlap=True, limit_predict_batches=2)
+    assert len(rows_of(tmp_path / "table")) == 6
+
+
+def test_an_interrupted_module_begins_anew(files: Path, tmp_path: Path) -> None:
+    data = data_of(files, tmp_path / "table", Watched())
+    sampler = ReferenceSampler(data.actors, samples=4, rows_per_pass=8, overlap_scoring=True)
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, KillAfter(2)).predict(sampler, data)
+    rows = make_trainer(tmp_path).predict(sampler, data)
+    assert len([row for batch in rows for row in batch]) == PROMPTS - 5
+
+
+def test_nothing_is_sampled_where_nothing_is_missing(files: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    predict(files, table, Watched(), overlap=False)
+    before = rows_of(table)
+    for overlap in (False, True):
+        reward = Watched()
+        assert predict(files, table, reward, overlap=overlap) == [[]]
+        assert not reward.prompts
+    assert rows_of(table) == before
+
+
+def test_the_bar_counts_what_is_missing_and_says_how_long(files: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    predict(files, table, Watched(), overlap=False, limit_predict_batches=2)
+
+    class Bar(TQDMProgressBar):
+        def on_predict_batch_end(self, *arguments: Any) -> None:
+            super().on_predict_batch_end(*arguments)
+            shown.append((self.predict_progress_bar.total, str(self.predict_progress_bar)))
+
+    shown: list[tuple[int, str]] = []
+    predict(files, table, Watched(), Bar(refresh_rate=1), overlap=False, enable_progress_bar=True)
+    assert [total for total, _ in shown] == [2, 2], "four of ten prompts, three a batch"
+    assert "{remaining}" in Bar.BAR_FORMAT
+    assert "<00:" in shown[0][1], f"the time left: {shown[0][1]}"
+    columns = [type(column).__name__ for column in RichProgressBar().configure_columns(_trainer())]
+    assert any("Time" in name for name in columns)
+
+
+def _trainer() -> Any:
+    return make_trainer(Path("unused"))
+
+
+@pytest.mark.parametrize("settings", [{"sampler": "graph"}, {"max_rows": 3}, {"sampler": "graph", "max_rows": 5}])
+def test_the_table_does_not_depend_on_the_sampler(settings: dict[str, Any], files: Path, tmp_path: Path) -> None:
+    predict(files, tmp_path / "one" / "table", Watched(), overlap=False)
+    predict(files, tmp_path / "other" / "table", Watched(), overlap=False, data=settings)
+    assert_same_rows(tmp_path / "one" / "table", tmp_path / "other" / "table")

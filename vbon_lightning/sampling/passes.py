@@ -1,0 +1,97 @@
+"""Sampling a batch in passes of so many rows, which bounds its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vbon_lightning.types import Completions
+
+
+class Sampler(Protocol):
+    """What samples responses: see :func:`~vbon_lightning.sampling.sample_completions`.
+
+    One that samples with another program than the model itself may have an attribute ``mismatch``: the mean absolute
+    difference between that program's log-probabilities and the model's in the last call.
+    """
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompt_tokens: Tensor,
+        prompt_mask: Tensor,
+        noise: Tensor,
+        *,
+        end_ids: Sequence[int],
+        pad_id: int,
+        temperature: float = 1.0,
+    ) -> Completions:
+        """Sample responses."""
+        ...
+
+
+class InPasses:
+    """Sample at most so many rows at once; the noise belongs to the rows, so that samples do not depend on the split.
+
+    Args:
+        sampler: What samples.
+        max_rows: Most rows a pass.
+    """
+
+    def __init__(self, sampler: Sampler, max_rows: int) -> None:
+        self.sampler, self.max_rows = sampler, max_rows
+        self.mismatch: float | None = None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompt_tokens: Tensor,
+        prompt_mask: Tensor,
+        noise: Tensor,
+        *,
+        end_ids: Sequence[int],
+        pad_id: int,
+        temperature: float = 1.0,
+    ) -> Completions:
+        """Sample responses; the arguments are those of :func:`~vbon_lightning.sampling.sample_completions`."""
+        settings: dict[str, Any] = {"end_ids": end_ids, "pad_id": pad_id, "temperature": temperature}
+        batch, samples, _ = noise.shape
+        prompts, a_prompt = max(1, self.max_rows // samples), min(samples, self.max_rows)
+        rows, weighted, tokens = [], 0.0, 0
+        for some in torch.arange(batch, device=prompt_tokens.device).split(prompts):
+            mask = prompt_mask[some]
+            width = max(1, int(mask.sum(-1).max()))  # padding that only other passes need costs time
+            parts = []
+            for part in noise[some.to(noise.device)].split(a_prompt, dim=1):
+                found = self.sampler(model, prompt_tokens[some, -width:], mask[:, -width:], part, **settings)
+                parts.append(found)
+                mismatch = getattr(self.sampler, "mismatch", None)
+                if mismatch is not None:
+                    count = int(found.mask.sum())
+                    weighted, tokens = weighted + mismatch * count, tokens + count
+            rows.append(_join(parts, dim=1, pad_id=pad_id))
+        self.mismatch = weighted / tokens if tokens else None
+        return _join(rows, dim=0, pad_id=pad_id)
+
+
+def _join(parts: list[Completions], *, dim: int, pad_id: int) -> Completions:
+    """Put completions side by side, padded to the longest response."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.tokens.shape[-1] for part in parts)
+
+    def joined(values: list[Tensor], fill: float) -> Tensor:
+        return torch.cat(
+            [torch.nn.functional.pad(value, (0, longest - value.shape[-1]), value=fill) for value in values], dim=dim
+        )
+
+    return Completions(
+        tokens=joined([part.tokens for part in parts], pad_id),
+        mask=joined([part.mask for part in parts], False),
+        finished=torch.cat([part.finished for part in parts], dim=dim),
+        log_probs=joined([part.log_probs for part in parts], 0.0),
+    )
