@@ -126,12 +126,17 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
     assert set(written) == {*tables.values(), *(output / f"{n}.png" for n in ("fronts", "judge", "table_samples"))}
 
     # The two KL-RL runs: (2.5, 0.8) is dominated by vBoN n=16, (2.0, 0.7) by n=8.
-    assert rows(tables["fronts"]) == {"KL-RL": ["2", "0%", "0%"], "lower": ["5", "0%", "0%"], "vBoN": ["10", "100%", "100%"]}
+    assert rows(tables["fronts"]) == {
+        "vBoN": ["10", "100%", "100%"],
+        "lower": ["5", "0%", "0%"],
+        "KL-RL": ["2", "0%", "0%"],
+    }
     assert rows(tables["hypervolume"])["vBoN"][1] == "0.80 (0.80 to 0.80)"
     assert rows(tables["hypervolume"])["Best-of-N"][1] == "1.00"
 
     closeness = [line for line in tables["closeness"].read_text().splitlines() if line.startswith("| vBoN | 4 ")]
-    assert [cell.strip() for cell in closeness[0].split("|")[5:8]] == ["0.80 (0.80 to 0.80)", "1.00 (1.00 to 1.00)", "2"]
+    cells = [cell.strip() for cell in closeness[0].split("|")]
+    assert cells[5:8] == ["0.80 (0.80 to 0.80)", "1.00 (1.00 to 1.00)", "2"]
 
     assert rows(tables["bounds"])["8"] == ["0.020", "0.040", "-0.100", "1 of 1"]
     assert rows(tables["ties"])["4"] == ["0.050", "0.100", "0.000", "1 of 1"]
@@ -143,11 +148,11 @@ def test_break_even_by_hand(results: Path, tmp_path: Path) -> None:
     write_report(results, tmp_path)
     found = rows(tmp_path / "tables" / "break_even.md")
     # KL-RL with beta 0.1 has a win rate of 0.8, Best-of-4's, and reads no table: 2000 / 3 queries, 40 / 0.03 by time.
-    assert found["KL-RL b=0.1"] == ["4.0", "2,000", "667", "40", "1,333"]
+    assert found["KL-RL β=0.1"] == ["4.0", "2,000", "667", "40", "1,333"]
     # vBoN with n = 4: 0.74, and the training prompts' 1000 responses at 0.01 seconds each.
     part = (0.74 - 2 / 3) / (0.8 - 2 / 3)
     saved = 2 ** (1 + part) - 1
-    assert found["vBoN n=4"] == [f"{saved + 1:.1f}", "3,000", f"{3000 / saved:,.0f}", "50", f"{5000 / saved:,.0f}"]
+    assert found["vBoN N=4"] == [f"{saved + 1:.1f}", "3,000", f"{3000 / saved:,.0f}", "50", f"{5000 / saved:,.0f}"]
 
 
 def test_a_few_results_are_enough(results: Path, tmp_path: Path) -> None:

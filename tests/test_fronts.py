@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -28,8 +29,8 @@ def grid_area(points: list[tuple[float, float]], reference: tuple[float, float])
     xs = sorted({reference[0], *(kl for kl, _ in points)})
     ys = sorted({reference[1], *(gain for _, gain in points)})
     area = 0.0
-    for left, right in zip(xs, xs[1:], strict=False):
-        for low, high in zip(ys, ys[1:], strict=False):
+    for left, right in pairwise(xs):
+        for low, high in pairwise(ys):
             x, y = (left + right) / 2, (low + high) / 2
             if x < reference[0] and y > reference[1] and any(kl < x and gain > y for kl, gain in points):
                 area += (right - left) * (high - low)

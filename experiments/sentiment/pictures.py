@@ -8,7 +8,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from results import Baseline, Result, grouped
+from results import SYMBOLS, Baseline, Result, grouped
 
 from vbon_lightning.evaluation import Estimate, PolicyReport
 from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, STYLES, draw_limit, style_axes
@@ -35,7 +35,7 @@ def judge_figure(runs: Sequence[Result], bon: Baseline) -> Figure:
     """Draw the reward by a judge that no policy was trained against, over KL."""
     figure, axes = _figure(1)
     _front(axes[0], runs, bon, lambda report: report.judge_reward, "judge's mean reward")
-    _legend(figure, axes[0], columns=3)
+    _legend(figure, axes[0], columns=2)
     return figure
 
 
@@ -74,10 +74,13 @@ def _front(axes: Axes, runs: Sequence[Result], bon: Baseline, of: Height, what: 
     axes.plot(*zip(*spots, strict=True), color=BON_COLOUR, marker="o", markerfacecolor="white", markersize=5, zorder=5,
               label=BEST_OF_N)  # fmt: skip
     for report, spot in zip(curve, spots, strict=True):
-        name = "reference" if report.method == REFERENCE else f"N={report.n}"
-        axes.annotate(name, spot, xytext=(-4, 5), textcoords="offset points", ha="right", color=GREY, fontsize=8)
+        if report.method == REFERENCE:
+            name, place, side = "reference", (7, -3), "left"
+        else:
+            name, place, side = f"N={report.n}", (-4, 5), "right"
+        axes.annotate(name, spot, xytext=place, textcoords="offset points", ha=side, color=GREY, fontsize=8)
     for number, own in enumerate(grouped(runs, lambda run: run.title).values()):
-        _method(axes, own, of, STYLES[number % len(STYLES)], lambda run: run.kl)
+        _method(axes, own, of, STYLES[number % len(STYLES)], lambda run: run.kl, above=-0.01 * number)
     beyond = sum(run.kl > edge for run in runs)
     axes.set_xlim(min(0.0, *(run.kl for run in runs)) - 0.06 * edge, min(edge, max(run.kl for run in runs) * 1.05))
     axes.set_xlim(right=max(axes.get_xlim()[1], max(bon.kls.values()) * 1.1))
@@ -87,7 +90,12 @@ def _front(axes: Axes, runs: Sequence[Result], bon: Baseline, of: Height, what: 
 
 
 def _method(
-    axes: Axes, runs: Sequence[Result], of: Height, style: tuple[str, str], x: Callable[[Result], float]
+    axes: Axes,
+    runs: Sequence[Result],
+    of: Height,
+    style: tuple[str, str],
+    x: Callable[[Result], float],
+    above: float = 0.0,
 ) -> None:
     """Draw a method's runs as pale points, and a line through the means over seeds by strength."""
     colour, marker = style
@@ -99,17 +107,20 @@ def _method(
         own = [(x(run), y) for run, y in shown if run.value == value]
         means.append((fmean(a for a, _ in own), fmean(b for _, b in own)))
     if means:
-        axes.plot(*zip(*means, strict=True), color=colour, marker=marker, markersize=6, linewidth=1.3, zorder=4,
+        axes.plot(*zip(*means, strict=True), color=colour, marker=marker, markersize=6, linewidth=1.3, zorder=4 + above,
                   label=_label(runs))  # fmt: skip
 
 
 def _label(runs: Sequence[Result]) -> str:
     values = sorted({run.value for run in runs})
-    symbol = {"n": "N", "b": "β", "m": "M"}.get(runs[0].short, runs[0].short)
+    symbol = SYMBOLS.get(runs[0].short, runs[0].short)
     span = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
     return f"{runs[0].title} ({symbol} = {span})"
 
 
 def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    # What Best-of-N does comes first.
+    labels = sorted(found, key=lambda label: not label.startswith(BEST_OF_N))
+    handles = [found[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)

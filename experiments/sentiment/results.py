@@ -11,6 +11,10 @@ from typing import Any
 from vbon_lightning.evaluation import PolicyReport
 from vbon_lightning.evaluation.reports import BEST_OF_N
 
+ORDER = ("vbon", "vbon_lower", "kl_rl", "kl_rl_ppo", "bon_sft", "dpo")
+"""How methods are listed; others follow by name."""
+SYMBOLS = {"n": "N", "b": "β", "m": "M"}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -28,6 +32,11 @@ class Result:
     seed: int
     training: dict[str, Any]
     report: PolicyReport
+
+    @property
+    def strength(self) -> str:
+        """Return the strength as it is written, such as ``N=4``."""
+        return f"{SYMBOLS.get(self.short, self.short)}={self.value:g}"
 
     @property
     def kl(self) -> float:
@@ -98,7 +107,9 @@ def read_results(directory: str | Path) -> tuple[list[Result], dict[str, Baselin
             raise ValueError(f"{path} is neither a run's result nor a baseline")
     if missing := sorted({run.setting for run in runs} - set(baselines)):
         raise ValueError(f"{directory} has runs on {', '.join(missing)}, but no bon.json of that setting")
-    return sorted(runs, key=lambda run: (run.method, run.value, run.seed)), baselines
+    rank = {method: number for number, method in enumerate(ORDER)}
+    runs.sort(key=lambda run: (rank.get(run.method, len(rank)), run.method, run.value, run.seed))
+    return runs, baselines
 
 
 def _result(plain: dict[str, Any]) -> Result:

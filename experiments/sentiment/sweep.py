@@ -120,7 +120,8 @@ def _run(method: str, values: dict[str, Any], value: float, seed: int, plain: di
     fit = ["fit", *data, *_configs([plain["trainer"], values["config"]]), *map(str, values.get("flags", []))]
     fit += [f"--{values['option']}", str(value), "--seed_everything", str(seed)]
     fit += ["--trainer.default_root_dir", str(directory), "--trainer.logger.init_args.save_dir", str(directory)]
-    compare = ["compare", *data, "--config", plain["compare"]]
+    # Best-of-N is judged once, in the setting's own comparison.
+    compare = ["compare", *data, "--config", plain["compare"], "--judge_table", "false"]
     compare += _policy(f"{values['title']} {values['short']}={value} seed {seed}", str(directory / "export"))
     return Run(
         name,

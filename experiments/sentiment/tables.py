@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from results import Baseline, Result, grouped
+from results import SYMBOLS, Baseline, Result, grouped
 
 from vbon_lightning._markdown import markdown_table
 from vbon_lightning.evaluation.fronts import (
@@ -23,8 +23,9 @@ Gain = Callable[[Result], float]
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Format the mean over seeds and, where there are several, the range."""
-    shown = f"{fmean(values):.{digits}f}"
-    return shown if len(values) == 1 else f"{shown} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    shown = [f"{value:.{digits}f}" for value in (fmean(values), min(values), max(values))]
+    mean, low, high = [text.removeprefix("-") if float(text) == 0 else text for text in shown]
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def table(header: list[str], rows: list[list[str]], note: str, *, words: int = 1) -> str:
@@ -42,18 +43,17 @@ def front_table(runs: Sequence[Result]) -> str:
     win, reward = shares(lambda run: run.win_rate), shares(lambda run: run.reward)
     rows = [[t, str(len(own)), f"{win[t]:.0%}", f"{reward[t]:.0%}"] for t, own in by_method.items()]
     note = (
-        "Share of a method's runs (all strengths and seeds) that no run of any method dominates: none has at most its KL\n"
-        "and at least its gain, one of the two better. Best-of-N itself takes no part."
+        "Share of a method's runs (all strengths and seeds) that no run of any method dominates: none has at most its\n"
+        "KL and at least its gain, one of the two better. Best-of-N itself takes no part."
     )
     return table(["method", "runs", "front of win rate and KL", "front of reward and KL"], rows, note)
 
 
 def hypervolume_table(runs: Sequence[Result], bon: Baseline) -> str:
     """Area that each method's runs dominate in the plane of KL and win rate, seed by seed."""
-    corner = (max(bon.kls.values()), 0.5)
+    corner = (1.5 * max(bon.kls.values()), 0.5)
     best: list[Point] = [(bon.kls[n], rate) for n, rate in bon.win_rates.items()]
-    whole = hypervolume(best, reference=(corner[0] * 1.5, corner[1]))
-    corner = (corner[0] * 1.5, corner[1])
+    whole = hypervolume(best, reference=corner)
     rows = []
     for title, own in grouped(runs, lambda run: run.title).items():
         seeds = grouped(own, lambda run: run.seed).values()
@@ -61,8 +61,8 @@ def hypervolume_table(runs: Sequence[Result], bon: Baseline) -> str:
         rows.append([title, spread(areas), spread([area / whole for area in areas], 2)])
     rows.append(["Best-of-N", f"{whole:.3f}", "1.00"])
     note = (
-        f"Area in nats between the runs of one seed and the corner at a KL of {corner[0]:.3f} nats (1.5 times that of "
-        f"Best-of-{max(bon.kls)})\nand a win rate of 1/2: mean over seeds, and range. Runs beyond the corner add nothing."
+        f"Area between the runs of one seed and the corner at a KL of {corner[0]:.3f} nats (1.5 times that of\n"
+        f"Best-of-{max(bon.kls)}) and a win rate of 1/2: mean over seeds, and range. Runs beyond it add nothing."
     )
     return table(["method", "hypervolume", "of Best-of-N's"], rows, note)
 
@@ -86,7 +86,7 @@ def closeness_table(runs: Sequence[Result], bon: Baseline) -> str:
 
 
 def paired_table(ones: Sequence[Result], others: Sequence[Result]) -> str:
-    """Differences of two methods at the same strength and seed."""
+    """Differences of two methods, both with runs, at the same strength and seed."""
     partner = {(run.value, run.seed): run for run in others}
     pairs = [(run, partner[run.value, run.seed]) for run in ones if (run.value, run.seed) in partner]
     rows = []
@@ -105,9 +105,9 @@ def paired_table(ones: Sequence[Result], others: Sequence[Result]) -> str:
                 f"{sum(one.win_rate > other.win_rate for one, other in own)} of {len(own)}",
             ]
         )
-    name = f"{ones[0].title} less {others[0].title}" if ones and others else "difference"
-    note = f"{name} at the same {ones[0].short if ones else 'strength'} and seed: mean over seeds, and range."
-    return table([ones[0].short if ones else "", "win rate", "reward", "KL", "win rate higher in"], rows, note)
+    symbol = SYMBOLS.get(ones[0].short, ones[0].short)
+    note = f"{ones[0].title} less {others[0].title} at the same {symbol} and seed: mean over seeds, and range."
+    return table([symbol, "win rate", "reward", "KL", "win rate higher in"], rows, note)
 
 
 def samples_table(runs: Sequence[Result]) -> str:
@@ -123,7 +123,7 @@ def samples_table(runs: Sequence[Result]) -> str:
 def break_even_table(runs: Sequence[Result], bon: Baseline) -> str:
     """After how many queries training has paid for itself."""
     second, largest, rows = bon.table["seconds_per_response"], max(bon.win_rates), []
-    for (title, short, value), own in grouped(runs, lambda run: (run.title, run.short, run.value)).items():
+    for (title, strength), own in grouped(runs, lambda run: (run.title, run.strength)).items():
         table_cost = bon.table["training_responses"] if own[0].table else 0
         responses = fmean(run.training["sampled_responses"] for run in own) + table_cost
         seconds = None if second is None else fmean(run.training["seconds"] for run in own) + table_cost * second
@@ -134,15 +134,16 @@ def break_even_table(runs: Sequence[Result], bon: Baseline) -> str:
         timed = "-" if seconds is None else _queries(break_even(seconds, n=n, response_cost=second), above)
         cost = "-" if seconds is None else f"{seconds:.0f}"
         rows.append(
-            [f"{title} {short}={value:g}", f"{'> ' if above else ''}{n:.1f}", f"{responses:,.0f}", queries, cost, timed]
+            [f"{title} {strength}", f"{'> ' if above else ''}{n:.1f}", f"{responses:,.0f}", queries, cost, timed]
         )
+    speed = "-" if second is None else f"{second:.2g}"
     note = (
         "Queries after which training has paid for itself: cost of training / ((N - 1) x cost of a response), since a\n"
         "query costs N responses with Best-of-N and one with the policy. N is that of the Best-of-N with the policy's\n"
-        "win rate (linear in log N between the measured ones; means over seeds). The cost of training is what training\n"
-        "sampled and, for methods that read it, the training prompts' part of the reference table; in seconds, the wall\n"
-        f"time of training, and {f'{second:.2g}' if second is not None else '-'} seconds a response, measured while the "
-        f"table was made ({bon.table['device']})."
+        "win rate (linear in log N between the measured ones; means over seeds). The cost of training is what it\n"
+        "sampled and, for methods that read it, the training prompts' part of the reference table; in seconds, the\n"
+        f"wall time of training, and {speed} seconds a response, measured while the table was made\n"
+        f"({bon.table['device']}). Gradients count in seconds only."
     )
     header = ["policy", "N it replaces", "responses", "queries, by responses", "seconds", "queries, by seconds"]
     return table(header, rows, note)
@@ -156,7 +157,7 @@ def runs_table(runs: Sequence[Result]) -> str:
         numbers = [run.report.win_rate, run.report.reward, run.report.kl, judge]
         cells = ["-" if number is None else str(number) for number in numbers]
         costs = [f"{training[key]:,.0f}" for key in ("seconds", "optimizer_steps", "sampled_responses")]
-        rows.append([run.title, run.setting, f"{run.short}={run.value:g}", str(run.seed), *cells, *costs])
+        rows.append([run.title, run.setting, run.strength, str(run.seed), *cells, *costs])
     header = ["method", "setting", "strength", "seed", "win rate", "reward", "KL", "judge's reward"]
     header += ["seconds", "steps", "responses"]
     return table(header, rows, "Means over prompts ± half of the 95% interval.", words=3)

@@ -38,6 +38,7 @@ def compare(
     split: Split = "test",
     title: str = "Best-of-N and policies aligned to it",
     judge: RewardModel | None = None,
+    judge_table: bool = True,
     shown_prompts: int = 6,
     shown_samples: int = 1,
     seed: int = 0,
@@ -59,6 +60,8 @@ def compare(
         split: Which of the data's splits has the held-out prompts.
         title: Title of the table and the picture.
         judge: A second reward, one that no policy was trained against.
+        judge_table: Whether the judge scores the table's responses too, for the reference and Best-of-N: the same at
+            every comparison, and many.
         shown_prompts: How many prompts to show with their responses.
         shown_samples: How many responses a policy to show.
         seed: Seeds the sampling; policies share their noise.
@@ -101,7 +104,7 @@ def compare(
             yield actors.rollout(_to(batch, place), num_samples=number, seed=seed, stream="compare", step=0)
 
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
-    reports = _best_of_n(table, keys, texts, rewards, n, judge)
+    reports = _best_of_n(table, keys, texts, rewards, n, judge if judge_table else None)
     for name, path in policies.items():
         actors.policy = _move(load_causal_lm(as_spec(path), trainable=False), place)
         kept: list[Rollout] = []

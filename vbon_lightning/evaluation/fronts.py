@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 Point = tuple[float, float]
 """KL in nats, less is better, and a gain such as the win rate or the reward, more is better."""
@@ -92,7 +93,7 @@ def equivalent_n(win_rate: float, curve: Mapping[int, float]) -> float:
     known = sorted(({1: 0.5} | dict(curve)).items())
     if win_rate <= known[0][1]:
         return 1.0
-    for (low, below), (high, above) in zip(known, known[1:], strict=False):
+    for (low, below), (high, above) in pairwise(known):
         if below < win_rate <= above:
             part = (win_rate - below) / (above - below)
             return math.exp((1 - part) * math.log(low) + part * math.log(high))
