@@ -105,6 +105,7 @@ def texts_of(batches: Any) -> list[str]:
     [
         ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
         ({"eval_batch_size": 0}, "data.eval_batch_size must be at least 1, got 0"),
+        ({"table_samples": 0}, "data.table_samples must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"too_long": "cut"}, "data.too_long must be one of error, truncate_left; got 'cut'"),
         ({"long_text": "drop"}, "data.long_text must be one of truncate, split; got 'drop'"),
@@ -174,7 +175,26 @@ def test_the_table_is_left_alone_where_rewards_are_sampled_afresh(make, tmp_path
     assert next(iter(data.train_dataloader())).reference_rewards is None
 
 
+def test_more_samples_than_the_table_holds(make, tmp_path):
+    data = make(reference_table=str(tmp_path / "table"), table_samples=5)
+    write_table(data, [*TRAIN, *VAL], samples=4)
+    with pytest.raises(ValueError, match=r"data.table_samples=5, but .* holds 4 responses a prompt"):
+        data.setup("fit")
+
+
 # --- what batches carry ---
+
+
+@pytest.mark.parametrize("penalty", [0.0, 100.0])
+def test_the_first_samples_of_the_table(make, tmp_path, penalty):
+    table = str(tmp_path / "table")
+    write_table(make(reference_table=table), [*TRAIN, *VAL], samples=4)
+    settings = {"reference_table": table, "missing_eos_penalty": penalty}
+    whole, part = make(**settings), make(**settings, table_samples=3)
+    assert (whole.reference_rewards, part.reference_rewards) == (4, 3)
+    for one, other in zip(whole.val_dataloader(), part.val_dataloader(), strict=True):
+        assert one.reference_rewards.shape[1] == 4
+        assert torch.equal(one.reference_rewards[:, :3], other.reference_rewards)
 
 
 def test_batches_of_prompts(make):

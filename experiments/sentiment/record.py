@@ -20,29 +20,31 @@ import torch
 import yaml
 from sweep import Run, Setting, read_sweep
 
-from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
+from vbon_lightning.reference_table import ReferenceTable
 
 _DATA = ("policy", "reward", "table_samples", "max_new_tokens", "temperature", "batch_size")
 
 
 def make_table(setting: Setting) -> None:
-    """Run ``vbon predict`` and record how long a response took.
+    """Run ``vbon predict`` and record how long a response took, the start of the command included.
 
     Where the command goes on with a table that was begun before, the time a response is that of the new ones.
     """
     from vbon_lightning.cli import quiet, run
 
     quiet()
-    data = _data_config(setting.table)
-    before, began = _responses(data["reference_table"]), time.perf_counter()
-    run(setting.table)
-    seconds, after = time.perf_counter() - began, _responses(data["reference_table"])
-    new = after - before
+    began = time.perf_counter()
+    cli = run(setting.table)
+    seconds, before = time.perf_counter() - began, len(cli.model.finished_keys())
+    table = ReferenceTable.open(cli.datamodule.reference_table)
+    new = (len(table) - before) * table.samples
+    train = {prompt.key for prompt in cli.datamodule.prompts("train")}
     plain = {
         "command": _command(setting.table),
         "device": _device(),
-        "responses": after,
-        "samples": ReferenceTable.open(data["reference_table"]).samples,
+        "samples": table.samples,
+        "responses": len(table) * table.samples,
+        "training_responses": len(train) * table.samples,
         "seconds_per_response": seconds / new if new else None,
     }
     _write(setting.directory / "table.json", plain)
@@ -103,6 +105,8 @@ def record_run(run: Run) -> None:
         "method": run.method,
         "title": run.title,
         "setting": run.setting,
+        "group": run.group,
+        "table": run.table,
         "strength": {"option": run.option, "short": run.short, "value": run.value},
         "seed": run.seed,
         "training": _read(run.directory / "training.json"),
@@ -115,23 +119,6 @@ def record_run(run: Run) -> None:
 def _short(settings: dict[str, Any]) -> dict[str, Any]:
     """Leave out what is off and what is a scheduler's state."""
     return {key: value for key, value in settings.items() if value not in (None, False) and not key.startswith("_")}
-
-
-def _data_config(words: list[str]) -> dict[str, Any]:
-    """Return the data section of the last config that names the table."""
-    merged: dict[str, Any] = {}
-    for word, file in zip(words, words[1:], strict=False):
-        if word == "--config":
-            merged |= yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("data", {})
-    return merged
-
-
-def _responses(table: str) -> int:
-    try:
-        opened = ReferenceTable.open(table)
-    except ReferenceTableError:
-        return 0
-    return sum(len(opened.rewards(key)) for key in opened.keys())
 
 
 def _command(words: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 _TOP = {"runs", "results", "trainer", "compare", "reference", "prepare", "settings", "seeds", "methods"}
-_METHOD = {"title", "config", "option", "short", "values", "flags", "setting", "seeds"}
+_METHOD = {"title", "config", "option", "short", "values", "flags", "setting", "group", "table", "seeds"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Run:
     method: str
     title: str
     setting: str
+    group: str
+    """Which runs it is to be compared with."""
+    table: bool
+    """Whether it learns from the reference table."""
     option: str
     short: str
     value: float
@@ -98,7 +102,7 @@ def _runs(plain: dict[str, Any], path: str) -> list[Run]:
     found = []
     for method, values in plain["methods"].items():
         where = f"{path}: methods.{method}"
-        _check_keys(values, _METHOD, _METHOD - {"flags", "setting", "seeds"}, where)
+        _check_keys(values, _METHOD, _METHOD - {"flags", "setting", "group", "table", "seeds"}, where)
         if values.get("setting", "main") not in plain["settings"]:
             raise ValueError(f"{where}: there is no setting {values.get('setting', 'main')!r}")
         if " " in values["title"]:
@@ -116,13 +120,16 @@ def _run(method: str, values: dict[str, Any], value: float, seed: int, plain: di
     fit = ["fit", *data, *_configs([plain["trainer"], values["config"]]), *map(str, values.get("flags", []))]
     fit += [f"--{values['option']}", str(value), "--seed_everything", str(seed)]
     fit += ["--trainer.default_root_dir", str(directory), "--trainer.logger.init_args.save_dir", str(directory)]
-    compare = ["compare", *data, "--config", plain["compare"]]
+    # Best-of-N is judged once, in the setting's own comparison.
+    compare = ["compare", *data, "--config", plain["compare"], "--judge_table", "false"]
     compare += _policy(f"{values['title']} {values['short']}={value} seed {seed}", str(directory / "export"))
     return Run(
         name,
         method,
         values["title"],
         setting,
+        values.get("group", "methods"),
+        values.get("table", True),
         values["option"],
         values["short"],
         value,

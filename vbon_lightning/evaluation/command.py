@@ -41,6 +41,7 @@ def compare(
     title: str = "Best-of-N and policies aligned to it",
     judge: RewardModel | None = None,
     temperatures: list[float] = [],  # noqa: B006 (never mutated)
+    judge_table: bool = True,
     shown_prompts: int = 6,
     shown_samples: int = 1,
     seed: int = 0,
@@ -64,6 +65,8 @@ def compare(
         judge: A second reward, one that no policy was trained against.
         temperatures: Also sample the reference and the policies at each of these temperatures and report reward and win
             rate over the reference at its own (``temperatures.json``, ``.md`` and ``.png``).
+        judge_table: Whether the judge scores the table's responses too, for the reference and Best-of-N: the same at
+            every comparison, and many.
         shown_prompts: How many prompts to show with their responses.
         shown_samples: How many responses a policy to show.
         seed: Seeds the sampling; policies share their noise.
@@ -125,7 +128,7 @@ def compare(
 
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
     at_temperatures("reference")
-    reports = _best_of_n(table, keys, texts, rewards, n, judge)
+    reports = _best_of_n(table, keys, texts, rewards, n, judge if judge_table else None)
     for name, path in policies.items():
         actors.policy = _move(load_causal_lm(as_spec(path), trainable=False), place)
         kept: list[Rollout] = []

@@ -18,7 +18,7 @@ from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE, PolicyReport
 from vbon_lightning.functional import bon_kl_bound, bon_win_rate_bound
 
 # Okabe and Ito's colours, which readers with any common colour vision tell apart, each with its own marker.
-_STYLES = (
+STYLES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
     ("#009E73", "^"),
@@ -27,7 +27,7 @@ _STYLES = (
     ("#56B4E9", "P"),
     ("#8C6D00", "X"),
 )
-_BON_COLOUR, _GREY = "#333333", "#8A8A8A"
+BON_COLOUR, GREY = "#333333", "#8A8A8A"
 _FONT = 9.0
 _LIMIT = "Best-of-N without ties"
 _Spot = tuple[tuple[float, float], Literal["left", "center", "right"], Literal["bottom", "center", "top"]]
@@ -56,11 +56,11 @@ def pareto_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure
     _panel(left, [(report, report.win_rate) for report in shared], styles, "win rate over the reference")
     _panel(right, [(report, report.reward) for report in reports], styles, "mean reward")
     if any(report.method == BEST_OF_N for report in shared):
-        _draw_limit(left, shared)
+        draw_limit(left, max(report.n or 1 for report in shared))
     if shared:
-        left.axhline(0.5, color=_GREY, linewidth=0.7, zorder=0)
+        left.axhline(0.5, color=GREY, linewidth=0.7, zorder=0)
     else:
-        left.text(0.5, 0.5, "no reference rewards", transform=left.transAxes, ha="center", color=_GREY)
+        left.text(0.5, 0.5, "no reference rewards", transform=left.transAxes, ha="center", color=GREY)
     handles = _legend_handles((left, right))
     if handles:
         figure.legend(
@@ -82,14 +82,29 @@ def pareto_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure
 
 def policy_styles(count: int) -> list[tuple[str, str]]:
     """Return a colour and a marker for each of so many policies."""
-    return [_STYLES[number % len(_STYLES)] for number in range(count)]
+    return [STYLES[number % len(STYLES)] for number in range(count)]
 
 
 def _method_styles(reports: Sequence[PolicyReport]) -> dict[str, tuple[str, str]]:
     own = (BEST_OF_N, REFERENCE)
     methods = dict.fromkeys(report.method for report in reports if report.method not in own)
     styles = dict(zip(methods, policy_styles(len(methods)), strict=True))
-    return styles | {BEST_OF_N: (_BON_COLOUR, "o"), REFERENCE: (_BON_COLOUR, "*")}
+    return styles | {BEST_OF_N: (BON_COLOUR, "o"), REFERENCE: (BON_COLOUR, "*")}
+
+
+def style_axes(axes: Axes, x: str, y: str) -> None:
+    """Label axes and give them the look of all figures here.
+
+    Args:
+        axes: The axes.
+        x: Label of the horizontal axis.
+        y: Label of the vertical one.
+    """
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def _panel(
@@ -98,18 +113,14 @@ def _panel(
     styles: dict[str, tuple[str, str]],
     what: str,
 ) -> None:
-    axes.set_xlabel("KL(policy || reference) per response (nats)")
-    axes.set_ylabel(what)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E6E6E6", linewidth=0.6)
-    axes.set_axisbelow(True)
+    style_axes(axes, "KL(policy || reference) per response (nats)", what)
     on_curve = [(r, y) for r, y in points if y is not None and r.method in (BEST_OF_N, REFERENCE)]
     curve = [
         (report.kl.mean, height.mean)
         for report, height in sorted(on_curve, key=lambda point: point[0].n or 1)
     ]
     if len(curve) > 1:
-        axes.plot(*zip(*curve, strict=True), color=_BON_COLOUR, linewidth=1.2, zorder=2)
+        axes.plot(*zip(*curve, strict=True), color=BON_COLOUR, linewidth=1.2, zorder=2)
     for report, height in points:
         if height is None:
             continue
@@ -136,7 +147,7 @@ def _panel(
             (report.kl.mean, height.mean),
             xytext=(0, 0),
             textcoords="offset points",
-            color=_GREY if hollow else colour,
+            color=GREY if hollow else colour,
             fontsize=_FONT - 1 if hollow else _FONT,
             fontweight="normal" if hollow else "bold",
             zorder=6,
@@ -144,13 +155,18 @@ def _panel(
     axes.margins(x=0.12, y=0.14)
 
 
-def _draw_limit(axes: Axes, reports: Sequence[PolicyReport]) -> None:
-    largest = max(report.n or 1 for report in reports)
+def draw_limit(axes: Axes, largest: int) -> None:
+    """Draw the win rate that Best-of-N reaches without ties, over its KL.
+
+    Args:
+        axes: Axes of KL and win rate.
+        largest: The largest N to draw.
+    """
     n = np.geomspace(1, largest, 100)
     axes.plot(
         [bon_kl_bound(float(value)) for value in n],
         [bon_win_rate_bound(float(value)) for value in n],
-        color=_GREY,
+        color=GREY,
         linestyle=":",
         linewidth=1.3,
         zorder=1,
@@ -242,5 +258,5 @@ def _add_leader(axes: Axes, label: Annotation, offset: tuple[float, float]) -> N
         label.xy,
         xytext=offset,
         textcoords="offset points",
-        arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
     )

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
-from vbon_lightning.evaluation.drawing import policy_styles
+from vbon_lightning.evaluation.drawing import GREY, policy_styles, style_axes
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
 from vbon_lightning.functional import bon_win_rate
 from vbon_lightning.reference_table.shards import atomic_file
@@ -107,13 +107,9 @@ def temperature_figure(reports: Sequence[TemperatureReport], *, title: str, trai
                 linewidth=1.2,
                 label=name,
             )
-        axes.axvline(trained_at, color="#8A8A8A", linewidth=0.7, linestyle=":", zorder=0)
-        axes.set_xlabel("sampling temperature (dotted: that of the reference table)")
-        axes.set_ylabel(what)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E6E6E6", linewidth=0.6)
-        axes.set_axisbelow(True)
-    panels[0].axhline(0.5, color="#8A8A8A", linewidth=0.7, zorder=0)
+        axes.axvline(trained_at, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
+        style_axes(axes, "sampling temperature (dotted: that of the reference table)", what)
+    panels[0].axhline(0.5, color=GREY, linewidth=0.7, zorder=0)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(names)), frameon=False)
     figure.suptitle(title, fontsize=12)

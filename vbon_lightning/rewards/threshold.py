@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ class ThresholdReward(RewardModel):
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by the other one and the threshold."""
-        return {"class": "ThresholdReward", "threshold": str(float(self.threshold)), "reward": str(self.reward.identity())}
+        inner = json.dumps(self.reward.identity(), sort_keys=True)
+        return {"class": "ThresholdReward", "threshold": str(float(self.threshold)), "reward": inner}
 
     def to(self, device: torch.device | str) -> Self:
         """Move the other reward to a device.

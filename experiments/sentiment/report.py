@@ -1,0 +1,83 @@
+"""Draw the pictures and write the tables of the experiment from the committed results.
+
+python experiments/sentiment/report.py
+python experiments/sentiment/report.py --results experiments/sentiment/results --output docs/experiments
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import tables
+from pictures import fronts_figure, judge_figure, samples_figure
+from results import Result, read_results
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_report(results: str | Path, output: str | Path) -> list[Path]:
+    """Write all tables and pictures that the results allow.
+
+    Args:
+        results: Directory of the results.
+        output: Where to: pictures there, tables in ``tables``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If there are no results.
+    """
+    runs, baselines = read_results(results)
+    if not runs:
+        raise ValueError(f"{results} has no run's result; make some with Snakemake (experiments/README.md)")
+    output, written = Path(output), []
+    (output / "tables").mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, text: str) -> None:
+        written.append(output / "tables" / f"{name}.md")
+        written[-1].write_text(text, encoding="utf-8")
+
+    def draw(name: str, figure: object) -> None:
+        written.append(output / f"{name}.png")
+        figure.savefig(written[-1])  # type: ignore[attr-defined]
+
+    main, bon = _group(runs, "methods"), baselines.get("main")
+    if main and bon:
+        draw("fronts", fronts_figure(main, bon))
+        if any(run.judge is not None for run in main):
+            draw("judge", judge_figure(main, bon))
+        write("fronts", tables.front_table(main))
+        write("hypervolume", tables.hypervolume_table(main, bon))
+        write("closeness", tables.closeness_table(main, bon))
+        write("break_even", tables.break_even_table(main, bon))
+    for name, one, other in (("bounds", "vbon", "vbon_lower"), ("ties", "ties_exact", "ties_untied")):
+        pair = [[run for run in runs if run.method == method] for method in (one, other)]
+        if all(pair):
+            write(name, tables.paired_table(*pair))
+    if varied := _group(runs, "table_samples"):
+        (n,) = {run.training["settings"]["module"].get("n") for run in varied}
+        draw("table_samples", samples_figure(varied, baselines[varied[0].setting], n))
+        write("table_samples", tables.samples_table(varied))
+    write("runs", tables.runs_table(runs))
+    return written
+
+
+def _group(runs: Sequence[Result], name: str) -> list[Result]:
+    return [run for run in runs if run.group == name]
+
+
+def main() -> None:
+    """Write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=Path(__file__).with_name("results"))
+    parser.add_argument("--output", default=ROOT / "docs" / "experiments")
+    args = parser.parse_args()
+    for path in write_report(args.results, args.output):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The report of the sentiment experiment on results made up so that its numbers are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "sentiment"
+sys.path.insert(0, str(FOLDER))
+
+from report import write_report  # noqa: E402
+from results import read_results  # noqa: E402
+from sweep import read_sweep  # noqa: E402
+
+N = (2, 4, 8, 16, 32)
+
+
+def estimate(mean: float) -> dict[str, float]:
+    return {"mean": mean, "half_width": 0.01}
+
+
+def report(name: str, method: str, kl: float, win_rate: float, judge: bool = True, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "method": method,
+        "prompts": 64,
+        "samples": 32,
+        "reward": estimate(2 * win_rate - 1),
+        "kl": estimate(kl),
+        "kl_estimator": "exact",
+        "win_rate": estimate(win_rate),
+        "judge_reward": estimate(win_rate / 2) if judge else None,
+        **more,
+    }
+
+
+def bon_kl(n: float) -> float:
+    return math.log(n) - (n - 1) / n
+
+
+def baseline(setting: str = "main") -> dict[str, Any]:
+    best = [report(f"Best-of-{n}", "Best-of-N", bon_kl(n), n / (n + 1), n=n) for n in N]
+    costs = {"responses": 2000, "training_responses": 1000, "samples": 512, "seconds_per_response": 0.01}
+    return {
+        "setting": setting,
+        "table": {**costs, "device": "cpu"},
+        "reports": [report("reference", "reference", 0.0, 0.5, n=1), *best, report("again", "sampled", 0.0, 0.5)],
+    }
+
+
+def result(
+    method: str,
+    title: str,
+    value: float,
+    seed: int,
+    kl: float,
+    win_rate: float,
+    *,
+    short: str = "n",
+    group: str = "methods",
+    setting: str = "main",
+    table: bool = True,
+) -> dict[str, Any]:
+    return {
+        "run": f"{method}-{short}{value}-s{seed}",
+        "method": method,
+        "title": title,
+        "setting": setting,
+        "group": group,
+        "table": table,
+        "strength": {"option": f"model.init_args.{short}", "short": short, "value": value},
+        "seed": seed,
+        "training": {
+            "seconds": 40.0,
+            "optimizer_steps": 100,
+            "sampled_responses": 2000,
+            "settings": {"module": {"class": "VBoN", "n": 8}},
+        },
+        "report": report(f"{title} {value}", title, kl, win_rate),
+    }
+
+
+def made_up() -> dict[str, dict[str, Any]]:
+    """vBoN is Best-of-N with 4/5 of its gain; the others have the same gains at more KL."""
+    found = [
+        *(result("vbon", "vBoN", n, seed, bon_kl(n), 0.5 + 0.8 * (n / (n + 1) - 0.5)) for n in N for seed in (0, 1)),
+        *(result("vbon_lower", "lower", n, 0, bon_kl(n) + 0.1, 0.48 + 0.8 * (n / (n + 1) - 0.5)) for n in N),
+    ]
+    for beta in (0.1, 0.2):
+        found.append(result("kl_rl", "KL-RL", beta, 0, 3.0 - 5 * beta, 0.9 - beta, short="b", table=False))
+    for m in (16, 64, 256):
+        for seed in (0, 1):
+            win_rate = 0.8 - 1 / m + 0.01 * seed
+            found.append(result("m", "M", m, seed, 1.0, win_rate, short="m", group="table_samples"))
+    for method, gain in (("ties_exact", 0.8), ("ties_untied", 0.75)):
+        found.append(result(method, method, 4, 0, 0.5, gain, group="ties", setting="binary"))
+    return {run["run"]: run for run in found} | {"bon": baseline(), "bon-binary": baseline("binary")}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, plain in made_up().items():
+        (folder / f"{name}.json").write_text(json.dumps(plain))
+    return folder
+
+
+def rows(path: Path) -> dict[str, list[str]]:
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in cells[2:]}
+
+
+def test_the_report(results: Path, tmp_path: Path) -> None:
+    output = tmp_path / "docs"
+    written = write_report(results, output)
+    assert all(path.stat().st_size > 100 for path in written)
+    names = ("fronts", "hypervolume", "closeness", "break_even", "bounds", "ties", "table_samples", "runs")
+    tables = {name: output / "tables" / f"{name}.md" for name in names}
+    assert set(written) == {*tables.values(), *(output / f"{n}.png" for n in ("fronts", "judge", "table_samples"))}
+
+    # The two KL-RL runs: (2.5, 0.8) is dominated by vBoN n=16, (2.0, 0.7) by n=8.
+    assert rows(tables["fronts"]) == {
+        "vBoN": ["10", "100%", "100%"],
+        "lower": ["5", "0%", "0%"],
+        "KL-RL": ["2", "0%", "0%"],
+    }
+    assert rows(tables["hypervolume"])["vBoN"][1] == "0.80 (0.80 to 0.80)"
+    assert rows(tables["hypervolume"])["Best-of-N"][1] == "1.00"
+
+    closeness = [line for line in tables["closeness"].read_text().splitlines() if line.startswith("| vBoN | 4 ")]
+    cells = [cell.strip() for cell in closeness[0].split("|")]
+    assert cells[5:8] == ["0.80 (0.80 to 0.80)", "1.00 (1.00 to 1.00)", "2"]
+
+    assert rows(tables["bounds"])["8"] == ["0.020", "0.040", "-0.100", "1 of 1"]
+    assert rows(tables["ties"])["4"] == ["0.050", "0.100", "0.000", "1 of 1"]
+    assert rows(tables["table_samples"])["16"][0] == "0.743 (0.738 to 0.748)"
+    assert len(tables["runs"].read_text().splitlines()) > len(made_up()) - 2
+
+
+def test_break_even_by_hand(results: Path, tmp_path: Path) -> None:
+    write_report(results, tmp_path)
+    found = rows(tmp_path / "tables" / "break_even.md")
+    # KL-RL with beta 0.1 has a win rate of 0.8, Best-of-4's, and reads no table: 2000 / 3 queries, 40 / 0.03 by time.
+    assert found["KL-RL β=0.1"] == ["4.0", "2,000", "667", "40", "1,333"]
+    # vBoN with n = 4: 0.74, and the training prompts' 1000 responses at 0.01 seconds each.
+    part = (0.74 - 2 / 3) / (0.8 - 2 / 3)
+    saved = 2 ** (1 + part) - 1
+    assert found["vBoN N=4"] == [f"{saved + 1:.1f}", "3,000", f"{3000 / saved:,.0f}", "50", f"{5000 / saved:,.0f}"]
+
+
+def test_a_few_results_are_enough(results: Path, tmp_path: Path) -> None:
+    for path in results.glob("*.json"):
+        if path.stem not in ("bon", "vbon-n4-s0"):
+            path.unlink()
+    names = {path.name for path in write_report(results, tmp_path / "docs")}
+    assert "fronts.png" in names and "bounds.md" not in names
+
+
+def test_results_without_their_baseline(results: Path, tmp_path: Path) -> None:
+    (results / "bon-binary.json").unlink()
+    with pytest.raises(ValueError, match=r"runs on binary, but no bon.json"):
+        read_results(results)
+    with pytest.raises(ValueError, match="has no run's result"):
+        write_report(tmp_path / "empty", tmp_path)
+
+
+# --- the sweep description ---
+
+
+def test_the_sweep_runs_seed_by_seed() -> None:
+    sweep = read_sweep(FOLDER / "sweep.yaml")
+    seeds = [run.seed for run in sweep.runs]
+    assert seeds == sorted(seeds) and len(set(seeds)) > 1
+    first = [run.method for run in sweep.runs if run.seed == 0]
+    assert first[0] == "vbon" and len(set(first)) == len({run.method for run in sweep.runs})
+    for run in sweep.runs:
+        words = " ".join(run.fit)
+        assert f"--seed_everything {run.seed}" in words and f"--{run.option} {run.value}" in words
+        assert str(run.directory) in words and words.endswith("--ckpt_path last")
+    for config in {word for run in sweep.runs for word in run.fit if word.endswith(".yaml")}:
+        assert (FOLDER.parents[1] / config).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": [0]}, "seed unknown"),
+        ({"seeds": [0, 0]}, "several runs are called vbon-n4-s0"),
+        ({"methods": {"vbon": {"title": "v"}}}, "methods.vbon: config, option, short, values missing"),
+    ],
+)
+def test_a_wrong_description_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    method = {"title": "v", "config": "c.yaml", "option": "model.init_args.n", "short": "n", "values": [4]}
+    plain = {
+        "runs": "runs",
+        "results": "results",
+        "trainer": "t.yaml",
+        "compare": "c.yaml",
+        "reference": "r",
+        "prepare": {},
+        "settings": {"main": {"data": ["d.yaml"], "table": "t.yaml"}},
+        "seeds": [0],
+        "methods": {"vbon": method},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(plain))
+    assert [run.name for run in read_sweep(tmp_path / "sweep.yaml").runs] == ["vbon-n4-s0"]
+    (tmp_path / "sweep.yaml").write_text(json.dumps(plain | change))
+    with pytest.raises(ValueError, match=message):
+        read_sweep(tmp_path / "sweep.yaml")
