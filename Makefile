@@ -1,13 +1,13 @@
 # make demo: SFT -> reference table -> vBoN and KL-RL -> comparison, on film reviews.
-# make test: the whole test suite.   make lint: ruff and mypy.
-# Both make the environment first, in .venv.
+# make test: the whole test suite.   make lint: ruff and mypy.   make notebooks: run notebooks/ again, in place.
+# All make the environment first, in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" bash configs/demo/run.sh
@@ -18,6 +18,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/execute.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -57,12 +57,14 @@ class SFT(AlignmentModule):
         self.check_lengths(0)
 
     def on_validation_start(self) -> None:
-        """Check that the texts fit the model's context."""
+        """Check that the texts fit the model's context, and start counting anew."""
         self.check_lengths(0)
+        self.nll.reset()  # an evaluation before left its state in inference mode, where fit may not write
 
     def on_test_start(self) -> None:
-        """Check that the texts fit the model's context."""
+        """Check that the texts fit the model's context, and start counting anew."""
         self.check_lengths(0)
+        self.nll.reset()  # an evaluation before left its state in inference mode, where fit may not write
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean negative log-likelihood of the tokens to be learnt, in nats."""
