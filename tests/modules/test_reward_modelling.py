@@ -110,6 +110,15 @@ def test_the_first_loss_is_that_of_the_texts(files: Path, tmp_path: Path) -> Non
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_it_may_be_validated_before_it_is_fitted(files: Path, tmp_path: Path) -> None:
+    data = make_data(files, "classification")
+    module = RewardModelling(data.actors, optimizer=adam)
+    make_trainer(tmp_path, steps=1).validate(module, data, verbose=False)
+    trainer = make_trainer(tmp_path, steps=3)
+    trainer.fit(module, data)
+    assert "val/accuracy" in trainer.callback_metrics
+
+
 def test_a_resumed_run_is_the_same_bit_for_bit(files: Path, tmp_path: Path) -> None:
     data = {"policy": "gpt2"}  # it has dropout
     whole, _ = fit(files, tmp_path / "whole", "classification", steps=7, data=data)

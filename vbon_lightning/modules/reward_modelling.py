@@ -100,12 +100,14 @@ class RewardModelling(AlignmentModule):
         self.check_lengths(0)
 
     def on_validation_start(self) -> None:
-        """Check that the texts fit the model's context."""
+        """Check that the texts fit the model's context, and start counting anew."""
         self.check_lengths(0)
+        self._start_counting()
 
     def on_test_start(self) -> None:
-        """Check that the texts fit the model's context."""
+        """Check that the texts fit the model's context, and start counting anew."""
         self.check_lengths(0)
+        self._start_counting()
 
     def training_step(self, batch: JudgedBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean loss over the batch, in nats."""
@@ -165,8 +167,12 @@ class RewardModelling(AlignmentModule):
         else:
             self.accuracy.update(scores[kept, 0], batch.labels[kept])
 
-    def _log_epoch(self, stage: str) -> None:
-        values = {f"{stage}/loss": self.loss_mean.compute(), f"{stage}/accuracy": self.accuracy.compute()}
+    def _start_counting(self) -> None:
+        # An evaluation before left these in inference mode, where fit may not write.
         self.loss_mean.reset()
         self.accuracy.reset()
+
+    def _log_epoch(self, stage: str) -> None:
+        values = {f"{stage}/loss": self.loss_mean.compute(), f"{stage}/accuracy": self.accuracy.compute()}
+        self._start_counting()
         self.log_dict(values, prog_bar=True)
