@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.modules.setting import Killed, VowelReward, make_data, make_files, make_trainer
 from vbon_lightning import AlignmentDataModule, ReferenceSampler, TextSource
-from vbon_lightning.reference_table import ReferenceTable, TableRow
+from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError, TableRow
 
 PROMPTS = 10
 
@@ -220,3 +220,30 @@ def test_the_table_does_not_depend_on_the_sampler(settings: dict[str, Any], file
     predict(files, tmp_path / "one" / "table", Watched(), overlap=False)
     predict(files, tmp_path / "other" / "table", Watched(), overlap=False, data=settings)
     assert_same_rows(tmp_path / "one" / "table", tmp_path / "other" / "table")
+
+
+def rescore(files: Path, table: Path, source: Path, reward: Any, samples: int = 4, **changes: Any) -> None:
+    data = data_of(files, table, reward, **changes)
+    sampler = ReferenceSampler(data.actors, samples=samples, responses_from=str(source))
+    make_trainer(table.parent).predict(sampler, data, return_predictions=False)
+
+
+def test_another_reward_scores_the_same_responses(files: Path, tmp_path: Path) -> None:
+    predict(files, tmp_path / "first", VowelReward(), overlap=False)
+    rescore(files, tmp_path / "second", tmp_path / "first", VowelReward(scale=3.0), samples=3)
+    first, second = sorted(rows_of(tmp_path / "first")), sorted(rows_of(tmp_path / "second"))
+    assert len(second) == PROMPTS
+    for one, other in zip(first, second, strict=True):
+        assert other.rewards == pytest.approx([3 * reward for reward in one.rewards[:3]], rel=1e-6)
+        assert (other.responses, other.response_tokens) == (one.responses[:3], one.response_tokens[:3])
+        assert (other.log_probs, other.finished) == (one.log_probs[:3], one.finished[:3])  # type: ignore[index]
+    # It is a table of its own reward, as if its responses had been sampled for it.
+    assert data_of(files, tmp_path / "second", VowelReward(scale=3.0)).table().samples == 3
+
+
+def test_responses_of_another_temperature_are_refused(files: Path, tmp_path: Path) -> None:
+    predict(files, tmp_path / "first", VowelReward(), overlap=False)
+    with pytest.raises(ReferenceTableError, match="temperature"):
+        rescore(files, tmp_path / "second", tmp_path / "first", VowelReward(scale=3.0), temperature=0.5)
+    with pytest.raises(ValueError, match="has 4 responses a prompt, fewer than model.samples=5"):
+        rescore(files, tmp_path / "third", tmp_path / "first", VowelReward(scale=3.0), samples=5)

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.modules.base import AlignmentModule
-from vbon_lightning.reference_table import TableRow, prompt_key
+from vbon_lightning.paths import resolve_path
+from vbon_lightning.reference_table import ReferenceTable, TableRow, prompt_key
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.types import PromptBatch
 
@@ -42,6 +43,8 @@ class ReferenceSampler(AlignmentModule):
         overlap_scoring: Score a group of prompts in a thread of its own while the next is sampled; by default on
             CUDA only, since on the CPU both want the same cores. The table is the same. A reward must then not touch
             what sampling uses (its model, the tokenizer's settings).
+        responses_from: Directory of a table of the same reference and sampling settings under another reward: its
+            responses are scored, and nothing is sampled.
         seed: Initialises a reference made from a config; the responses come from ``data.table_seed``.
     """
 
@@ -54,12 +57,15 @@ class ReferenceSampler(AlignmentModule):
         samples: int = 256,
         rows_per_pass: int = 1024,
         overlap_scoring: bool | None = None,
+        responses_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(actors, seed=seed)
         if samples < 1 or rows_per_pass < 1:
             raise ValueError(f"model.samples and model.rows_per_pass must be >= 1, got {samples}, {rows_per_pass}")
         self.samples, self.rows_per_pass, self.overlap_scoring = samples, rows_per_pass, overlap_scoring
+        self.responses_from = responses_from
+        self._source: ReferenceTable | None = None
         self._scorer: ThreadPoolExecutor | None = None
         self._pending: Future[list[TableRow]] | None = None
         self.writer = ReferenceTableWriter()
@@ -90,9 +96,30 @@ class ReferenceSampler(AlignmentModule):
         return self.writer.finished_keys()
 
     def on_predict_start(self) -> None:
-        """Check that prompts and responses fit the model's context."""
+        """Check that prompts and responses fit the model's context, and that a table to take responses from fits."""
         self._stop_scoring()  # of a run that was interrupted
+        if self.responses_from is not None:
+            self._source = self._open_source(resolve_path(self.responses_from))
         self.check_lengths(self.loaded.max_new_tokens)
+
+    def _open_source(self, path: str) -> ReferenceTable:
+        """Open the table to take responses from, refusing one that differs in more than the reward.
+
+        Raises:
+            FingerprintMismatch: Naming what differs.
+            ValueError: If it has fewer responses a prompt than are asked for.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        table = ReferenceTable.open(path)
+        if datamodule is not None:
+            reward = {"reward": table.fingerprint.get("reward")}
+            table = ReferenceTable.open(path, fingerprint=datamodule.fingerprint() | reward)
+        if table.samples < self.samples:
+            raise ValueError(
+                f"model.responses_from: the table {path} has {table.samples} responses a prompt, fewer than "
+                f"model.samples={self.samples}: lower model.samples"
+            )
+        return table
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[TableRow]:
         """Return the table rows that are ready: those of the batch or, where scoring overlaps, all but a group.
@@ -162,6 +189,8 @@ class ReferenceSampler(AlignmentModule):
         actors.place()
         ids = [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)]
         keys = [prompt_key(tokens) for tokens in ids]
+        if self._source is not None:
+            return self._cached(self._source, prompts, keys, ids)
         noise = prompt_noise(
             keys,
             num_samples=self.samples,
@@ -190,6 +219,21 @@ class ReferenceSampler(AlignmentModule):
             token_ids=[[ids for part in by_pass for ids in part[row]] for row in range(len(keys))],
             finished=torch.cat([part.finished for part in passes], dim=1).cpu(),
             log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1).tolist(),
+        )
+
+    def _cached(
+        self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], ids: list[list[int]]
+    ) -> _Sampled:
+        rows = [table.row(key, text) for key, text in zip(keys, prompts.text, strict=True)]
+        finished = [table.finished(key, text)[: self.samples] for key, text in zip(keys, prompts.text, strict=True)]
+        log_probs = [table.log_probs(key, text)[: self.samples] for key, text in zip(keys, prompts.text, strict=True)]
+        return _Sampled(
+            keys=keys,
+            prompts=prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu()),
+            prompt_ids=ids,
+            token_ids=[[list(tokens) for tokens in row.response_tokens[: self.samples]] for row in rows],
+            finished=torch.stack(finished),
+            log_probs=torch.stack(log_probs).tolist(),
         )
 
     def _score(self, sampled: _Sampled) -> list[TableRow]:
