@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 _TOP = {"runs", "results", "trainer", "compare", "reference", "prepare", "settings", "seeds", "methods"}
-_METHOD = {"title", "config", "option", "short", "values", "flags", "setting", "group", "table", "seeds"}
+_NEEDED = {"title", "config", "option", "short", "values"}
+_METHOD = _NEEDED | {"flags", "setting", "group", "table", "seeds", "after"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Run:
     """Arguments of ``vbon fit``; goes on from the last checkpoint where there is one."""
     compare: list[str]
     """Arguments of ``vbon compare``."""
+    first: Path | None
+    """Record of the training whose policy this one starts from; None where it starts from the reference."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,11 @@ def _runs(plain: dict[str, Any], path: str) -> list[Run]:
     found = []
     for method, values in plain["methods"].items():
         where = f"{path}: methods.{method}"
-        _check_keys(values, _METHOD, _METHOD - {"flags", "setting", "group", "table", "seeds"}, where)
+        _check_keys(values, _METHOD, _NEEDED, where)
         if values.get("setting", "main") not in plain["settings"]:
             raise ValueError(f"{where}: there is no setting {values.get('setting', 'main')!r}")
+        if values.get("after", method) not in plain["methods"]:
+            raise ValueError(f"{where}: there is no method {values['after']!r} to come after")
         if " " in values["title"]:
             raise ValueError(f"{where}: a title must be one word, got {values['title']!r}")
         for seed in values.get("seeds", plain["seeds"]):
@@ -120,6 +125,10 @@ def _run(method: str, values: dict[str, Any], value: float, seed: int, plain: di
     fit = ["fit", *data, *_configs([plain["trainer"], values["config"]]), *map(str, values.get("flags", []))]
     fit += [f"--{values['option']}", str(value), "--seed_everything", str(seed)]
     fit += ["--trainer.default_root_dir", str(directory), "--trainer.logger.init_args.save_dir", str(directory)]
+    first = None
+    if "after" in values:
+        first = Path(plain["runs"], f"{values['after']}-{values['short']}{value}-s{seed}")
+        fit += ["--data.policy", str(first / "export"), "--data.reference", plain["reference"]]
     # Best-of-N is judged once, in the setting's own comparison.
     compare = ["compare", *data, "--config", plain["compare"], "--judge_table", "false"]
     compare += _policy(f"{values['title']} {values['short']}={value} seed {seed}", str(directory / "export"))
@@ -138,6 +147,7 @@ def _run(method: str, values: dict[str, Any], value: float, seed: int, plain: di
         Path(plain["results"], f"{name}.json"),
         [*fit, "--ckpt_path", "last"],
         [*compare, "--output", str(directory / "comparison")],
+        None if first is None else first / "training.json",
     )
 
 
