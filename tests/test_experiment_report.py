@@ -207,6 +207,7 @@ def test_a_wrong_description_is_refused(tmp_path: Path, change: dict[str, Any], 
         "prepare": {},
         "settings": {"main": {"data": ["d.yaml"], "table": "t.yaml"}},
         "seeds": [0],
+        "first": 1,
         "methods": {"vbon": method},
     }
     (tmp_path / "sweep.yaml").write_text(json.dumps(plain))

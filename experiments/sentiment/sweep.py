@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-_TOP = {"runs", "results", "trainer", "compare", "reference", "prepare", "settings", "seeds", "methods"}
+_TOP = {"runs", "results", "trainer", "compare", "reference", "prepare", "settings", "seeds", "first", "methods"}
 _NEEDED = {"title", "config", "option", "short", "values"}
 _METHOD = _NEEDED | {"flags", "setting", "group", "table", "seeds", "after"}
 
@@ -113,9 +113,10 @@ def _runs(plain: dict[str, Any], path: str) -> list[Run]:
         if " " in values["title"]:
             raise ValueError(f"{where}: a title must be one word, got {values['title']!r}")
         for seed in values.get("seeds", plain["seeds"]):
-            found += [_run(method, values, value, seed, plain) for value in values["values"]]
-    # Sorting is stable: within a seed the order is that of the file.
-    return sorted(found, key=lambda run: run.seed)
+            runs = [_run(method, values, value, seed, plain) for value in values["values"]]
+            found += [((seed, place >= plain["first"]), run) for place, run in enumerate(runs)]
+    # Sorting is stable: otherwise the order is that of the file.
+    return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
 def _run(method: str, values: dict[str, Any], value: float, seed: int, plain: dict[str, Any]) -> Run:
