@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "experiments" / "sentiment"
 sys.path.insert(0, str(FOLDER))
 
-from report import write_report  # noqa: E402
+from report import with_tables, write_report  # noqa: E402
 from results import read_results  # noqa: E402
 from sweep import read_sweep  # noqa: E402
 
@@ -169,6 +169,15 @@ def test_results_without_their_baseline(results: Path, tmp_path: Path) -> None:
         read_results(results)
     with pytest.raises(ValueError, match="has no run's result"):
         write_report(tmp_path / "empty", tmp_path)
+
+
+def test_tables_are_put_where_the_document_asks_for_them() -> None:
+    text = "a\n<!-- table one -->\nold\n<!-- end -->\nb\n<!-- table two -->\n<!-- end -->\n"
+    found = with_tables(text, {"one": "| 1 |\n"})
+    assert found == "a\n<!-- table one -->\n| 1 |\n<!-- end -->\nb\n<!-- table two -->\n<!-- end -->\n"
+    assert with_tables(found, {"one": "| 1 |\n"}) == found
+    with pytest.raises(ValueError, match="2 tables begin"):
+        with_tables("<!-- table one -->\n<!-- table two -->\n<!-- end -->", {})
 
 
 # --- the sweep description ---

@@ -1,5 +1,8 @@
 """Draw the pictures and write the tables of the experiment from the committed results.
 
+Where the output has a document, ``sentiment.md``, its tables are brought up to date: what stands between
+``<!-- table NAME -->`` and ``<!-- end -->`` is replaced.
+
 python experiments/sentiment/report.py
 python experiments/sentiment/report.py --results experiments/sentiment/results --output docs/experiments
 """
@@ -7,6 +10,7 @@ python experiments/sentiment/report.py --results experiments/sentiment/results -
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +40,10 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
     output, written = Path(output), []
     (output / "tables").mkdir(parents=True, exist_ok=True)
 
+    made: dict[str, str] = {}
+
     def write(name: str, text: str) -> None:
+        made[name] = text
         written.append(output / "tables" / f"{name}.md")
         written[-1].write_text(text, encoding="utf-8")
 
@@ -61,8 +68,29 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
         (n,) = {run.training["settings"]["module"].get("n") for run in varied}
         draw("table_samples", samples_figure(varied, baselines[varied[0].setting], n))
         write("table_samples", tables.samples_table(varied))
+    if budgets := _group(runs, "budget"):
+        write("budget", tables.budget_table([*budgets, *(run for run in main if run.title == "vBoN")]))
     write("runs", tables.runs_table(runs))
+    document = output / "sentiment.md"
+    if document.exists():
+        document.write_text(with_tables(document.read_text(encoding="utf-8"), made), encoding="utf-8")
+        written.append(document)
     return written
+
+
+def with_tables(text: str, made: dict[str, str]) -> str:
+    """Put tables between the marks that ask for them; a table that was not made stays as it is.
+
+    Raises:
+        ValueError: If a mark is not closed.
+    """
+    opened, closed = text.count("<!-- table "), len(_MARKED.findall(text))
+    if opened != closed:
+        raise ValueError(f"{opened} tables begin with <!-- table NAME -->, but {closed} of them end with <!-- end -->")
+    return _MARKED.sub(lambda found: f"{found[1]}\n{made.get(found[2], found[3])}{found[4]}", text)
+
+
+_MARKED = re.compile(r"(<!-- table (\w+) -->)\n((?:(?!<!-- table ).)*?)(<!-- end -->)", re.DOTALL)
 
 
 def _group(runs: Sequence[Result], name: str) -> list[Result]:

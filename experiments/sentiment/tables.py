@@ -120,6 +120,30 @@ def samples_table(runs: Sequence[Result]) -> str:
     return table(["M", "win rate", "reward", "KL", "seeds"], rows, note)
 
 
+def budget_table(runs: Sequence[Result]) -> str:
+    """Effect of the number of sampled responses, at the strengths that were trained with several numbers of them."""
+    by_strength = grouped(runs, lambda run: run.value)
+    varied = [
+        run
+        for own in by_strength.values()
+        if len({run.training["sampled_responses"] for run in own}) > 1
+        for run in sorted(own, key=lambda run: run.training["sampled_responses"])
+    ]
+    rows = [
+        [
+            f"{count:,.0f}",
+            run.strength,
+            f"{run.training['settings']['optimizer']['optimizer']['lr']:g}",
+            str(run.seed),
+            *(str(number) for number in (run.report.win_rate, run.report.reward, run.report.kl)),
+        ]
+        for run in varied
+        for count in [run.training["sampled_responses"]]
+    ]
+    note = "The learning rate falls linearly to 0, and is as much higher as there are fewer steps: the way is as long."
+    return table(["responses", "strength", "learning rate", "seed", "win rate", "reward", "KL"], rows, note)
+
+
 def break_even_table(runs: Sequence[Result], bon: Baseline) -> str:
     """After how many queries training has paid for itself."""
     second, largest, rows = bon.table["seconds_per_response"], max(bon.win_rates), []
