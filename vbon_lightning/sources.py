@@ -29,8 +29,8 @@ class TextSource:
     """Say where prompts (and responses) come from and which of them to take.
 
     The steps, in order: read the rows; keep those that ``where`` asks for; make the text (``template``, its columns
-    cut to ``field_words``, or ``column``); keep those with ``min_words`` to ``max_words`` words; cut to ``first_words``; drop repeats
-    (``unique``); shuffle (``shuffle_seed``); take ``start`` to ``stop``. Without a shuffle, reading ends at
+    cut to ``field_words``, or ``column``); keep those with ``min_words`` to ``max_words`` words; cut to
+    ``first_words``; drop repeats (``unique``); shuffle (``shuffle_seed``); take ``start`` to ``stop``. Without a shuffle, reading ends at
     ``stop``.
 
     Args:
@@ -93,7 +93,9 @@ class TextSource:
             fields = [] if self.template is None else _template_fields(self.template)
             for column, words in self.field_words.items():
                 if column not in fields:
-                    raise SourceError(f"field_words names {column!r}, which is no column of the template {self.template!r}")
+                    raise SourceError(
+                        f"field_words names {column!r}, which is no column of the template {self.template!r}"
+                    )
                 if words < 1:
                     raise SourceError(f"field_words must be at least 1, got {words} for {column!r}")
         if self.min_words is not None and self.max_words is not None and self.min_words > self.max_words:

@@ -40,7 +40,8 @@ class ClassifierReward(RewardModel):
         suffix: Put behind every text, finished or cut, such as ``<|endoftext|>`` for a decoder that was trained to be
             read at that token.
         batch_size: Texts in one forward pass; texts of similar length go together.
-        max_length: Longest text in tokens, the suffix included; longer ones lose their end, not the suffix. Default: the longest the model takes.
+        max_length: Longest text in tokens, the suffix included; longer ones lose their end, not the suffix. Default:
+            the longest the model takes.
         tokenizer: Hub name or local directory of the tokenizer. Default: the model's own.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         revision: Branch, tag or commit of a hub model.
