@@ -93,6 +93,23 @@ def test_truncation_on_the_left_keeps_the_bos_and_the_end(single, expected):
     assert encoded.key == prompt_key(expected)
 
 
+@pytest.mark.parametrize(
+    ("single", "text", "expected"),
+    [
+        ("$A", "abcdef , b</s>\nc .", "f , b</s>\nc ."),
+        ("<s> $A", "abcdef , b</s>\nc .", " , b</s>\nc ."),  # the tokenizer's BOS takes a place and is no text
+        ("$A", "<s>abcdef , b</s>\nc .", "<s> , b</s>\nc ."),  # the template's own is
+    ],
+)
+def test_truncation_on_the_left_keeps_the_text_as_it_was_written(single, text, expected):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", BOS)])
+    tokenizer.clean_up_tokenization_spaces = True  # as many tokenizers are saved: decoding joins " ." to the word
+    (encoded,) = encode_prompts([row(text)], tokenizer, max_tokens=10, too_long="truncate_left")
+    assert encoded.text == expected
+    assert encode_prompt_ids(tokenizer, encoded.text) == encoded.tokens
+
+
 def test_limits_that_leave_nothing_are_refused():
     with pytest.raises(PromptError, match="row 1: data.max_prompt_tokens=1 leaves nothing of the prompt but its BOS"):
         encode_prompts([row("ab")], with_template("<s> $A"), max_tokens=1, too_long="truncate_left")

@@ -149,6 +149,18 @@ def test_word_limits_include_their_ends(
     assert [row.row for row in read_rows(TextSource(path, min_words=low, max_words=high))] == rows
 
 
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_where_takes_a_value_or_one_of_a_list(tmp_path: Path, kind: str) -> None:
+    file = save(kind, tmp_path)
+    two = [RECORDS[1]["text"], RECORDS[2]["text"]]
+    assert prompts(file, where={"label": 1}) == two
+    assert prompts(file, where={"summary": ["Tom glad", "Lily ran", "nobody"]}) == two
+    assert prompts(file, where={"label": [1, 7], "summary": ["Lily ran"]}) == two[:1]
+    assert "0 left by where={'label': []}" in error(file, where={"label": []})
+    tags = jsonl(tmp_path / "tags.jsonl", {"text": "a", "tags": ["x", "y"]}, {"text": "b", "tags": ["y"]})
+    assert prompts(tags, where={"tags": ["y"]}) == ["b"]  # a column of lists
+
+
 def test_slice_comes_after_the_filters(path: str) -> None:
     assert prompts(path, where={"label": 1}, start=1) == [RECORDS[2]["text"]]
     assert prompts(path, where={"label": 1, "summary": "Lily ran"}) == [RECORDS[1]["text"]]
@@ -171,6 +183,15 @@ def test_template_fills_in_columns(path: str) -> None:
         "{x} 0: Tom sad\nTL;DR:",
         "{x} 1: Lily ran\nTL;DR:",
     ]
+
+
+def test_columns_of_a_template_are_cut_before_it_is_filled_in(path: str) -> None:
+    options = {"template": "TITLE: {summary}\nPOST: {text}\nTL;DR:", "stop": 2}
+    assert prompts(path, field_words={"text": 4}, **options) == [
+        "TITLE: Tom sad\nPOST: One day, Tom was\nTL;DR:",
+        "TITLE: Lily ran\nPOST: Lily saw a\n\nbig\nTL;DR:",
+    ]
+    assert prompts(path, field_words={"summary": 2}, **options) == prompts(path, **options)
 
 
 def test_columns_in_braces_inside_the_data_are_not_filled_in(tmp_path: Path) -> None:
@@ -346,10 +367,13 @@ def test_nothing_left_says_which_step_took_it(path: str) -> None:
         ({"start": -1}, "start must not be negative, got -1"),
         ({"start": 3, "stop": 3}, "start=3, stop=3 take no rows"),
         ({"first_words": 0}, "first_words must be at least 1, got 0"),
+        ({"field_words": {"post": 3}}, "field_words names 'post', which is no column of the template None"),
+        ({"field_words": {"a": 3}, "template": "{b}"}, "field_words names 'a', .* of the template '{b}'"),
+        ({"field_words": {"b": 0}, "template": "{b}"}, "field_words must be at least 1, got 0 for 'b'"),
         ({"min_words": 3, "max_words": 2}, "min_words=3 is larger than max_words=2"),
     ],
 )
-def test_numbers_that_make_no_sense(options: dict[str, int], message: str) -> None:
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         TextSource("data.jsonl", **options)
 

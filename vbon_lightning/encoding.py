@@ -95,7 +95,9 @@ def encode_prompts(
                     "but its BOS token: raise it"
                 )
             tokens = opening + tokens[len(tokens) - max_tokens + len(opening) :]
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            # As the whole text has it: with a template's special tokens, without a BOS that the tokenizer put before.
+            written = tokens if opening and row.prompt.startswith(str(tokenizer.bos_token)) else tokens[len(opening) :]
+            text = str(tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens)))
     return encoded
 

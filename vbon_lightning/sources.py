@@ -28,9 +28,9 @@ class SourceError(ValueError):
 class TextSource:
     """Say where prompts (and responses) come from and which of them to take.
 
-    The steps, in order: read the rows; keep those that ``where`` asks for; make the text (``template`` or
-    ``column``); keep those with ``min_words`` to ``max_words`` words; cut to ``first_words``; drop repeats
-    (``unique``); shuffle (``shuffle_seed``); take ``start`` to ``stop``. Without a shuffle, reading ends at
+    The steps, in order: read the rows; keep those that ``where`` asks for; make the text (``template``, its columns
+    cut to ``field_words``, or ``column``); keep those with ``min_words`` to ``max_words`` words; cut to
+    ``first_words``; drop repeats (``unique``); shuffle (``shuffle_seed``); take ``start`` to ``stop``. Without a shuffle, reading ends at
     ``stop``.
 
     Args:
@@ -46,8 +46,10 @@ class TextSource:
         label_column: Column that holds the text's label, to learn a reward by classification.
         template: Text with ``{column}`` in braces to be filled in, in place of ``column``;
             ``{{`` and ``}}`` are literal braces.
+        field_words: Cut columns of the template to so many words before they are filled in, so that what the
+            template has behind a long column stays.
         first_words: Number of words of the text that make the prompt, None for the whole text.
-        where: Keep rows whose column equals the value, for each column named.
+        where: Keep rows whose column equals the value, or one of a list of values, for each column named.
         start: First row to take, counted from 0 after filtering and shuffling.
         stop: Row to stop before, None to take all.
         shuffle_seed: Seed to shuffle the rows with before the slice, None to keep their order.
@@ -67,6 +69,7 @@ class TextSource:
     rejected_column: str | None = None
     label_column: str | None = None
     template: str | None = None
+    field_words: dict[str, int] | None = None
     first_words: int | None = None
     where: dict[str, Any] | None = None
     start: int = 0
@@ -86,6 +89,15 @@ class TextSource:
             )
         if self.first_words is not None and self.first_words < 1:
             raise SourceError(f"first_words must be at least 1, got {self.first_words}")
+        if self.field_words:
+            fields = [] if self.template is None else _template_fields(self.template)
+            for column, words in self.field_words.items():
+                if column not in fields:
+                    raise SourceError(
+                        f"field_words names {column!r}, which is no column of the template {self.template!r}"
+                    )
+                if words < 1:
+                    raise SourceError(f"field_words must be at least 1, got {words} for {column!r}")
         if self.min_words is not None and self.max_words is not None and self.min_words > self.max_words:
             raise SourceError(f"min_words={self.min_words} is larger than max_words={self.max_words}")
 
@@ -156,7 +168,11 @@ def _text_rows(source: TextSource, kept: Counter[str]) -> Iterator[TextRow]:
             continue
         kept["where"] += 1
         if source.template is not None:
-            text = source.template.format(**{field: _field(record[field], field, place) for field in fields})
+            filled = {field: _field(record[field], field, place) for field in fields}
+            for field, most in (source.field_words or {}).items():
+                if (words := len(filled[field].split())) > most:
+                    filled[field] = _first_words(filled[field], words, most, place)
+            text = source.template.format(**filled)
         else:
             text = _text(record[source.column], source.column, place)
         words = len(text.split())
@@ -242,6 +258,8 @@ def _field(value: Any, column: str, place: str) -> str:
 
 
 def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list) and any(_equal(value, one) for one in wanted):
+        return True
     # CSV knows only text: there the number 1 is "1".
     return bool(value == wanted) or (isinstance(value, str) and value == str(wanted))
 

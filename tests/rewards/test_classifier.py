@@ -201,3 +201,30 @@ def test_yaml_can_name_every_reward(name, arguments):
     assert type(reward).__name__ == name
     for key, value in arguments.items():
         assert getattr(reward, key) == value
+
+
+def test_a_suffix_goes_behind_every_text_and_is_read(gpt2):
+    expected = reference_logits(gpt2, [text + "</s>" for text in joined()])[:, 1].view(2, 3)
+    reward = ClassifierReward(gpt2, suffix="</s>", tokenizer=_padded(gpt2))
+    torch.testing.assert_close(reward(PROMPTS, RESPONSES), expected, rtol=0, atol=1e-5)
+    plain = ClassifierReward(gpt2, tokenizer=_padded(gpt2))(PROMPTS, RESPONSES)
+    assert (plain - expected).abs().min() > 1e-4
+    # A long text loses its end, not the suffix.
+    cut = ClassifierReward(gpt2, suffix="</s>", tokenizer=_padded(gpt2), max_length=8)(["abcdefg"], [["h", "xyz"]])
+    torch.testing.assert_close(cut, reference_logits(gpt2, ["abcdefg</s>"])[:, 1:].expand(1, 2), rtol=0, atol=1e-5)
+    assert ClassifierReward(gpt2, suffix="x").identity() != ClassifierReward(gpt2).identity()
+    assert "suffix" not in ClassifierReward(gpt2).identity()  # tables made before there was one stay valid
+
+
+def test_a_suffix_that_would_not_be_read_is_refused(gpt2):
+    with pytest.raises(RewardError, match="ends in the tokenizer's pad token, .*`tokenizer` with a pad token of its"):
+        ClassifierReward(gpt2, suffix="</s>")(PROMPTS, RESPONSES)  # pads by its EOS
+    with pytest.raises(RewardError, match="has 3 tokens, which leaves no room for text in 3"):
+        ClassifierReward(gpt2, suffix="abc", max_length=3)(PROMPTS, RESPONSES)
+
+
+def _padded(directory: str) -> str:
+    """Save the same tokenizer with its pad token beside a model that has none, and return where."""
+    target = f"{directory}/padded"
+    helpers.tiny_tokenizer(target)
+    return target

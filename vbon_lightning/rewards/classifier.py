@@ -37,8 +37,11 @@ class ClassifierReward(RewardModel):
             labels' logits, which is the logit of the label's probability. ``probability``: the softmax, or
             the sigmoid for a model with one output or independent labels.
         text: ``prompt_and_response`` to score the two concatenated, ``response`` to score the response alone.
+        suffix: Put behind every text, finished or cut, such as ``<|endoftext|>`` for a decoder that was trained to be
+            read at that token.
         batch_size: Texts in one forward pass; texts of similar length go together.
-        max_length: Longest text in tokens; longer ones lose their end. Default: the longest the model takes.
+        max_length: Longest text in tokens, the suffix included; longer ones lose their end, not the suffix. Default:
+            the longest the model takes.
         tokenizer: Hub name or local directory of the tokenizer. Default: the model's own.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         revision: Branch, tag or commit of a hub model.
@@ -57,6 +60,7 @@ class ClassifierReward(RewardModel):
         dtype: str = "float32",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        suffix: str = "",
     ) -> None:
         check_text(text)
         if output not in ("logit", "log_odds", "probability"):
@@ -76,6 +80,7 @@ class ClassifierReward(RewardModel):
         self.dtype = dtype
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.suffix = suffix
         self._device = torch.device("cpu")
         self._loaded: tuple[Any, PreTrainedTokenizerBase, int] | None = None
 
@@ -105,6 +110,8 @@ class ClassifierReward(RewardModel):
             "text": self.text,
             "max_length": str(self.max_length),
         }
+        if self.suffix:
+            arguments["suffix"] = self.suffix
         return arguments | {f"model.{key}": value for key, value in model_identity(self._spec()).items()}
 
     def to(self, device: torch.device | str) -> Self:
@@ -159,6 +166,9 @@ class ClassifierReward(RewardModel):
         if not texts:
             return torch.zeros(0, device=self._device)
         longest = _max_length(self.max_length, model.config, tokenizer)
+        suffix = _suffix_ids(self.suffix, tokenizer, longest)
+        if longest is not None:
+            longest -= len(suffix)
         encoded = tokenizer(
             texts,
             truncation=longest is not None,
@@ -173,7 +183,7 @@ class ClassifierReward(RewardModel):
             for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
             if token is not None
         )
-        encoded = [ids or [blank] for ids in encoded]
+        encoded = [ids + suffix or [blank] for ids in encoded]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
         scores = torch.empty(len(encoded), dtype=torch.float32, device=self._device)
         for start in range(0, len(order), self.batch_size):
@@ -220,6 +230,23 @@ def _max_length(given: int | None, config: Any, tokenizer: PreTrainedTokenizerBa
     if given is not None and longest is not None and given > longest:
         raise RewardError(f"`max_length` is {given}, but the classifier takes at most {longest} tokens")
     return given or longest
+
+
+def _suffix_ids(suffix: str, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> list[int]:
+    if not suffix:
+        return []
+    ids: list[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise RewardError(f"`suffix` {suffix!r} has no tokens")
+    # A decoder is read at its last token that is not the pad token.
+    if ids[-1] == tokenizer.pad_token_id:
+        raise RewardError(
+            f"`suffix` {suffix!r} ends in the tokenizer's pad token, which a classifier does not read: give a "
+            "`tokenizer` with a pad token of its own"
+        )
+    if longest is not None and len(ids) >= longest:
+        raise RewardError(f"`suffix` {suffix!r} has {len(ids)} tokens, which leaves no room for text in {longest}")
+    return ids
 
 
 def _label_index(label: int | str, config: Any, name: str) -> int:
