@@ -169,7 +169,7 @@ def test_select_prompts() -> None:
         (VBoN, {"n": 1}, "model.n must be a number > 1"),
         (VBoN, {"n": float("nan")}, "model.n must be a number > 1"),
         (VBoN, {"n": float("inf")}, "model.n must be a number > 1"),
-        (VBoN, {"bound": "upper"}, "model.bound must be one of exact, lower; got 'upper'"),
+        (VBoN, {"bound": "upper"}, "model.bound must be one of exact, lower, untied; got 'upper'"),
         (VBoN, {"log_ratio_floor": 4.0}, r"model.log_ratio_floor must be negative \(nats\), got 4.0"),
         (VBoN, {"cdf_estimator": "x"}, "model.cdf_estimator must be one of"),
         (KLRL, {"beta": 0.0}, "model.beta must be a number > 0"),
