@@ -55,7 +55,7 @@ def samples_figure(runs: Sequence[Result], bon: Baseline, n: int | None) -> Figu
         panel.minorticks_off()
         height = None if best is None else of(best)
         if height is not None:
-            panel.axhline(height.mean, color=BON_COLOUR, linewidth=1.2, linestyle="--", label=f"Best-of-{n}")
+            panel.axhline(height.mean, color=BON_COLOUR, linewidth=1.2, linestyle="--", label=f"Best-of-{n:g}")
     _legend(figure, axes[0])
     return figure
 
