@@ -30,8 +30,8 @@ class TextSource:
 
     The steps, in order: read the rows; keep those that ``where`` asks for; make the text (``template``, its columns
     cut to ``field_words``, or ``column``); keep those with ``min_words`` to ``max_words`` words; cut to
-    ``first_words``; drop repeats (``unique``); shuffle (``shuffle_seed``); take ``start`` to ``stop``. Without a shuffle, reading ends at
-    ``stop``.
+    ``first_words``; drop repeats (``unique``); shuffle (``shuffle_seed``); take ``start`` to ``stop``. Without a
+    shuffle, reading ends at ``stop``.
 
     Args:
         path: A local ``.jsonl``, ``.csv``, ``.txt`` (each also ``.gz``) or ``.parquet`` file, a directory
