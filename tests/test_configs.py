@@ -4,8 +4,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from vbon_lightning import cli
+from vbon_lightning.adapters import add_lora
 from vbon_lightning.evaluation import command
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +62,20 @@ def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         words = [part for word in words for part in (data if word == "$data" else [word])]
         config = parse(words, monkeypatch)
         assert config is not None
+
+
+def test_the_adapters_of_the_summarisation_setting_fit_its_kind_of_model() -> None:
+    """Parsing does not show whether peft takes them: on a tiny model with the modules and layers of Pythia-2.8B."""
+    pytest.importorskip("peft")
+    lora = yaml.safe_load((ROOT / "configs/tldr/data.yaml").read_text())["data"]["policy"]["lora"]
+    config = GPTNeoXConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=32, num_attention_heads=2
+    )
+    model = GPTNeoXForCausalLM(config)
+    add_lora(model, lora)
+    trained = {name.split(".layers.")[1].split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    parts = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert trained == {f"{layer}.{part}" for layer in range(24, 32) for part in parts}
 
 
 def test_the_parse_helper_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

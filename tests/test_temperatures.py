@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.rollouts import make_rollout
+from vbon_lightning.evaluation.drawing import BON_COLOUR, STYLES
 from vbon_lightning.evaluation.temperatures import (
     evaluate_temperature,
     temperature_figure,
@@ -53,5 +54,34 @@ def test_the_files(tmp_path: Path) -> None:
     assert f"| b\\|c | - | {reports[2].win_rate} |" in table
     assert "its own temperature, 0.7" in table
     assert (tmp_path / "temperatures.png").read_bytes().startswith(b"\x89PNG")
-    figure = temperature_figure(reports, title="Title", trained_at=0.7)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b|c"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_in_the_figure_no_interval_hides_another(count: int) -> None:
+    names = ["reference", *(f"policy {number}" for number in range(count - 1))]
+    at = [0.3, 0.7, 1.0]
+    reports = [
+        evaluate_temperature([make_rollout(seed=seed)], name=name, temperature=temperature)
+        for seed, name in enumerate(names)
+        for temperature in at
+    ]
+    figure = temperature_figure(reports, title="Title", trained_at=0.5)
+    for axes, key in zip(figure.axes, ("win_rate", "reward"), strict=True):
+        drawn = [container.lines[0].get_xydata() for container in axes.containers]
+        heights = [[getattr(r, key).mean for r in reports if r.name == name] for name in names]
+        assert [line[:, 1].tolist() for line in drawn] == heights
+        for place, temperature in enumerate(at):
+            across = [line[place, 0] for line in drawn]
+            assert sorted(set(across)) == across  # side by side, in the order of the legend
+            assert sum(across) / count == pytest.approx(temperature)
+            assert max(abs(x - temperature) for x in across) < 0.3 / 2 - 0.05  # nearest to their own temperature
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0.3", "0.7", "1"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*names, "temperature of the reference table"]
+
+
+def test_the_reference_looks_as_in_the_pareto_figure() -> None:
+    reports = [evaluate_temperature([make_rollout()], name=name, temperature=1.0) for name in ("reference", "vBoN")]
+    figure = temperature_figure(reports, title="Title", trained_at=1.0)
+    reference, policy = (container.lines[0] for container in figure.axes[0].containers)
+    assert (reference.get_color(), reference.get_marker()) == (BON_COLOUR, "*")
+    assert (policy.get_color(), policy.get_marker()) == STYLES[0]

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
-from vbon_lightning.evaluation.drawing import GREY, policy_styles, style_axes
+from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, policy_styles, style_axes
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
+from vbon_lightning.evaluation.reports import REFERENCE
 from vbon_lightning.functional import bon_win_rate
 from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.types import Rollout
@@ -91,29 +93,59 @@ def temperature_figure(reports: Sequence[TemperatureReport], *, title: str, trai
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     names = list(dict.fromkeys(report.name for report in reports))
+    temperatures = sorted({report.temperature for report in reports})
+    styles, shifts = _line_styles(names), _shifts(len(names), temperatures)
     for axes, key, what in zip(
         panels, ("win_rate", "reward"), ("win rate over the reference", "mean reward"), strict=True
     ):
-        for name, (colour, marker) in zip(names, policy_styles(len(names)), strict=True):
+        for name, shift in zip(names, shifts, strict=True):
             line = sorted((r for r in reports if r.name == name), key=lambda report: report.temperature)
             heights = [getattr(report, key) for report in line]
+            colour, marker = styles[name]
             axes.errorbar(
-                [report.temperature for report in line],
+                [report.temperature + shift for report in line],
                 [height.mean for height in heights],
                 yerr=[height.half_width or 0.0 for height in heights],
                 color=colour,
                 marker=marker,
+                markersize=10 if marker == "*" else 6,
                 capsize=2,
-                linewidth=1.2,
+                linewidth=1.4,
+                elinewidth=0.9,
                 label=name,
             )
-        axes.axvline(trained_at, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
-        style_axes(axes, "sampling temperature (dotted: that of the reference table)", what)
-    panels[0].axhline(0.5, color=GREY, linewidth=0.7, zorder=0)
+        # Above the grid, or it would hide them, and below the lines.
+        axes.axvline(
+            trained_at, color=GREY, linewidth=1.2, linestyle=":", zorder=1, label="temperature of the reference table"
+        )
+        style_axes(axes, "sampling temperature", what)
+        axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
+    panels[0].axhline(0.5, color=GREY, linewidth=0.9, zorder=1)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(names)), frameon=False)
+    order = sorted(range(len(labels)), key=lambda place: labels[place] not in names)  # policies first
+    figure.legend(
+        [handles[place] for place in order],
+        [labels[place] for place in order],
+        loc="outside lower center",
+        ncols=min(6, len(labels)),
+        frameon=False,
+    )
     figure.suptitle(title, fontsize=12)
     return figure
+
+
+def _line_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return a colour and a marker for each name; the reference looks as it does in the Pareto figure."""
+    policies = [name for name in names if name != REFERENCE]
+    styles = dict(zip(policies, policy_styles(len(policies)), strict=True))
+    return styles | {REFERENCE: (BON_COLOUR, "*")}
+
+
+def _shifts(count: int, temperatures: Sequence[float]) -> list[float]:
+    """Return how far to move each policy's line along the axis, so that no interval hides another."""
+    gap = min((upper - lower for lower, upper in pairwise(temperatures)), default=0.2)
+    step = min(0.04, 0.4 / count) * gap
+    return [step * (place - (count - 1) / 2) for place in range(count)]
 
 
 def write_temperatures(
