@@ -224,16 +224,16 @@ class ReferenceSampler(AlignmentModule):
     def _cached(
         self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], ids: list[list[int]]
     ) -> _Sampled:
-        rows = [table.row(key, text) for key, text in zip(keys, prompts.text, strict=True)]
-        finished = [table.finished(key, text)[: self.samples] for key, text in zip(keys, prompts.text, strict=True)]
-        log_probs = [table.log_probs(key, text)[: self.samples] for key, text in zip(keys, prompts.text, strict=True)]
+        found = [table.response_tokens(key, text) for key, text in zip(keys, prompts.text, strict=True)]
         return _Sampled(
             keys=keys,
             prompts=prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu()),
             prompt_ids=ids,
-            token_ids=[[list(tokens) for tokens in row.response_tokens[: self.samples]] for row in rows],
-            finished=torch.stack(finished),
-            log_probs=torch.stack(log_probs).tolist(),
+            token_ids=[
+                [ids.tolist() for ids in row.tokens.split(row.lengths.tolist())[: self.samples]] for row in found
+            ],
+            finished=table.finished_matrix(keys, prompts.text)[:, : self.samples],
+            log_probs=table.log_probs_matrix(keys, prompts.text)[:, : self.samples].tolist(),
         )
 
     def _score(self, sampled: _Sampled) -> list[TableRow]:
