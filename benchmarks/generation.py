@@ -82,9 +82,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         side: {
             "seconds": median(seconds[side]),
             "tokens": sum(drawn[side]) / len(drawn[side]),
-            "tokens_per_second": median(
-                [count / took for count, took in zip(drawn[side], seconds[side], strict=True)]
-            ),
+            "tokens_per_second": median([count / took for count, took in zip(drawn[side], seconds[side], strict=True)]),
         }
         for side in sides
     }

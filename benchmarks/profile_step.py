@@ -131,9 +131,7 @@ def main(steps: int = 12, threads: int = 2) -> None:
             job |= {"words": words, "length": length}
             found = isolated(__file__, job, threads=threads)["steps"]
             whole = median([step["step"] for step in found])
-            share = {
-                part: median([step.get(part, 0.0) / step["step"] for step in found]) for part in PARTS[:-1]
-            }
+            share = {part: median([step.get(part, 0.0) / step["step"] for step in found]) for part in PARTS[:-1]}
             share[PARTS[-1]] = 1 - sum(share.values())
             models = median([(step["forward"] + step["backward"]) / step["step"] for step in found])
             results.append({"words": words, "length": length, "seconds": whole, "share": share, "models": models})

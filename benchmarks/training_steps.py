@@ -77,9 +77,7 @@ def ours(job: dict[str, Any]) -> dict[str, float]:
             marks.append(time.perf_counter())
             tokens.append(int(outputs["rollout"].completions.mask.sum()))
 
-    module = VBoN(
-        data.actors, n=4, samples_per_prompt=SAMPLES, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-6)
-    )
+    module = VBoN(data.actors, n=4, samples_per_prompt=SAMPLES, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-6))
     Trainer(**quiet, max_steps=job["steps"], enable_checkpointing=False, callbacks=[Clock()]).fit(module, data)
     return rate(marks, tokens)
 

@@ -60,9 +60,7 @@ def tiny_tokenizer(
     return tokenizer
 
 
-def tiny_llama(
-    vocab_size: int = 259, *, seed: int = 0, spread: float = 1.0, **config: Any
-) -> LlamaForCausalLM:
+def tiny_llama(vocab_size: int = 259, *, seed: int = 0, spread: float = 1.0, **config: Any) -> LlamaForCausalLM:
     """Make a one-layer Llama in float32 and evaluation mode.
 
     Args:
@@ -81,9 +79,7 @@ def tiny_llama(
         "initializer_range": 0.2,
         "tie_word_embeddings": False,
     }
-    return _build(
-        LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **_special(sizes | config)), seed, spread
-    )
+    return _build(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **_special(sizes | config)), seed, spread)
 
 
 def tiny_gpt2(vocab_size: int = 259, *, seed: int = 0, spread: float = 1.0, **config: Any) -> GPT2LMHeadModel:
@@ -103,9 +99,7 @@ def tiny_gpt2(vocab_size: int = 259, *, seed: int = 0, spread: float = 1.0, **co
         "initializer_range": 0.2,
         "tie_word_embeddings": False,
     }
-    return _build(
-        GPT2LMHeadModel, GPT2Config(vocab_size=vocab_size, **_special(sizes | config)), seed, spread
-    )
+    return _build(GPT2LMHeadModel, GPT2Config(vocab_size=vocab_size, **_special(sizes | config)), seed, spread)
 
 
 def save_tiny_model(
@@ -174,9 +168,7 @@ def save_tiny_classifier(
             "num_attention_heads": 2,
             "max_position_embeddings": 64,
         }
-        model: PreTrainedModel = _build(
-            BertForSequenceClassification, BertConfig(**(entries | sizes | config)), seed
-        )
+        model: PreTrainedModel = _build(BertForSequenceClassification, BertConfig(**(entries | sizes | config)), seed)
     else:
         sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
         entries |= {"bos_token_id": BOS, "eos_token_id": EOS}

@@ -17,7 +17,7 @@ LAYERS = [
     {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks"},
     {"types"},
     {"metrics", "models", "rewards", "sampling", "reference_table", "sources", "sampler"},
-    {"classifiers", "encoding"},
+    {"encoding"},
     {"actors", "callbacks"},
     {"data"},
     {"modules"},

@@ -153,9 +153,7 @@ def test_bon_reports(table: torch.Tensor) -> None:
     ]
     for report in reports:
         assert (report.prompts, report.samples) == (2, 6)
-        assert report.reward.mean == pytest.approx(
-            bon_expected_reward(table, n=report.n).mean().item(), rel=1e-5
-        )
+        assert report.reward.mean == pytest.approx(bon_expected_reward(table, n=report.n).mean().item(), rel=1e-5)
         assert report.win_rate.mean <= report.win_rate_bound + 1e-9
         assert report.kl.mean <= report.kl_bound + 1e-9
     reference, two, four = reports
@@ -200,9 +198,7 @@ def test_evaluate_policy() -> None:
     report = evaluate_policy(
         iter(rollouts), name="mine", method="vBoN", n_values=[3], judge=lambda rollout: 2 * rollout.rewards
     )
-    values: dict[str, list[float]] = {
-        key: [] for key in ("reward", "kl", "kl_check", "length", "finished", "1", "3")
-    }
+    values: dict[str, list[float]] = {key: [] for key in ("reward", "kl", "kl_check", "length", "finished", "1", "3")}
     for rollout in rollouts:
         for row in range(int(rollout.prompts.valid.sum())):
             values["reward"].append(rollout.rewards[row].double().mean().item())
@@ -274,9 +270,7 @@ def test_reports_survive_json(reports: list[PolicyReport]) -> None:
 
 def test_the_files_of_a_comparison(tmp_path: Path, reports: list[PolicyReport]) -> None:
     samples = [
-        TextSample(
-            "Once | upon", {"reference": [ScoredText("a\nb", -0.25)], "vBoN": [ScoredText("c", 1, False)]}
-        )
+        TextSample("Once | upon", {"reference": [ScoredText("a\nb", -0.25)], "vBoN": [ScoredText("c", 1, False)]})
     ]
     out = tmp_path / "nested" / "out"
     written = write_comparison(reports, out, title="A title", command="vbon compare --x 1", samples=samples)

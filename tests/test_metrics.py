@@ -75,9 +75,7 @@ def test_sequence_kl(rollouts: list[Rollout]) -> None:
     assert summary.kl.item() == pytest.approx(kl.mean(), rel=1e-12)
     assert summary.kl_per_token.item() == pytest.approx(kl.sum() / tokens, rel=1e-12)
     assert summary.sampled.item() == pytest.approx(ratio.mean(), rel=1e-12)
-    assert summary.sampled_standard_error.item() == pytest.approx(
-        ratio.std(ddof=1) / np.sqrt(len(ratio)), rel=1e-10
-    )
+    assert summary.sampled_standard_error.item() == pytest.approx(ratio.std(ddof=1) / np.sqrt(len(ratio)), rel=1e-10)
 
 
 def test_what_lies_outside_the_mask_does_not_count() -> None:
@@ -198,9 +196,7 @@ SHARES = [[[0, 2], [1]], [[0, 1, 2], []]]
 
 def _work(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     for case, shares in enumerate(SHARES):
         metrics = make_metrics()
         for number in shares[rank]:

@@ -246,9 +246,7 @@ def test_a_name_that_is_nowhere(monkeypatch):
         raise OSError("cannot connect")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unreachable)
-    with pytest.raises(
-        ModelError, match="'runs/gone': no such directory here, and from the hub: OSError: cannot con"
-    ):
+    with pytest.raises(ModelError, match="'runs/gone': no such directory here, and from the hub: OSError: cannot con"):
         models.load_causal_lm("runs/gone", trainable=False)
 
 
@@ -295,9 +293,7 @@ def test_package_paths(package):
     name = "package:vbon_test_package/weights/small"
     assert resolve_path(name) == str(package / "weights" / "small")
     assert resolve_path("package:vbon_test_package") == str(package)
-    assert torch.equal(
-        logits(models.load_causal_lm(name, trainable=False)), logits(helpers.tiny_llama(seed=5))
-    )
+    assert torch.equal(logits(models.load_causal_lm(name, trainable=False)), logits(helpers.tiny_llama(seed=5)))
     assert len(models.load_tokenizer(name)) == 259
     assert models.model_identity(name) == models.model_identity(str(package / "weights" / "small"))
     assert "vbon_test_package" not in sys.modules
@@ -390,9 +386,7 @@ def test_save_round_trip(llama, tmp_path):
     assert torch.equal(logits(loaded), logits(model.eval()))
     assert loaded.generation_config.temperature == 0.7
     assert loaded.generation_config.eos_token_id == [2, 1]
-    assert (
-        AutoTokenizer.from_pretrained(target)("hé").input_ids == models.load_tokenizer(llama)("hé").input_ids
-    )
+    assert AutoTokenizer.from_pretrained(target)("hé").input_ids == models.load_tokenizer(llama)("hé").input_ids
     assert [path.name for path in target.parent.iterdir()] == ["export"]
     assert model.generation_config.max_new_tokens is None  # the model at hand is not changed
 
@@ -489,9 +483,7 @@ def test_gguf_loads_and_can_be_exported(llama, tmp_path):
     torch.testing.assert_close(logits(model), logits(original), rtol=0, atol=1e-6)
     assert "quantization_config" not in model.config.to_dict()
     models.save_pretrained(model, models.load_tokenizer(spec), tmp_path / "export")
-    assert torch.equal(
-        logits(models.load_causal_lm(str(tmp_path / "export"), trainable=False)), logits(model)
-    )
+    assert torch.equal(logits(models.load_causal_lm(str(tmp_path / "export"), trainable=False)), logits(model))
     # A path to the file itself says the same.
     direct = {"name": str(tmp_path / "tiny.gguf"), "tokenizer": llama}
     assert models.model_identity(direct) == models.model_identity(spec)

@@ -115,9 +115,7 @@ def rows(draw: st.DrawFn) -> TableRow:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(rows(), min_size=1, max_size=5, unique_by=lambda row: row.key))
-def test_any_row_reads_back_as_written(
-    tmp_path_factory: pytest.TempPathFactory, written: list[TableRow]
-) -> None:
+def test_any_row_reads_back_as_written(tmp_path_factory: pytest.TempPathFactory, written: list[TableRow]) -> None:
     path = tmp_path_factory.mktemp("table")
     write(path, *written)
     assert content(path) == written
@@ -322,9 +320,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: p
 
 def test_a_missing_table_and_an_empty_one_say_how_to_make_it(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(
-            ReferenceTableError, match=r"no reference table in .*; make it with `vbon predict`"
-        ):
+        with pytest.raises(ReferenceTableError, match=r"no reference table in .*; make it with `vbon predict`"):
             ReferenceTable.open(path)
     ReferenceTableWriter(tmp_path, FINGERPRINT, shard="rank0").write([])
     with pytest.raises(ReferenceTableError, match="is empty; fill it with `vbon predict`"):
@@ -353,9 +349,7 @@ def test_a_broken_shard_is_named_with_the_way_out(tmp_path: Path, damage: str) -
     whole = broken.read_bytes()
     broken.write_bytes({"truncate": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * 500}[damage])
     for attempt in (lambda: ReferenceTable.open(tmp_path), writer.finished_keys, writer.compact):
-        with pytest.raises(
-            ReferenceTableError, match=r"part-rank0-000001\.parquet is .*delete that file and run"
-        ):
+        with pytest.raises(ReferenceTableError, match=r"part-rank0-000001\.parquet is .*delete that file and run"):
             attempt()
     broken.unlink()  # the advice works
     assert writer.finished_keys() == {make_row(1).key}
@@ -381,9 +375,7 @@ def test_a_flipped_bit_in_the_rewards_is_noticed(tmp_path: Path) -> None:
 def test_a_foreign_parquet_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path, make_row(1))
     pq.write_table(pa.table({"key": ["a"], "score": [1.0]}), tmp_path / "part-x-000000.parquet")
-    with pytest.raises(
-        ReferenceTableError, match=r"part-x-000000\.parquet is not a shard .*\['key', 'score'\]"
-    ):
+    with pytest.raises(ReferenceTableError, match=r"part-x-000000\.parquet is not a shard .*\['key', 'score'\]"):
         ReferenceTable.open(tmp_path)
 
 
@@ -562,9 +554,7 @@ def lines(path: Path, *records: object) -> Path:
 
 
 def load(file: Path, table: Path) -> int:
-    return import_jsonl(
-        file, table, encode=encode, encode_response=lambda t: list(t.encode()), fingerprint=FINGERPRINT
-    )
+    return import_jsonl(file, table, encode=encode, encode_response=lambda t: list(t.encode()), fingerprint=FINGERPRINT)
 
 
 RESPONSE_LINES = [
@@ -654,9 +644,7 @@ def test_an_import_that_was_killed_resumes(tmp_path: Path) -> None:
 def test_imported_tables_refuse_what_the_files_do_not_tell(tmp_path: Path) -> None:
     load(lines(tmp_path / "in.jsonl", *PROMPT_LINES), tmp_path / "table")
     table = ReferenceTable.open(tmp_path / "table")
-    with pytest.raises(
-        ReferenceTableError, match=r"holds no reference log-probabilities: JSON Lines imports"
-    ):
+    with pytest.raises(ReferenceTableError, match=r"holds no reference log-probabilities: JSON Lines imports"):
         table.log_probs_matrix(table.keys())
     with pytest.raises(ReferenceTableError, match="holds no flags that tell finished from truncated"):
         table.finished(table.keys()[0])

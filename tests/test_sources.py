@@ -71,9 +71,7 @@ def save(kind: str, directory: Path) -> str:
 def test_each_format_reads_the_same_rows(tmp_path: Path, kind: str) -> None:
     source = TextSource(save(kind, tmp_path), response_column="summary", where={"label": 1})
     rows = read_rows(source)
-    assert [row[1:4] for row in rows] == [
-        (r["text"], r["summary"], r["text"]) for r in RECORDS if r["label"] == 1
-    ]
+    assert [row[1:4] for row in rows] == [(r["text"], r["summary"], r["text"]) for r in RECORDS if r["label"] == 1]
     # Row numbers, or the lines of the file, of which a quoted CSV field takes several and the header one.
     assert [row.row for row in rows] == ([3, 6] if "csv" in kind else [2, 3])
 
@@ -143,9 +141,7 @@ def test_unique_keeps_the_first_of_equal_prompts(path: str) -> None:
 
 
 @pytest.mark.parametrize(("low", "high", "rows"), [(5, None, [1, 2, 3]), (None, 5, [3, 4]), (2, 6, [1, 3])])
-def test_word_limits_include_their_ends(
-    path: str, low: int | None, high: int | None, rows: list[int]
-) -> None:
+def test_word_limits_include_their_ends(path: str, low: int | None, high: int | None, rows: list[int]) -> None:
     assert [row.row for row in read_rows(TextSource(path, min_words=low, max_words=high))] == rows
 
 
@@ -219,9 +215,7 @@ def test_a_missing_directory(tmp_path: Path) -> None:
 
 def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "data.xml").touch()
-    assert "expected one of .jsonl, .csv, .txt, .parquet by name, got 'data.xml'" in error(
-        str(tmp_path / "data.xml")
-    )
+    assert "expected one of .jsonl, .csv, .txt, .parquet by name, got 'data.xml'" in error(str(tmp_path / "data.xml"))
 
 
 def test_a_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,6 @@ def markdown_cell(text: str) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
     """Format a Markdown table of escaped cells; ``align`` has a letter ``l`` or ``r`` a column."""
     if len(align) != len(header) or any(len(row) != len(header) for row in rows):
-        raise ValueError(
-            f"a table of {len(header)} columns needs as many cells a row and letters in {align!r}"
-        )
+        raise ValueError(f"a table of {len(header)} columns needs as many cells a row and letters in {align!r}")
     lines = [header, [_RULES[letter] for letter in align], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

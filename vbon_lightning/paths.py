@@ -47,9 +47,7 @@ def looks_like_path(text: str) -> bool:
 def _variable(name: str, text: str) -> str:
     value = os.environ.get(name)
     if not value:
-        raise PathError(
-            f"environment variable {name} is not set, but {text!r} uses it: set it, or write the path out"
-        )
+        raise PathError(f"environment variable {name} is not set, but {text!r} uses it: set it, or write the path out")
     return value
 
 
@@ -73,6 +71,4 @@ def _inside_package(location: str, text: str) -> str:
         if (root / inside).exists():
             return str((root / inside).absolute())
     found = sorted(entry.name for root in roots if root.is_dir() for entry in root.iterdir())
-    raise PathError(
-        f"{text!r}: the package {package!r} holds no {inside!r}; it holds {', '.join(found[:12])}"
-    )
+    raise PathError(f"{text!r}: the package {package!r} holds no {inside!r}; it holds {', '.join(found[:12])}")

@@ -84,9 +84,7 @@ class TextSource:
         if self.start < 0:
             raise SourceError(f"start must not be negative, got {self.start}")
         if self.stop is not None and self.stop <= self.start:
-            raise SourceError(
-                f"start={self.start}, stop={self.stop} take no rows; stop must be larger than start"
-            )
+            raise SourceError(f"start={self.start}, stop={self.stop} take no rows; stop must be larger than start")
         if self.first_words is not None and self.first_words < 1:
             raise SourceError(f"first_words must be at least 1, got {self.first_words}")
         if self.field_words:
@@ -180,9 +178,7 @@ def _text_rows(source: TextSource, kept: Counter[str]) -> Iterator[TextRow]:
             continue
         kept["words"] += 1
         if not words:
-            raise SourceError(
-                f"{place}: the prompt is empty; fill it, or set min_words to leave out such rows"
-            )
+            raise SourceError(f"{place}: the prompt is empty; fill it, or set min_words to leave out such rows")
         prompt = _first_words(text, words, source.first_words, place)
         if source.unique:
             if prompt in seen:
@@ -246,9 +242,7 @@ def _template_fields(template: str) -> list[str]:
 
 def _text(value: Any, column: str, place: str) -> str:
     if not isinstance(value, str):
-        raise SourceError(
-            f"{place}: column {column!r} must hold text, got {value!r} ({type(value).__name__})"
-        )
+        raise SourceError(f"{place}: column {column!r} must hold text, got {value!r} ({type(value).__name__})")
     return value
 
 
@@ -280,9 +274,7 @@ def _open(source: TextSource, needed: list[str]) -> tuple[str, str, Iterator[_Ro
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if path.is_file() or (kind in _READERS and not path.is_dir()):
         if kind not in _READERS or (kind == ".parquet" and path.suffix == ".gz"):
-            raise SourceError(
-                f"file {path}: expected one of {', '.join(_READERS)} by name, got {path.name!r}"
-            )
+            raise SourceError(f"file {path}: expected one of {', '.join(_READERS)} by name, got {path.name!r}")
         if not path.is_file():
             raise SourceError(f"file {path} does not exist")
         unit = "row" if kind == ".parquet" else "line"

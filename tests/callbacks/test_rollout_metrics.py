@@ -19,8 +19,7 @@ from vbon_lightning.types import Rollout
 def stream(count: int, seed: int = 0, **arguments) -> list[Rollout]:
     sizes = [2, 4, 3]
     return [
-        make_rollout(prompts=sizes[i % 3], seed=seed + i, fillers=i % 2, first=4 * i, **arguments)
-        for i in range(count)
+        make_rollout(prompts=sizes[i % 3], seed=seed + i, fillers=i % 2, first=4 * i, **arguments) for i in range(count)
     ]
 
 
@@ -82,9 +81,7 @@ def test_validation_and_test_cover_their_epoch(tmp_path: Path) -> None:
     for name, value in expected(val).items():
         assert trainer.callback_metrics[f"val/{name}"].item() == pytest.approx(value, rel=1e-5, abs=1e-6)
     (results,) = trainer.test(module, verbose=False)
-    assert {name: results[f"test/{name}"] for name in expected(test)} == pytest.approx(
-        expected(test), rel=1e-5
-    )
+    assert {name: results[f"test/{name}"] for name in expected(test)} == pytest.approx(expected(test), rel=1e-5)
 
 
 def test_a_checkpoint_can_be_chosen_by_them(tmp_path: Path) -> None:
@@ -181,9 +178,7 @@ def test_a_noisy_sampled_kl_is_no_alarm(tmp_path: Path) -> None:
     """A mean log-ratio that is negative by chance, within three standard errors of zero."""
     rollout = make_rollout(prompts=2, samples=2, length=1)
     signs = torch.tensor([[1.0, -1.5], [1.0, -1.5]])[..., None]
-    noisy = rollout._replace(
-        log_probs=torch.where(rollout.completions.mask, rollout.reference_log_probs + signs, 0.0)
-    )
+    noisy = rollout._replace(log_probs=torch.where(rollout.completions.mask, rollout.reference_log_probs + signs, 0.0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_trainer(tmp_path, KLMonitor(), limit_val_batches=0).fit(Replay([noisy]))
@@ -206,8 +201,6 @@ def test_two_processes_log_over_all_of_their_prompts(tmp_path: Path) -> None:
     trainer.fit(Replay(train, val))
     for name in expected(train):
         assert list(logged(tmp_path, f"train/{name}")) == [2]
-        assert logged(tmp_path, f"train/{name}")[2] == pytest.approx(
-            expected(train)[name], rel=1e-5, abs=1e-6
-        )
+        assert logged(tmp_path, f"train/{name}")[2] == pytest.approx(expected(train)[name], rel=1e-5, abs=1e-6)
         value = trainer.callback_metrics[f"val/{name}"].item()
         assert value == pytest.approx(expected(val)[name], rel=1e-5, abs=1e-6)

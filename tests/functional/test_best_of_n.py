@@ -30,9 +30,7 @@ PROBS = torch.tensor([0.1, 0.35, 0.2, 0.05, 0.3], dtype=torch.float64)
 DISTINCT = torch.tensor([0.3, -1.0, 2.5, 7.0, 0.31], dtype=torch.float64)
 TIED = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 PARTLY_TIED = torch.tensor([1.0, 0.0, 1.0, 3.0, 2.0], dtype=torch.float64)
-ALL_REWARDS = pytest.mark.parametrize(
-    "rewards", [DISTINCT, TIED, PARTLY_TIED], ids=["distinct", "binary", "some"]
-)
+ALL_REWARDS = pytest.mark.parametrize("rewards", [DISTINCT, TIED, PARTLY_TIED], ids=["distinct", "binary", "some"])
 
 
 def exact_cdf(probs: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,13 +162,9 @@ log_below_values = st.one_of(st.just(-math.inf), st.floats(-50, 0))
 orders = st.floats(1.0, 1e5)
 
 
-@given(
-    log_p=st.floats(-600, 0), log_a=log_below_values, log_b=st.one_of(st.none(), st.floats(-50, 0)), n=orders
-)
+@given(log_p=st.floats(-600, 0), log_a=log_below_values, log_b=st.one_of(st.none(), st.floats(-50, 0)), n=orders)
 @settings(max_examples=300, deadline=None)
-def test_estimated_best_of_n_is_a_probability(
-    log_p: float, log_a: float, log_b: float | None, n: float
-) -> None:
+def test_estimated_best_of_n_is_a_probability(log_p: float, log_a: float, log_b: float | None, n: float) -> None:
     p, a = torch.tensor([log_p], dtype=torch.float64), torch.tensor([log_a], dtype=torch.float64)
     b = None if log_b is None else torch.tensor([log_b], dtype=torch.float64)
     log_prob = bon_log_prob(p, a, n=n, log_at_or_below=b).item()
@@ -292,9 +286,7 @@ def test_expected_reward_is_the_mean_over_subsets(n: int) -> None:
 
 @COUNTS
 def test_win_rate_is_the_mean_over_subsets(n: int) -> None:
-    rewards = torch.tensor(
-        [[0.5, 2.5, 8.0, -3.0], [1.0, 0.0, 0.5, 2.0], [7.0, 3.0, 0.0, 6.5]], dtype=torch.float64
-    )
+    rewards = torch.tensor([[0.5, 2.5, 8.0, -3.0], [1.0, 0.0, 0.5, 2.0], [7.0, 3.0, 0.0, 6.5]], dtype=torch.float64)
     want = []
     for row, values in zip(REFERENCE.tolist(), rewards.tolist(), strict=True):
         best = [max(s) for s in itertools.combinations(row, n)]

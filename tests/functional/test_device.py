@@ -27,9 +27,7 @@ def test_a_training_step_never_waits_for_the_device() -> None:
     b, g, t, v, m = 2, 4, 6, 11, 64
     device = torch.device("cuda")
     tokens = torch.randint(v, (b, g, t), device=device)
-    logits, reference_logits = (
-        torch.randn(b, g, t, v, device=device, requires_grad=r) for r in (True, False)
-    )
+    logits, reference_logits = (torch.randn(b, g, t, v, device=device, requires_grad=r) for r in (True, False))
     rewards, reference_rewards = torch.randn(b, g, device=device), torch.randn(b, m, device=device)
     values = torch.randn(b, g, t, device=device)
     torch.cuda.synchronize()

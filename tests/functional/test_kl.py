@@ -30,9 +30,7 @@ def logits() -> tuple[Tensor, Tensor]:
 def test_vocabulary_kl_and_its_gradient(logits: tuple[Tensor, Tensor], temperature: float) -> None:
     policy, reference = logits[0].requires_grad_(), logits[1]
     got = vocabulary_kl(policy, reference, temperature=temperature)
-    want = kl_divergence(
-        Categorical(logits=policy / temperature), Categorical(logits=reference / temperature)
-    )
+    want = kl_divergence(Categorical(logits=policy / temperature), Categorical(logits=reference / temperature))
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
     got_gradient, want_gradient = (torch.autograd.grad(x.sum(), policy)[0] for x in (got, want))
     torch.testing.assert_close(got_gradient, want_gradient, rtol=1e-11, atol=1e-14)
@@ -41,9 +39,7 @@ def test_vocabulary_kl_and_its_gradient(logits: tuple[Tensor, Tensor], temperatu
 
 def test_tokens_masked_in_both_have_no_part(logits: tuple[Tensor, Tensor]) -> None:
     policy, reference = logits
-    masked = [
-        torch.cat([x, torch.full((2, 4, 2), -math.inf, dtype=x.dtype)], -1) for x in (policy, reference)
-    ]
+    masked = [torch.cat([x, torch.full((2, 4, 2), -math.inf, dtype=x.dtype)], -1) for x in (policy, reference)]
     masked[0].requires_grad_()
     got = vocabulary_kl(masked[0], masked[1])
     torch.testing.assert_close(got, vocabulary_kl(policy, reference))
@@ -110,9 +106,7 @@ def test_the_written_out_gradient_of_token_statistics(excluded: bool) -> None:
         return torch.autograd.grad((weights[0] * log_probs + weights[1] * kl).sum(), policy)[0]
 
     got = token_statistics(policy, reference, tokens, temperature=0.7)
-    expected = grad(
-        token_log_probs(policy, tokens, temperature=0.7), vocabulary_kl(policy, reference, temperature=0.7)
-    )
+    expected = grad(token_log_probs(policy, tokens, temperature=0.7), vocabulary_kl(policy, reference, temperature=0.7))
     torch.testing.assert_close(grad(got.log_probs, got.kl), expected, rtol=1e-10, atol=1e-12)
     # With a reference that wants its own gradient the general path is taken, and agrees.
     reference.requires_grad_(True)
@@ -160,9 +154,7 @@ def test_k1_as_a_loss_has_no_gradient_and_in_the_reward_the_right_one(logits: tu
 
     log_policy = theta.log_softmax(-1)
     probs, advantages = log_policy.detach().exp(), -kl_k1(log_policy, log_reference)
-    mask = torch.ones(
-        6, 1, 1, dtype=torch.bool
-    )  # six prompts, one for each token, weighted by its probability
+    mask = torch.ones(6, 1, 1, dtype=torch.bool)  # six prompts, one for each token, weighted by its probability
     loss = reinforce_loss(log_policy[:, None, None], (6 * probs * advantages)[:, None], mask)
     torch.testing.assert_close(torch.autograd.grad(loss, theta)[0], exact, rtol=0, atol=1e-14)
 

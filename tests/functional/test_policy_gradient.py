@@ -115,9 +115,7 @@ def test_clipped_surrogate_at_ratio_one_is_reinforce(mask: Tensor) -> None:
         (0.9, -2.0, -1.8, True),
     ],
 )
-def test_clip_cuts_only_the_side_that_gains(
-    ratio: float, advantage: float, objective: float, flows: bool
-) -> None:
+def test_clip_cuts_only_the_side_that_gains(ratio: float, advantage: float, objective: float, flows: bool) -> None:
     log_probs = torch.full((1, 1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, 1, 1, dtype=torch.float64)
     got = clipped_surrogate_loss(log_probs, zero, zero + advantage, torch.ones(1, 1, 1).bool(), clip=0.2)
@@ -143,9 +141,7 @@ def test_gae_against_its_definition(mask: Tensor, gamma: float, lam: float) -> N
             for t in range(T):
                 want = 0.0
                 if t < length:
-                    want = sum(
-                        (gamma * lam) ** (s - t) * (r[s] + gamma * v[s + 1] - v[s]) for s in range(t, length)
-                    )
+                    want = sum((gamma * lam) ** (s - t) * (r[s] + gamma * v[s + 1] - v[s]) for s in range(t, length))
                 assert got.advantages[b, g, t].item() == pytest.approx(want, abs=1e-12)
                 want_return = want + v[t] if t < length else 0.0
                 assert got.returns[b, g, t].item() == pytest.approx(want_return, abs=1e-12)
@@ -163,9 +159,7 @@ def test_gae_with_lambda_one_is_return_minus_value(mask: Tensor) -> None:
 def test_value_loss_against_a_loop(mask: Tensor) -> None:
     values, old, returns = draw(B, G, T).requires_grad_(), draw(B, G, T), draw(B, G, T)
     noise = torch.full_like(old, math.nan)
-    got = clipped_value_loss(
-        values, torch.where(mask, old, noise), torch.where(mask, returns, noise), mask, clip=0.3
-    )
+    got = clipped_value_loss(values, torch.where(mask, old, noise), torch.where(mask, returns, noise), mask, clip=0.3)
     want = 0.0
     for v, o, r, m in zip(*(x.flatten().tolist() for x in (values, old, returns, mask)), strict=True):
         if m:

@@ -111,9 +111,7 @@ def test_memory_does_not_grow_with_the_product() -> None:
 
 
 def test_dtypes_mix_and_nan_stays_nan() -> None:
-    got = reward_cdf(
-        torch.tensor([[0.5, math.nan]], dtype=torch.bfloat16), torch.tensor([[0.0, 1.0]]).double()
-    )
+    got = reward_cdf(torch.tensor([[0.5, math.nan]], dtype=torch.bfloat16), torch.tensor([[0.0, 1.0]]).double())
     assert got.log_below.dtype == torch.bfloat16
     assert got.log_below.isnan().tolist() == [[False, True]]
     poisoned = reward_cdf(torch.tensor([[0.5]]), torch.tensor([[0.0, math.nan]]))

@@ -32,9 +32,7 @@ def test_token_log_probs_against_probabilities(temperature: float) -> None:
     weights = (logits / temperature).exp()
     want = (weights / weights.sum(-1, keepdim=True)).log()
     for index in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
-        assert got[tuple(index)].item() == pytest.approx(
-            want[(*index, tokens[tuple(index)])].item(), abs=1e-12
-        )
+        assert got[tuple(index)].item() == pytest.approx(want[(*index, tokens[tuple(index)])].item(), abs=1e-12)
 
 
 def test_half_precision_logits_give_float32() -> None:

@@ -71,9 +71,7 @@ def expected_gradient(theta: Tensor, target: Target, normalise: bool = False) ->
     for pair in itertools.product(range(K), repeat=2):
         y = torch.tensor([pair])
         log_probs, reference = log_policy[y][..., None], REFERENCE.log()[y][..., None]
-        advantages = sampled_kl_advantages(
-            Target(target.score[y], target.kl_coef), log_probs, reference, mask
-        )
+        advantages = sampled_kl_advantages(Target(target.score[y], target.kl_coef), log_probs, reference, mask)
         if normalise:
             advantages = normalise_advantages(advantages)
         total = total - log_probs.detach().sum().exp() * reinforce_loss(log_probs, advantages, mask)
@@ -152,9 +150,7 @@ def test_bound_is_kl_rl_with_the_log_cdf_as_reward(theta: Tensor, n: float) -> N
     torch.testing.assert_close(lower.score - kl_rl.score, torch.full_like(probs, math.log(n) * kl_weight(n)))
     bound_of_j = exact_gradient(theta, math.log(n) + (n - 1) * probs.log(), 1.0)
     torch.testing.assert_close(bound_of_j, (n - 1) * expected_gradient(theta, kl_rl), rtol=0, atol=1e-11)
-    torch.testing.assert_close(
-        expected_gradient(theta, lower), expected_gradient(theta, kl_rl), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(expected_gradient(theta, lower), expected_gradient(theta, kl_rl), rtol=0, atol=1e-12)
 
 
 def test_kl_rl_expected_gradient(theta: Tensor) -> None:
@@ -169,9 +165,7 @@ def test_normalised_advantages_are_biased(theta: Tensor) -> None:
     assert torch.cosine_similarity(got, want, dim=0).item() < 0.999
 
 
-@pytest.mark.parametrize(
-    "transform", [lambda r: 5 * r + 3, lambda r: r**3, torch.exp], ids=["affine", "cube", "exp"]
-)
+@pytest.mark.parametrize("transform", [lambda r: 5 * r + 3, lambda r: r**3, torch.exp], ids=["affine", "cube", "exp"])
 @pytest.mark.parametrize("bound", ["exact", "lower"])
 def test_increasing_transforms_leave_the_target_unchanged(transform, bound: str) -> None:
     for rewards in (DISTINCT, TIED):
@@ -235,14 +229,10 @@ def tables() -> tuple[Tensor, Tensor, Tensor]:
 ESTIMATORS = ["sampled", "rao_blackwell", "prefix_baseline"]
 
 
-def sequence_gradients(
-    estimator: str, policy: Tensor, reference: Tensor, target: Target
-) -> tuple[Tensor, float]:
+def sequence_gradients(estimator: str, policy: Tensor, reference: Tensor, target: Target) -> tuple[Tensor, float]:
     """Mean and total variance, over all pairs of responses, of the gradient that one step would follow."""
     language = toy_language()
-    pairs = torch.tensor(
-        list(itertools.product(range(len(RESPONSES)), repeat=2))
-    )  # [B, 2]: one prompt a pair
+    pairs = torch.tensor(list(itertools.product(range(len(RESPONSES)), repeat=2)))  # [B, 2]: one prompt a pair
     rows, mask = language.rows[pairs], language.mask[pairs]
     stats = token_statistics(policy[rows], reference[rows], language.tokens[pairs], temperature=TEMPERATURE)
     group = Target(target.score[pairs], target.kl_coef)
@@ -315,9 +305,7 @@ def test_advantages_against_loops() -> None:
     torch.manual_seed(0)
     b, g, t = 2, 3, 4
     mask = torch.arange(t) < torch.tensor([[4, 1, 2], [3, 3, 4]])[..., None]
-    score, kl, lp, ref = (
-        torch.randn(*s, dtype=torch.float64) for s in [(b, g), (b, g, t), (b, g, t), (b, g, t)]
-    )
+    score, kl, lp, ref = (torch.randn(*s, dtype=torch.float64) for s in [(b, g), (b, g, t), (b, g, t), (b, g, t)])
     noise = torch.full_like(kl, math.nan)
     dirty = [torch.where(mask, x, noise) for x in (kl, lp, ref)]
     target = Target(score, 0.3)
@@ -405,9 +393,7 @@ MASK, TOKENS, TARGET = torch.ones(1, 2, 3).bool(), torch.zeros(1, 2, 3), Target(
             r"target.score must have shape \[B, G\] = \[1, 2\], got \[2\]",
         ),
         (
-            lambda: sampled_kl_advantages(
-                Target(PAIR[:, :1], 0.1), TOKENS[:, :1], TOKENS[:, :1], MASK[:, :1]
-            ),
+            lambda: sampled_kl_advantages(Target(PAIR[:, :1], 0.1), TOKENS[:, :1], TOKENS[:, :1], MASK[:, :1]),
             ValueError,
             "G >= 2",
         ),

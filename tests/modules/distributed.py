@@ -41,9 +41,7 @@ class Remember(Callback):
 def fit(kind: str, files: Path, directory: Path, *, ranks: int) -> dict[str, Any]:
     """Train and return the weights, the metrics of the validation and what was sampled first."""
     changes = CASES[kind]
-    options: dict[str, Any] = {
-        key: TextSource(path=str(files / name)) for key, name in changes.get("data", {}).items()
-    }
+    options: dict[str, Any] = {key: TextSource(path=str(files / name)) for key, name in changes.get("data", {}).items()}
     if changes.get("table"):
         options["reference_table"] = str(files / "table")
     # The batch is the same in all; three validation rows fill no two ranks evenly.

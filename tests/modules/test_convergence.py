@@ -159,9 +159,7 @@ def expected_rewards(module: Any, data: Any) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("loss", ["dpo", "bonbon"])
 def test_pairs_raise_the_reward(loss: Any, table_data: Any, tmp_path: Path) -> None:
-    module = DPO(
-        table_data.actors, n=N, pairs_per_prompt=32, loss=loss, beta=0.3, optimizer=adam, lr_scheduler=decay
-    )
+    module = DPO(table_data.actors, n=N, pairs_per_prompt=32, loss=loss, beta=0.3, optimizer=adam, lr_scheduler=decay)
     module.configure_model()
     reference, before, best = expected_rewards(module, table_data)
     assert before == pytest.approx(reference)

@@ -26,9 +26,7 @@ def test_no_gradient_gets_out():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
 @pytest.mark.parametrize("kind", [list, lambda rows: torch.tensor(rows, dtype=torch.float64)])
 def test_a_reward_that_is_no_finite_number_names_its_texts(bad, kind):
-    with pytest.raises(
-        RewardError, match="row 1, response 2 is .*prompt 'two', response 'f+ ... f+'"
-    ) as caught:
+    with pytest.raises(RewardError, match="row 1, response 2 is .*prompt 'two', response 'f+ ... f+'") as caught:
         check_rewards(kind([[1.0, 2.0, 3.0], [4.0, 5.0, bad]]), PROMPTS, RESPONSES)
     assert len(str(caught.value)) < 400
 

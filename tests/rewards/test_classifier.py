@@ -19,9 +19,7 @@ RESPONSES = [["Tom went", "x", "a much longer response"], ["was", "", "ended wel
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return helpers.save_tiny_classifier(
-        tmp_path_factory.mktemp("bert"), "bert", labels=("NEG", "POS", "Mixed")
-    )
+    return helpers.save_tiny_classifier(tmp_path_factory.mktemp("bert"), "bert", labels=("NEG", "POS", "Mixed"))
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,7 @@ def reference_logits(directory: str, texts: list[str]) -> torch.Tensor:
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     with torch.no_grad():
-        return torch.cat(
-            [model(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits for text in texts]
-        )
+        return torch.cat([model(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits for text in texts])
 
 
 def joined() -> list[str]:
@@ -120,9 +116,7 @@ def test_text_and_truncation(bert):
 
 
 def test_it_is_frozen_deterministic_and_loaded_at_the_first_call(tmp_path):
-    directory = helpers.save_tiny_classifier(
-        tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5
-    )
+    directory = helpers.save_tiny_classifier(tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     reward = ClassifierReward(directory)
     assert reward._loaded is None
     first = reward(PROMPTS, RESPONSES)
@@ -193,9 +187,7 @@ def test_identity_is_what_changes_the_rewards(bert, tmp_path):
 def test_yaml_can_name_every_reward(name, arguments):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--reward", type=RewardModel)
-    parsed = parser.parse_object(
-        {"reward": {"class_path": f"vbon_lightning.rewards.{name}", "init_args": arguments}}
-    )
+    parsed = parser.parse_object({"reward": {"class_path": f"vbon_lightning.rewards.{name}", "init_args": arguments}})
     reward = parser.instantiate(parsed).reward if hasattr(parser, "instantiate") else None
     reward = reward or parser.instantiate_classes(parsed).reward
     assert type(reward).__name__ == name

@@ -18,9 +18,7 @@ def test_scores_are_the_compound_scores_of_the_right_texts():
     score = SentimentIntensityAnalyzer().polarity_scores
     prompts, responses = ["I love ", "I hate "], [["it", "bad food"], ["it", "a great day"]]
     alone = [[score(text)["compound"] for text in row] for row in responses]
-    joined = [
-        [score(p + text)["compound"] for text in row] for p, row in zip(prompts, responses, strict=True)
-    ]
+    joined = [[score(p + text)["compound"] for text in row] for p, row in zip(prompts, responses, strict=True)]
     torch.testing.assert_close(VaderReward()(prompts, responses), torch.tensor(alone), rtol=0, atol=0)
     together = VaderReward(text="prompt_and_response")(prompts, responses)
     torch.testing.assert_close(together, torch.tensor(joined), rtol=0, atol=0)

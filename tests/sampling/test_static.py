@@ -51,7 +51,8 @@ def _no_fallback():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
-    "ends", [[2, 7, 20], [VOCABULARY + 1], [2, *range(10, 20)], list(range(VOCABULARY))],
+    "ends",
+    [[2, 7, 20], [VOCABULARY + 1], [2, *range(10, 20)], list(range(VOCABULARY))],
     ids=["some", "none", "most", "at once"],
 )
 def test_the_same_as_the_eager_loop(kind, ends, attention):
@@ -230,7 +231,6 @@ def test_a_model_that_breaks_on_it_is_noticed(monkeypatch):
     assert "(no such cache)" in str(why_not_static(model_of("llama")))
 
 
-
 @pytest.mark.parametrize(("every", "looks"), [(1, 9), (4, 2), (100, 0)])
 def test_the_host_looks_every_so_many_steps(every, looks, monkeypatch):
     model, sampler = model_of("llama"), GraphSampler(check_every=every)
@@ -249,17 +249,17 @@ def test_a_step_is_one_function_of_fixed_shapes():
     model = model_of("llama")
     with torch.no_grad():
         prompts, logits = static_module.prefill(model, *pad_left(PROMPTS), True)
-        decoder = static_module.StaticDecoder(
-            prompts, logits, rows=8, width=8, length=6, temperature=1.0, pad_id=PAD
-        )
+        decoder = static_module.StaticDecoder(prompts, logits, rows=8, width=8, length=6, temperature=1.0, pad_id=PAD)
         decoder.load(prompts, logits, pad_left(PROMPTS)[1], noise_of([0, 1, 2, 3], 2, 6), [2])
         state = [value for value in vars(decoder).values() if isinstance(value, torch.Tensor)]
         state += [getattr(layer, name) for layer in decoder.cache.layers for name in ("keys", "values", "slot")]
         places = [tensor.data_ptr() for tensor in state]
         shapes = []
         forward = model.forward
-        model.forward = lambda **given: (shapes.append({k: getattr(v, "shape", None) for k, v in given.items()}),
-                                         forward(**given))[1]
+        model.forward = lambda **given: (
+            shapes.append({k: getattr(v, "shape", None) for k, v in given.items()}),
+            forward(**given),
+        )[1]
         host: list[str] = []
         with HostReads(host):
             for _ in range(5):
@@ -325,8 +325,11 @@ def test_refuses_what_the_eager_loop_refuses():
     sampler = GraphSampler()
     with pytest.raises(ValueError, match="exceed the model's context of 8 tokens"):
         sampler(
-            tiny_llama(VOCABULARY, max_position_embeddings=8), *pad_left(PROMPTS), noise_of([0, 1, 2, 3]),
-            end_ids=[2], pad_id=PAD,
+            tiny_llama(VOCABULARY, max_position_embeddings=8),
+            *pad_left(PROMPTS),
+            noise_of([0, 1, 2, 3]),
+            end_ids=[2],
+            pad_id=PAD,
         )
     with pytest.raises(ValueError, match="temperature must be positive and finite"):
         sampler(

@@ -105,9 +105,7 @@ def model_card(trainer: Trainer, pl_module: LightningModule) -> str:
         reward=_reward(actors),
         steps=trainer.global_step,
         settings=_table(("setting", "value"), _flatten(dict(pl_module.hparams)), "ll"),
-        metrics=_table(
-            ("metric", "value"), {k: _number(v) for k, v in trainer.callback_metrics.items()}, "lr"
-        ),
+        metrics=_table(("metric", "value"), {k: _number(v) for k, v in trainer.callback_metrics.items()}, "lr"),
         versions=_table(("package", "version"), _versions(), "ll"),
     )
 
@@ -117,9 +115,7 @@ def _base(actors: Any) -> tuple[str, bool]:
     name = getattr(spec, "name", None)
     if name is None:
         config = getattr(spec, "config", None)
-        return (
-            f"a new {config.get('model_type', 'model')} from a config" if config else "not recorded"
-        ), False
+        return (f"a new {config.get('model_type', 'model')} from a config" if config else "not recorded"), False
     path = Path(str(name)).expanduser()
     # Someone else's directories mean nothing to the reader, and may be private: only the last name is kept.
     is_local = path.is_absolute() or path.exists() or len(path.parts) > 2

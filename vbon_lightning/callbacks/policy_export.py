@@ -30,9 +30,7 @@ class PolicyExport(Callback):
         dtype: Precision of the exported weights, such as ``bfloat16``; the policy's own by default.
     """
 
-    def __init__(
-        self, directory: str | None = None, every_validation: bool = False, dtype: str | None = None
-    ) -> None:
+    def __init__(self, directory: str | None = None, every_validation: bool = False, dtype: str | None = None) -> None:
         self.directory, self.every_validation, self.dtype = directory, every_validation, dtype
         self._target: Path | None = None
 

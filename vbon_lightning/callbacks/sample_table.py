@@ -54,9 +54,7 @@ class SampleTable(Callback):
         if dry or (self.directory is None and log_dir is None):
             self._target = None
         else:
-            self._target = (
-                Path(self.directory) if self.directory is not None else Path(str(log_dir), "samples")
-            )
+            self._target = Path(self.directory) if self.directory is not None else Path(str(log_dir), "samples")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where training starts."""
@@ -118,9 +116,7 @@ class SampleTable(Callback):
         if rollout is None:
             if not self._warned and not trainer.sanity_checking:
                 self._warned = True
-                rank_zero_warn(
-                    "SampleTable found no rollout in the step's outputs: this module brings no responses"
-                )
+                rank_zero_warn("SampleTable found no rollout in the step's outputs: this module brings no responses")
             return
         if trainer.is_global_zero and not trainer.sanity_checking and len(self._rows) < self.prompts:
             self._rows += _rows(rollout, self.prompts - len(self._rows), self.samples)

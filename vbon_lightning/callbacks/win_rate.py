@@ -51,9 +51,7 @@ class BestOfNWinRate(RolloutMetrics):
     def update(self, metrics: dict[str, Metric], rollout: Rollout, stage: str) -> None:
         """Add a rollout to the metrics."""
         if rollout.reference_rewards is None:
-            self._warn(
-                "BestOfNWinRate logs nothing: it needs reference rewards, from a reference table or sampled"
-            )
+            self._warn("BestOfNWinRate logs nothing: it needs reference rewards, from a reference table or sampled")
             return
         self._check_samples(rollout.reference_rewards.shape[-1])
         for metric in metrics.values():

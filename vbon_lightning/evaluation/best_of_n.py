@@ -39,9 +39,7 @@ def bon_against_bon(reference_rewards: Tensor, *, n: int, m: int) -> Tensor:
     """
     samples = reference_rewards.shape[1]
     if n + m > samples:
-        raise ValueError(
-            f"Best-of-{n} against Best-of-{m} needs {n + m} cached responses a prompt, not {samples}"
-        )
+        raise ValueError(f"Best-of-{n} against Best-of-{m} needs {n + m} cached responses a prompt, not {samples}")
     wins = _outright_wins(reference_rewards, n, m) - _outright_wins(reference_rewards, m, n)
     return (1 + wins) / 2
 

@@ -106,9 +106,7 @@ def compare(
     scorer = None if judge is None else _judge(actors, judge)
 
     # Each batch prompts x samples rows; the loader is rebuilt for every policy, so that all see the same batches.
-    def rollouts(
-        label: str, number: int, limit: int | None = None, *, statistics: bool = True
-    ) -> Iterator[Rollout]:
+    def rollouts(label: str, number: int, limit: int | None = None, *, statistics: bool = True) -> Iterator[Rollout]:
         loader = data.split_dataloader(split)
         for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
             if limit is not None and done * data.eval_batch_size >= limit:

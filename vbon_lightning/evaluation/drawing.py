@@ -115,10 +115,7 @@ def _panel(
 ) -> None:
     style_axes(axes, "KL(policy || reference) per response (nats)", what)
     on_curve = [(r, y) for r, y in points if y is not None and r.method in (BEST_OF_N, REFERENCE)]
-    curve = [
-        (report.kl.mean, height.mean)
-        for report, height in sorted(on_curve, key=lambda point: point[0].n or 1)
-    ]
+    curve = [(report.kl.mean, height.mean) for report, height in sorted(on_curve, key=lambda point: point[0].n or 1)]
     if len(curve) > 1:
         axes.plot(*zip(*curve, strict=True), color=BON_COLOUR, linewidth=1.2, zorder=2)
     for report, height in points:

@@ -37,9 +37,7 @@ def estimate_mean(per_prompt: Tensor, *, confidence: float = 0.95) -> Estimate:
     """
     values = per_prompt.detach().double().cpu()
     if values.ndim != 1 or len(values) == 0:
-        raise ValueError(
-            f"an interval over prompts needs one value a prompt, got shape {tuple(values.shape)}"
-        )
+        raise ValueError(f"an interval over prompts needs one value a prompt, got shape {tuple(values.shape)}")
     if bool(values.isnan().any()):
         raise ValueError("an interval over prompts needs numbers, but some of the prompts' values are NaN")
     count = len(values)

@@ -77,9 +77,7 @@ class PolicyReport:
         values = dict(plain)
         for key in estimates:
             values[key] = None if values.get(key) is None else Estimate(**values[key])
-        values["win_rate_vs_bon"] = {
-            int(n): Estimate(**value) for n, value in plain.get("win_rate_vs_bon", {}).items()
-        }
+        values["win_rate_vs_bon"] = {int(n): Estimate(**value) for n, value in plain.get("win_rate_vs_bon", {}).items()}
         return cls(**values)
 
 
@@ -202,15 +200,11 @@ def bon_reports(
     named = {"log_probs": log_probs, "lengths": lengths, "finished": finished, "judge_rewards": judge_rewards}
     for name, values in named.items():
         if values is not None and values.shape != rewards.shape:
-            raise ValueError(
-                f"{name} must have the rewards' shape {tuple(rewards.shape)}, got {tuple(values.shape)}"
-            )
+            raise ValueError(f"{name} must have the rewards' shape {tuple(rewards.shape)}, got {tuple(values.shape)}")
     wanted = sorted({1, *n_values})
     _check_samples(wanted, rewards.shape[1])
     return [
-        _bon_report(
-            rewards, n, wanted, log_probs=log_probs, lengths=lengths, finished=finished, judge=judge_rewards
-        )
+        _bon_report(rewards, n, wanted, log_probs=log_probs, lengths=lengths, finished=finished, judge=judge_rewards)
         for n in wanted
     ]
 

@@ -29,9 +29,7 @@ class TextSample(NamedTuple):
 _Prompt = tuple[int, str]
 
 
-def text_samples(
-    rollouts: Mapping[str, Iterable[Rollout]], *, prompts: int = 8, samples: int = 2
-) -> list[TextSample]:
+def text_samples(rollouts: Mapping[str, Iterable[Rollout]], *, prompts: int = 8, samples: int = 2) -> list[TextSample]:
     """Take the first responses of each policy to the same prompts.
 
     Args:
@@ -45,9 +43,7 @@ def text_samples(
         found[name] = _responses(parts, prompts, samples, chosen)
         chosen = list(found[name]) if chosen is None else chosen
     return [
-        TextSample(
-            prompt[1], {name: responses[prompt] for name, responses in found.items() if prompt in responses}
-        )
+        TextSample(prompt[1], {name: responses[prompt] for name, responses in found.items() if prompt in responses})
         for prompt in chosen or []
     ]
 
@@ -83,9 +79,7 @@ def _responses(
             key = (index[row], text)
             if valid[row] and len(found) < wanted and (chosen is None or key in chosen):
                 shown = range(min(samples, len(rewards[row])))
-                found[key] = [
-                    ScoredText(rollout.responses[row][i], rewards[row][i], finished[row][i]) for i in shown
-                ]
+                found[key] = [ScoredText(rollout.responses[row][i], rewards[row][i], finished[row][i]) for i in shown]
         if len(found) >= wanted:
             break
     return found

@@ -73,9 +73,7 @@ def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command:
         "finished": [report.finished for report in reports],
     }
     columns: dict[str, list[str]] = {
-        "policy": [
-            f"**{markdown_cell(report.name)}**" if report.n is None else report.name for report in reports
-        ],
+        "policy": [f"**{markdown_cell(report.name)}**" if report.n is None else report.name for report in reports],
         "method": [markdown_cell(report.method) for report in reports],
         "reward": [str(report.reward) for report in reports],
         "KL (nats)": [str(report.kl) for report in reports],
@@ -107,17 +105,11 @@ def _notes(reports: Sequence[PolicyReport]) -> str:
     ]
     for estimator in dict.fromkeys(report.kl_estimator for report in reports):
         lines.append(f"KL of {_names(reports, 'kl_estimator', estimator)}: {estimator}.")
-    for check in dict.fromkeys(
-        report.kl_check_estimator for report in reports if report.kl_check is not None
-    ):
-        values = [
-            f"{report.name} {report.kl_check}" for report in reports if report.kl_check_estimator == check
-        ]
+    for check in dict.fromkeys(report.kl_check_estimator for report in reports if report.kl_check is not None):
+        values = [f"{report.name} {report.kl_check}" for report in reports if report.kl_check_estimator == check]
         lines.append(f"KL checked by the {check}: {', '.join(values)}.")
     if any(report.judge_reward is not None for report in reports):
-        lines.append(
-            "The judge is a second scorer: where it disagrees with the reward, suspect reward hacking."
-        )
+        lines.append("The judge is a second scorer: where it disagrees with the reward, suspect reward hacking.")
     return "".join(f"- {markdown_cell(line)}\n" for line in lines)
 
 

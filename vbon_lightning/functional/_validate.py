@@ -19,9 +19,7 @@ def check_float(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
-        raise TypeError(
-            f"{name} must have a floating-point dtype, got {value.dtype}; convert it with .float()"
-        )
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}; convert it with .float()")
 
 
 def check_integer(name: str, value: Tensor) -> None:
@@ -43,9 +41,7 @@ def check_mask(name: str, value: Tensor) -> None:
 def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise ValueError unless both tensors have the same shape."""
     if value.shape != other.shape:
-        raise ValueError(
-            f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}"
-        )
+        raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}")
 
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
@@ -57,9 +53,7 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int], meaning: str)
 def check_dims(name: str, value: Tensor, dims: int, meaning: str, *, at_least: bool = False) -> None:
     """Raise ValueError unless ``value`` has ``dims`` dimensions, or no fewer."""
     if value.dim() != dims and not (at_least and value.dim() > dims):
-        raise ValueError(
-            f"{name} must have shape {meaning}, got {list(value.shape)} with {value.dim()} dimension(s)"
-        )
+        raise ValueError(f"{name} must have shape {meaning}, got {list(value.shape)} with {value.dim()} dimension(s)")
 
 
 def check_real(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf,
@@ -87,6 +81,5 @@ def check_count(name: str, value: int, *, at_most: int, of: str) -> None:
         )
     if not 1 <= value <= at_most:
         raise ValueError(
-            f"{name} must satisfy 1 <= {name} <= {at_most} ({of}), got {value}; "
-            f"cache more samples or lower {name}"
+            f"{name} must satisfy 1 <= {name} <= {at_most} ({of}), got {value}; cache more samples or lower {name}"
         )

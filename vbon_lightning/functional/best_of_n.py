@@ -51,9 +51,7 @@ def _log_ratio(log_p: Tensor, log_a: Tensor, log_b: Tensor | None, n: float) -> 
     return (n - 1) * log_b + _log_mean_power(x, n)
 
 
-def _checked_log_ratio(
-    log_reference: Tensor, log_below: Tensor, n: float, log_at_or_below: Tensor | None
-) -> Tensor:
+def _checked_log_ratio(log_reference: Tensor, log_below: Tensor, n: float, log_at_or_below: Tensor | None) -> Tensor:
     check_float("log_reference", log_reference)
     check_float("log_below", log_below)
     check_same_shape("log_below", log_below, "log_reference", log_reference)

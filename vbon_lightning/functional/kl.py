@@ -190,9 +190,7 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, log_probs_grad: Tensor, _: Tensor, kl_grad: Tensor
-    ) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, log_probs_grad: Tensor, _: Tensor, kl_grad: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
         probs, log_ratio, kl, index = ctx.saved_tensors

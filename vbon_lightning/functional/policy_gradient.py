@@ -40,9 +40,7 @@ def leave_one_out(values: Tensor) -> Tensor:
     check_dims("values", values, 2, "[B, G, ...]", at_least=True)
     group = values.shape[1]
     if group < 2:
-        raise ValueError(
-            f"leave-one-out needs G >= 2 samples a prompt, got G = {group} in {list(values.shape)}"
-        )
+        raise ValueError(f"leave-one-out needs G >= 2 samples a prompt, got G = {group} in {list(values.shape)}")
     return (values - values.mean(1, keepdim=True)) * (group / (group - 1))
 
 

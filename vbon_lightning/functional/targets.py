@@ -147,9 +147,7 @@ def token_rewards(target: Target, log_probs: Tensor, reference_log_probs: Tensor
 
 
 @torch.no_grad()
-def sampled_kl_advantages(
-    target: Target, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor
-) -> Tensor:
+def sampled_kl_advantages(target: Target, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
     """Compute advantages with the KL in the reward, as sampled: ``score_i - kl_coef sum_t log(pi / ref)``.
 
     Less the mean of the siblings' (:func:`leave_one_out`), the same for all tokens of a response. With

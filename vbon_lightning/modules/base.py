@@ -91,6 +91,11 @@ class AlignmentModule(LightningModule):
             )
             self.policy = self.actors.policy
 
+    @property
+    def response_room(self) -> int:
+        """Return how many tokens may follow a text of the data."""
+        return self.loaded.max_new_tokens
+
     def check_lengths(self, response_tokens: int) -> None:
         """Refuse texts that do not fit the model's context, before the first batch.
 
@@ -99,9 +104,21 @@ class AlignmentModule(LightningModule):
         """
         longest = getattr(getattr(self.trainer, "datamodule", None), "longest", None)
         if longest is not None:
-            for model in (self.loaded.policy, self.loaded.reference):
+            for model in (self.policy, None if self.actors is None else self.actors.reference):
                 if model is not None:
                     check_context(model, longest(), response_tokens)
+
+    def on_fit_start(self) -> None:
+        """Check that the texts fit the model's context."""
+        self.check_lengths(self.response_room)
+
+    def on_validation_start(self) -> None:
+        """Check that the texts fit the model's context."""
+        self.check_lengths(self.response_room)
+
+    def on_test_start(self) -> None:
+        """Check that the texts fit the model's context."""
+        self.check_lengths(self.response_room)
 
     def generation_settings(self) -> dict[str, Any]:
         """Return what an exported generation config should say."""

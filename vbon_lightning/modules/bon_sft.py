@@ -59,9 +59,7 @@ class BoNSFT(OfflineBestOfN):
         """Return the mean negative log-likelihood of the picked responses, in nats, and their mean reward."""
         index = self.pick(batch, rewards, step)
         picked = select_responses(batch.responses, index)
-        log_probs = response_log_probs(
-            self.loaded.policy, batch.prompts, picked, temperature=self.loaded.temperature
-        )
+        log_probs = response_log_probs(self.loaded.policy, batch.prompts, picked, temperature=self.loaded.temperature)
         loss = -sequence_log_prob(log_probs, picked.mask).mean()
         return loss, {"picked_reward": rewards.gather(1, index).mean()}
 
@@ -69,9 +67,5 @@ class BoNSFT(OfflineBestOfN):
         """Return the places of the responses to learn in a step, ``[B, responses_per_prompt]``."""
         identities, count = batch.prompts.index.tolist(), self.responses_per_prompt
         if self.selection == "weights":
-            return pick_best(
-                rewards, identities, n=self.n, count=count, seed=self.seed, stream="pick", step=step
-            )
-        return pick_groups(
-            rewards, identities, n=self.n, groups=count, seed=self.seed, stream="pick", step=step
-        ).best
+            return pick_best(rewards, identities, n=self.n, count=count, seed=self.seed, stream="pick", step=step)
+        return pick_groups(rewards, identities, n=self.n, groups=count, seed=self.seed, stream="pick", step=step).best

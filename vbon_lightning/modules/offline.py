@@ -79,15 +79,7 @@ class OfflineBestOfN(AlignmentModule):
         """Check that prompts and responses, cached ones too, fit the model's context."""
         data: Any = getattr(self.trainer, "datamodule", None)
         cached = data.table().longest_response if hasattr(data, "table") else 0
-        self.check_lengths(max(cached, self.loaded.max_new_tokens))
-
-    def on_validation_start(self) -> None:
-        """Check that prompts and responses fit the model's context."""
-        self.check_lengths(self.loaded.max_new_tokens)
-
-    def on_test_start(self) -> None:
-        """Check that prompts and responses fit the model's context."""
-        self.check_lengths(self.loaded.max_new_tokens)
+        self.check_lengths(max(cached, self.response_room))
 
     # -- steps -------------------------------------------------------------------------------------
 

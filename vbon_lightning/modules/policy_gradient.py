@@ -158,18 +158,6 @@ class PolicyGradient(AlignmentModule):
             nn.init.zeros_(self.critic.weight)
             nn.init.zeros_(self.critic.bias)
 
-    def on_fit_start(self) -> None:
-        """Check that prompts and responses fit the model's context."""
-        self.check_lengths(self.loaded.max_new_tokens)
-
-    def on_validation_start(self) -> None:
-        """Check that prompts and responses fit the model's context."""
-        self.check_lengths(self.loaded.max_new_tokens)
-
-    def on_test_start(self) -> None:
-        """Check that prompts and responses fit the model's context."""
-        self.check_lengths(self.loaded.max_new_tokens)
-
     def on_train_start(self) -> None:
         """Move a restored rollout to where the policy is."""
         if self._experience:

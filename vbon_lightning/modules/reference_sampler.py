@@ -100,7 +100,7 @@ class ReferenceSampler(AlignmentModule):
         self._stop_scoring()  # of a run that was interrupted
         if self.responses_from is not None:
             self._source = self._open_source(resolve_path(self.responses_from))
-        self.check_lengths(self.loaded.max_new_tokens)
+        self.check_lengths(self.response_room)
 
     def _open_source(self, path: str) -> ReferenceTable:
         """Open the table to take responses from, refusing one that differs in more than the reward.
@@ -221,9 +221,7 @@ class ReferenceSampler(AlignmentModule):
             log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1).tolist(),
         )
 
-    def _cached(
-        self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], ids: list[list[int]]
-    ) -> _Sampled:
+    def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], ids: list[list[int]]) -> _Sampled:
         found = [table.response_tokens(key, text) for key, text in zip(keys, prompts.text, strict=True)]
         return _Sampled(
             keys=keys,

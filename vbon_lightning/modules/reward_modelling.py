@@ -11,16 +11,14 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.classifiers import load_classifier
 from vbon_lightning.functional import bradley_terry_loss
-from vbon_lightning.models import load_tokenizer
-from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
-from vbon_lightning.sampling import noise_seed
-from vbon_lightning.sampling.decode import check_context
+from vbon_lightning.models import load_classifier, load_tokenizer
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.supervised import SupervisedModule
 from vbon_lightning.types import JudgedBatch
 
 
-class RewardModelling(AlignmentModule):
+class RewardModelling(SupervisedModule):
     r"""Train a reward: a classifier of labelled texts, or a scalar that ranks preferred responses first.
 
     With ``objective="classification"`` the loss is the cross-entropy of the labels (``data.train.label_column``); with
@@ -39,8 +37,6 @@ class RewardModelling(AlignmentModule):
         optimizer: Builds the optimizer from parameters.
         lr_scheduler: Builds a learning-rate scheduler from the optimizer, stepped once an update.
     """
-
-    needs_reference = False
 
     def __init__(
         self,
@@ -89,52 +85,14 @@ class RewardModelling(AlignmentModule):
                 self.actor_spec.policy_spec, labels=self.labels, seed=self.seed, dropout=self.dropout
             )
 
-    def check_lengths(self, response_tokens: int) -> None:
-        """Refuse texts that do not fit the model's context, before the first batch."""
-        longest = getattr(getattr(self.trainer, "datamodule", None), "longest", None)
-        if longest is not None and self.policy is not None:
-            check_context(self.policy, longest(), response_tokens)
-
-    def on_fit_start(self) -> None:
-        """Check that the texts fit the model's context."""
-        self.check_lengths(0)
-
-    def on_validation_start(self) -> None:
-        """Check that the texts fit the model's context, and start counting anew."""
-        self.check_lengths(0)
-        self._start_counting()
-
-    def on_test_start(self) -> None:
-        """Check that the texts fit the model's context, and start counting anew."""
-        self.check_lengths(0)
-        self._start_counting()
-
     def training_step(self, batch: JudgedBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean loss over the batch, in nats."""
-        # Dropout as a function of (seed, rank, batch): ranks differ, a resumed run continues the stream.
-        torch.manual_seed(noise_seed(self.seed, "dropout", self.global_rank, self.batches_seen))
-        self.batches_seen += 1
+        self.begin_batch()
         scores = self.scores(batch)
         loss = self._losses(scores, batch).mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/accuracy", self._right(scores.detach(), batch).float().mean(), prog_bar=True)
         return {"loss": loss}
-
-    def validation_step(self, batch: JudgedBatch, batch_idx: int) -> None:
-        """Count losses and right answers."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: JudgedBatch, batch_idx: int) -> None:
-        """Count losses and right answers."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log over all ranks, each row once."""
-        self._log_epoch("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log over all ranks, each row once."""
-        self._log_epoch("test")
 
     def scores(self, batch: JudgedBatch) -> Tensor:
         """Return the model's logits ``[B, K, labels]`` in float32; one pass over all texts."""
@@ -157,7 +115,8 @@ class RewardModelling(AlignmentModule):
             return scores[:, 0, 0] > scores[:, 1, 0]
         return scores[:, 0].argmax(-1) == batch.labels
 
-    def _evaluate(self, batch: JudgedBatch) -> None:
+    def count(self, batch: JudgedBatch) -> None:
+        """Add up losses and right answers."""
         scores = self.scores(batch)
         kept = batch.valid
         self.loss_mean.update(self._losses(scores, batch)[kept])
@@ -167,12 +126,6 @@ class RewardModelling(AlignmentModule):
         else:
             self.accuracy.update(scores[kept, 0], batch.labels[kept])
 
-    def _start_counting(self) -> None:
-        # An evaluation before left these in inference mode, where fit may not write.
-        self.loss_mean.reset()
-        self.accuracy.reset()
-
-    def _log_epoch(self, stage: str) -> None:
-        values = {f"{stage}/loss": self.loss_mean.compute(), f"{stage}/accuracy": self.accuracy.compute()}
-        self._start_counting()
-        self.log_dict(values, prog_bar=True)
+    def counted(self) -> dict[str, Tensor]:
+        """Return the mean loss and the accuracy."""
+        return {"loss": self.loss_mean.compute(), "accuracy": self.accuracy.compute()}

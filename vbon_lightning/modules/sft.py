@@ -10,12 +10,12 @@ from torchmetrics import MeanMetric
 
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.functional import token_log_probs
-from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
-from vbon_lightning.sampling import noise_seed
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.supervised import SupervisedModule
 from vbon_lightning.types import TextBatch
 
 
-class SFT(AlignmentModule):
+class SFT(SupervisedModule):
     r"""Fit the policy to text, or to responses given prompts, the EOS included.
 
     The loss is :math:`-\sum_t \log \pi(y_t \mid y_{<t}) / \#\text{tokens}`, the count taken over all ranks, so
@@ -30,7 +30,6 @@ class SFT(AlignmentModule):
     """
 
     batch_kind = "text"
-    needs_reference = False
 
     def __init__(
         self,
@@ -52,55 +51,24 @@ class SFT(AlignmentModule):
             self.policy = self.actors.policy
             self.policy.train()
 
-    def on_fit_start(self) -> None:
-        """Check that the texts fit the model's context."""
-        self.check_lengths(0)
-
-    def on_validation_start(self) -> None:
-        """Check that the texts fit the model's context, and start counting anew."""
-        self.check_lengths(0)
-        self.nll.reset()  # an evaluation before left its state in inference mode, where fit may not write
-
-    def on_test_start(self) -> None:
-        """Check that the texts fit the model's context, and start counting anew."""
-        self.check_lengths(0)
-        self.nll.reset()  # an evaluation before left its state in inference mode, where fit may not write
-
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean negative log-likelihood of the tokens to be learnt, in nats."""
-        # Dropout as a function of (seed, rank, batch): ranks differ, a resumed run continues the stream.
-        torch.manual_seed(noise_seed(self.seed, "dropout", self.global_rank, self.batches_seen))
+        self.begin_batch()
         total, count = self._negative_log_likelihood(batch)
-        self.batches_seen += 1
         all_tokens = self.trainer.strategy.reduce(count.clone(), reduce_op="sum")  # works in place
         loss = total * self.trainer.world_size / all_tokens.clamp(min=1)
         self.log("train/nll", (total / count.clamp(min=1)).detach(), prog_bar=True)
         return {"loss": loss}
 
-    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Log the mean negative log-likelihood and the perplexity."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Log the mean negative log-likelihood and the perplexity."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log over all ranks, each token once."""
-        self._log_epoch("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log over all ranks, each token once."""
-        self._log_epoch("test")
-
-    def _evaluate(self, batch: TextBatch) -> None:
+    def count(self, batch: TextBatch) -> None:
+        """Add up the negative log-likelihood of the tokens to be learnt."""
         total, count = self._negative_log_likelihood(batch)
         self.nll.update(total / count.clamp(min=1), weight=count)
 
-    def _log_epoch(self, stage: str) -> None:
+    def counted(self) -> dict[str, Tensor]:
+        """Return the mean negative log-likelihood and the perplexity."""
         nll = self.nll.compute()
-        self.nll.reset()
-        self.log_dict({f"{stage}/nll": nll, f"{stage}/perplexity": nll.exp()}, prog_bar=True)
+        return {"nll": nll, "perplexity": nll.exp()}
 
     def _negative_log_likelihood(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Return the summed negative log-likelihood and the number of tokens it is over."""

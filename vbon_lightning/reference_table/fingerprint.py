@@ -99,9 +99,7 @@ def read(directory: Path) -> dict[str, Any]:
                 "so what made them is unknown; put the file back, "
                 "or make the table anew in another directory with `vbon predict`"
             ) from None
-        raise ReferenceTableError(
-            f"there is no reference table in {directory}; make it with `vbon predict`"
-        ) from None
+        raise ReferenceTableError(f"there is no reference table in {directory}; make it with `vbon predict`") from None
     except ValueError as problem:
         raise ReferenceTableError(
             f"{path} is not valid JSON ({problem}); put the file back, or make the table anew in another "

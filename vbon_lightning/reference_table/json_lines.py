@@ -79,9 +79,7 @@ def import_jsonl(
     return written
 
 
-def export_jsonl(
-    table: ReferenceTable, path: str | Path, layout: Literal["response", "prompt"] = "prompt"
-) -> None:
+def export_jsonl(table: ReferenceTable, path: str | Path, layout: Literal["response", "prompt"] = "prompt") -> None:
     """Export a table's prompts, responses and rewards; the file appears when it is complete.
 
     Args:
@@ -141,7 +139,5 @@ def _parsed(record: dict[str, Any], where: str) -> tuple[str, list[str], list[fl
         if not isinstance(response, str):
             raise ReferenceTableError(f"{where}: a response must be text, got {response!r}")
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise ReferenceTableError(
-                f"{where}: the reward of response {response!r} must be finite, got {reward!r}"
-            )
+            raise ReferenceTableError(f"{where}: the reward of response {response!r} must be finite, got {reward!r}")
     return prompt, responses, [float(reward) for reward in rewards]

@@ -106,12 +106,8 @@ class ReferenceTable:
         """M, the number of responses a prompt; the minimum over the prompts where it differs."""
         if self._samples is None:
             if not self._places:
-                raise ReferenceTableError(
-                    f"none of the prompts asked for is in the reference table {self.path}"
-                )
-            self._samples = min(
-                len(values) for values in self._column("rewards").values() if values is not None
-            )
+                raise ReferenceTableError(f"none of the prompts asked for is in the reference table {self.path}")
+            self._samples = min(len(values) for values in self._column("rewards").values() if values is not None)
         return self._samples
 
     def rewards(self, key: str, text: str | None = None) -> Tensor:
@@ -343,8 +339,7 @@ class ReferenceTable:
         if texts is not None and len(texts) != len(keys):
             raise ValueError(f"expected one text a key, got {len(texts)} texts and {len(keys)} keys")
         rows = [
-            self._values(name, key, None if texts is None else texts[i])[: self.samples]
-            for i, key in enumerate(keys)
+            self._values(name, key, None if texts is None else texts[i])[: self.samples] for i, key in enumerate(keys)
         ]
         if not rows:
             return torch.zeros(0, self.samples, dtype=torch.bool if name == "finished" else torch.float32)

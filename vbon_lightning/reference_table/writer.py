@@ -166,7 +166,5 @@ def _finite(values: Any, what: str, where: str, responses: list[str]) -> list[fl
         numbers: list[float] = np.asarray(values, dtype=np.float64).astype(np.float32).tolist()
     for number, response in zip(numbers, responses, strict=True):
         if not math.isfinite(number):
-            raise ReferenceTableError(
-                f"{where}: the {what} of response {_short(response)} is {number}, not finite"
-            )
+            raise ReferenceTableError(f"{where}: the {what} of response {_short(response)} is {number}, not finite")
     return numbers

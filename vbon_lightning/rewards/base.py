@@ -74,9 +74,7 @@ def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequ
             prompt and the response.
     """
     if len(responses) != len(prompts):
-        raise RewardError(
-            f"{len(prompts)} prompts came with {len(responses)} lists of responses: expected one each"
-        )
+        raise RewardError(f"{len(prompts)} prompts came with {len(responses)} lists of responses: expected one each")
     sizes = {len(row) for row in responses}
     if len(sizes) > 1:
         raise RewardError(f"every prompt needs the same number of responses, but they have {sorted(sizes)}")
@@ -118,9 +116,7 @@ def join_texts(prompts: Sequence[str], responses: Sequence[Sequence[str]], text:
             alone.
     """
     if len(responses) != len(prompts):
-        raise RewardError(
-            f"{len(prompts)} prompts came with {len(responses)} lists of responses: expected one each"
-        )
+        raise RewardError(f"{len(prompts)} prompts came with {len(responses)} lists of responses: expected one each")
     if text == "response":
         return [response for row in responses for response in row]
     return [prompt + response for prompt, row in zip(prompts, responses, strict=True) for response in row]
@@ -156,9 +152,7 @@ def _check_lists(rewards: Any, prompts: Sequence[str], responses: Sequence[Seque
     if not isinstance(rewards, (list, tuple)):
         return
     if len(rewards) != len(prompts):
-        raise RewardError(
-            f"{len(rewards)} rows of rewards came for {len(prompts)} prompts: expected one row each"
-        )
+        raise RewardError(f"{len(rewards)} rows of rewards came for {len(prompts)} prompts: expected one row each")
     for index, (row, prompt, texts) in enumerate(zip(rewards, prompts, responses, strict=True)):
         if isinstance(row, (list, tuple)) and len(row) != len(texts):
             raise RewardError(

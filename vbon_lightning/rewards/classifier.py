@@ -95,9 +95,7 @@ class ClassifierReward(RewardModel):
         texts = join_texts(prompts, responses, self.text)
         columns = len(responses[0]) if responses else 0
         if any(len(row) != columns for row in responses):
-            raise RewardError(
-                f"every prompt needs the same number of responses: {[len(row) for row in responses]}"
-            )
+            raise RewardError(f"every prompt needs the same number of responses: {[len(row) for row in responses]}")
         scores = self._scores(texts).view(len(prompts), columns)
         return check_rewards(scores, prompts, responses)
 
@@ -197,9 +195,7 @@ class ClassifierReward(RewardModel):
 
     def _read(self, logits: Tensor, label: int, config: Any) -> Tensor:
         chosen = logits[:, label]
-        independent = (
-            logits.shape[1] == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
-        )
+        independent = logits.shape[1] == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
         if self.output == "logit":
             return chosen
         if self.output == "probability":

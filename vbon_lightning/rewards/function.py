@@ -33,9 +33,7 @@ class CallableReward(RewardModel):
 
     def __init__(self, function: str, arguments: dict[str, Any] | None = None) -> None:
         if "." not in function.strip(".") and ":" not in function:
-            raise RewardError(
-                f"`function` is {function!r}, expected an import path like package.module.attribute"
-            )
+            raise RewardError(f"`function` is {function!r}, expected an import path like package.module.attribute")
         self.function = function
         self.arguments = dict(arguments or {})
         self._device = torch.device("cpu")
@@ -80,14 +78,10 @@ class CallableReward(RewardModel):
             try:
                 target = target(**arguments)
             except TypeError as error:
-                raise RewardError(
-                    f"cannot make {self.function} with the arguments {arguments}: {error}"
-                ) from error
+                raise RewardError(f"cannot make {self.function} with the arguments {arguments}: {error}") from error
             arguments = {}
         if not callable(target):
-            raise RewardError(
-                f"{self.function} is not callable: expected a function, or a class with __call__"
-            )
+            raise RewardError(f"{self.function} is not callable: expected a function, or a class with __call__")
         with_tokens = _takes_token_ids(target, arguments, self.function)
 
         def call(prompts: Any, responses: Any, token_ids: Any) -> Any:
@@ -116,9 +110,7 @@ def _import(path: str) -> Any:
         except Exception as error:
             raise RewardError(f"cannot import {path!r}: importing {name} failed: {error!r}") from error
         return _attribute(module, parts[cut:], path)
-    raise RewardError(
-        f"cannot import {path!r}: there is no module {parts[0]!r}; is its folder on PYTHONPATH?"
-    )
+    raise RewardError(f"cannot import {path!r}: there is no module {parts[0]!r}; is its folder on PYTHONPATH?")
 
 
 def _module(name: str, path: str) -> Any:

@@ -53,7 +53,5 @@ def _load_analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise RewardError(
-            "VaderReward needs the vaderSentiment package: pip install vaderSentiment"
-        ) from error
+        raise RewardError("VaderReward needs the vaderSentiment package: pip install vaderSentiment") from error
     return SentimentIntensityAnalyzer()

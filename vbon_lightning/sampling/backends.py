@@ -32,9 +32,7 @@ def check_sampler(name: str, *, max_rows: int | None = None, engine_options: Map
         raise SamplerError(f"data.engine_options are arguments of vLLM's engine, but data.sampler is {name!r}")
 
 
-def make_sampler(
-    name: str, *, max_rows: int | None = None, engine_options: Mapping[str, Any] | None = None
-) -> Sampler:
+def make_sampler(name: str, *, max_rows: int | None = None, engine_options: Mapping[str, Any] | None = None) -> Sampler:
     """Make what samples.
 
     Args:

@@ -170,9 +170,7 @@ def _states(
     if head is None:
         scored = response_logits(model, prompts, completions, hidden=hidden)
         return _States(scored.logits.flatten(0, 1), None, scored.logits.shape[-1], scored.hidden)
-    (states,) = _predictions(
-        model, model.base_model, prompts, completions, lambda output: [output.last_hidden_state]
-    )
+    (states,) = _predictions(model, model.base_model, prompts, completions, lambda output: [output.last_hidden_state])
     return _States(states.flatten(0, 1), head, head.out_features, states if hidden else None)
 
 

@@ -102,9 +102,7 @@ class StaticDecoder:
         ]
         self.graph: Any = None
 
-    def load(
-        self, prompts: Cache, logits: Tensor, prompt_mask: Tensor, noise: Tensor, end_ids: Sequence[int]
-    ) -> None:
+    def load(self, prompts: Cache, logits: Tensor, prompt_mask: Tensor, noise: Tensor, end_ids: Sequence[int]) -> None:
         """Take in a batch: B prompts with G samples each, at most N rows; the rows left over count as finished.
 
         Args:

@@ -1,0 +1,28 @@
+"""From plain data to Hugging Face models and tokenizers, and back to a directory."""
+
+from vbon_lightning.models.causal import load_causal_lm
+from vbon_lightning.models.classifiers import load_classifier
+from vbon_lightning.models.errors import ModelError
+from vbon_lightning.models.export import save_pretrained
+from vbon_lightning.models.files import locate
+from vbon_lightning.models.identity import model_identity
+from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout
+from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
+from vbon_lightning.models.tokenizer import check_same_vocabulary, end_token_ids, load_tokenizer
+
+__all__ = [
+    "ModelError",
+    "ModelSpec",
+    "as_spec",
+    "check_no_missing_weights",
+    "check_same_vocabulary",
+    "disable_dropout",
+    "end_token_ids",
+    "load_causal_lm",
+    "load_classifier",
+    "load_tokenizer",
+    "locate",
+    "model_identity",
+    "parse_dtype",
+    "save_pretrained",
+]

@@ -1,0 +1,57 @@
+"""From a name, a directory or a config to a Hugging Face causal language model, frozen or trainable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vbon_lightning.adapters import AdapterError, add_lora
+from vbon_lightning.models.errors import ModelError
+from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout, new_model, pretrained_model
+from vbon_lightning.models.spec import ModelSpec, as_spec
+
+
+def load_causal_lm(
+    spec: str | Mapping[str, Any] | ModelSpec, *, seed: int = 0, trainable: bool, dropout: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model, or make a new one from a config.
+
+    Args:
+        spec: The model.
+        seed: Seed of a new model's weights; the global random state is left as it was.
+        trainable: True: in training mode, every parameter requires a gradient. False: in evaluation mode,
+            none does.
+        dropout: Keep dropout. Off by default: in reinforcement learning it makes the policy that samples
+            differ from the policy that is scored.
+
+    Returns:
+        A model that can be exported with :func:`save_pretrained`, dequantised if it came from a GGUF file.
+
+    Raises:
+        ModelError: If the model cannot be found or loaded, or its checkpoint lacks weights.
+    """
+    spec = as_spec(spec)
+    if spec.config is not None:
+        model = new_model(AutoModelForCausalLM, "causal language model", spec, seed=seed)
+    else:
+        model, info = pretrained_model(AutoModelForCausalLM, spec)
+        check_no_missing_weights(str(spec.name), info)
+    if not dropout:
+        disable_dropout(model)
+    model.train(trainable)
+    model.requires_grad_(trainable)
+    if spec.lora is not None:
+        try:
+            add_lora(model, spec.lora, seed=seed)
+        except AdapterError as error:
+            raise ModelError(str(error)) from error
+        if not dropout:
+            disable_dropout(model)
+        model.train(trainable)
+        if not trainable:
+            model.requires_grad_(False)
+    if spec.gradient_checkpointing and trainable:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model

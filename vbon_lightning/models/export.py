@@ -1,0 +1,92 @@
+"""Writing a model in Hugging Face layout."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from vbon_lightning.adapters import has_adapters, merged_copy
+from vbon_lightning.models.errors import ModelError
+from vbon_lightning.models.spec import parse_dtype
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | os.PathLike[str],
+    *,
+    generation: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write a model and its tokenizer in Hugging Face layout, whole or not at all.
+
+    Args:
+        model: The model; it is not changed. Adapters are merged into the weights, and also saved on their own in
+            ``adapter``.
+        tokenizer: Its tokenizer.
+        directory: The target; replaced if it exists.
+        generation: Entries of the generation config to set, such as the temperature the policy was trained
+            at.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` to cast the saved weights. Default: as they are.
+
+    Raises:
+        ModelError: If a generation entry is unknown, or the dtype.
+    """
+    target = Path(os.path.abspath(directory))
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"cannot save a model to {str(target)!r}: it is a file")
+    generation_config = None
+    if model.can_generate():
+        generation_config = copy.deepcopy(model.generation_config or GenerationConfig())
+        unknown = generation_config.update(**(generation or {}))
+        if unknown:
+            raise ModelError(f"unknown generation entry {', '.join(sorted(unknown))}")
+    saved_dtype = parse_dtype(dtype) if dtype not in (None, "auto") else None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    beside = target.with_name(f".{target.name}.{mark}.partial")
+    old = target.with_name(f".{target.name}.{mark}.old")
+    try:
+        beside.mkdir()
+        if has_adapters(model):
+            model.save_pretrained(beside / "adapter")
+            model = merged_copy(model)
+        if isinstance(saved_dtype, torch.dtype):
+            weights = {
+                key: value.to(saved_dtype) if value.is_floating_point() else value
+                for key, value in model.state_dict().items()
+            }
+            model.save_pretrained(beside, state_dict=weights)
+            _set_config_dtype(beside / "config.json", str(dtype))
+        else:
+            model.save_pretrained(beside)
+        if generation_config is not None:
+            generation_config.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        if target.exists():
+            target.rename(old)
+        beside.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_config_dtype(path: Path, dtype: str) -> None:
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    entries.pop("torch_dtype", None)
+    entries["dtype"] = dtype
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,113 @@
+"""Tokenizers, and the tokens that end a response."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from vbon_lightning.models.errors import ModelError, cannot_load
+from vbon_lightning.models.files import TOKENIZER_VOCABULARIES, locate, matching
+from vbon_lightning.models.spec import ModelSpec, as_spec
+
+
+def load_tokenizer(spec: str | Mapping[str, Any] | ModelSpec) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; it has a pad token, which falls back to the EOS token.
+
+    Masks must come from lengths, never from comparing with the pad token.
+
+    Args:
+        spec: The model.
+
+    Raises:
+        ModelError: If there is no tokenizer, or it has neither a pad token nor an EOS token.
+    """
+    spec = as_spec(spec)
+    if spec.tokenizer is not None:
+        field, (name, gguf_file) = "tokenizer", locate("tokenizer", spec.tokenizer)
+    else:
+        field, (name, gguf_file) = "name", locate("name", str(spec.name), spec.gguf_file)
+    if os.path.isdir(name) and gguf_file is None and not matching(name, TOKENIZER_VOCABULARIES):
+        raise ModelError(
+            f"`{field}`: the directory {name!r} holds no tokenizer (such as tokenizer.json): "
+            "save one there, or give another `tokenizer`"
+        )
+    arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
+    if spec.revision is not None and spec.tokenizer is None:
+        arguments["revision"] = spec.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except Exception as error:  # transformers raises many types here; every one means the same to a user
+        raise cannot_load("tokenizer", field, name, error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {name!r} has neither a pad token nor an EOS token: "
+                "set `eos_token` in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_ids(model: PreTrainedModel | GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids of the tokens that end a response, the generation config's before the tokenizer's.
+
+    Args:
+        model: The model, or its generation config, whose ``eos_token_id`` may be one id or a list.
+        tokenizer: Gives its EOS token where the generation config names none.
+
+    Raises:
+        ModelError: If there is no such token, or it lies outside the vocabulary.
+    """
+    generation = model if isinstance(model, GenerationConfig) else getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    if ends is None or ends == []:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        raise ModelError(
+            "neither the generation config nor the tokenizer names an EOS token, so no response could "
+            "ever end: set `eos_token_id` in generation_config.json, or the tokenizer's `eos_token`"
+        )
+    ids = tuple(dict.fromkeys(int(end) for end in (ends if isinstance(ends, (list, tuple)) else [ends])))
+    config = getattr(model, "config", None)
+    size = max(len(tokenizer), getattr(config, "vocab_size", 0) or 0)
+    outside = [end for end in ids if not 0 <= end < size]
+    if outside:
+        raise ModelError(
+            f"EOS token id {outside[0]} lies outside the vocabulary of {size} tokens: "
+            "correct `eos_token_id` in generation_config.json"
+        )
+    return ids
+
+
+def check_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
+    """Check that two tokenizers give every token the same id.
+
+    Args:
+        first: One tokenizer, such as the policy's.
+        second: The other, such as the reference's.
+
+    Raises:
+        ModelError: If they differ, with the first tokens that do.
+    """
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    differing = sorted(
+        (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+        key=lambda token: (ours.get(token, theirs.get(token, 0)), token),
+    )
+    if differing:
+        shown = "; ".join(f"{token!r} is {ours.get(token)} and {theirs.get(token)}" for token in differing[:5])
+        raise ModelError(
+            f"policy and reference need one vocabulary, but {len(differing)} tokens differ "
+            f"({len(ours)} and {len(theirs)} tokens in all): {shown}"
+        )
+    for role in ("bos_token_id", "eos_token_id"):
+        if getattr(first, role) != getattr(second, role):
+            raise ModelError(
+                f"policy and reference need one vocabulary, but `{role}` is "
+                f"{getattr(first, role)} and {getattr(second, role)}"
+            )
