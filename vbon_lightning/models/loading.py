@@ -78,7 +78,8 @@ def without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         plain: Any = type(model)(config)
     plain.to(model.dtype).load_state_dict(model.state_dict(), strict=True)
-    plain.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # classifiers generate nothing
+        plain.generation_config = model.generation_config
     return cast(PreTrainedModel, plain.to(model.device))
 
 
