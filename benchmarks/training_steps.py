@@ -10,6 +10,7 @@ TRL's gradient checkpointing, which is on by default there, is switched off: it 
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -131,12 +132,12 @@ def trl(job: dict[str, Any]) -> dict[str, float]:
 
 
 def rate(marks: list[float], tokens: list[int]) -> dict[str, float]:
-    """Return the rate over all steps but the first two, which warm up."""
-    seconds = marks[-1] - marks[1]
+    """Return the rate of the median step, so that what else the machine does counts less; the first two warm up."""
+    seconds = [end - start for start, end in itertools.pairwise(marks[1:])]
     return {
-        "tokens_per_second": sum(tokens[2:]) / seconds,
-        "seconds_per_step": seconds / (len(marks) - 2),
-        "tokens_per_step": sum(tokens[2:]) / (len(marks) - 2),
+        "tokens_per_second": median([count / time for count, time in zip(tokens[2:], seconds, strict=True)]),
+        "seconds_per_step": median(seconds),
+        "tokens_per_step": sum(tokens[2:]) / len(seconds),
     }
 
 
@@ -171,7 +172,7 @@ def main(steps: int = 10, repeats: int = 3, threads: int = 2) -> None:
     write(
         "training_steps",
         f"Whole training steps of {PROMPTS} prompts x {SAMPLES} responses: response tokens a second (seconds a step), "
-        f"the median of {repeats} alternating runs, {threads} threads.",
+        f"the median step of the median of {repeats} alternating runs, {threads} threads.",
         table(["case", "vBoN", "TRL RLOO", "ratio"], rows),
         results,
         ["lightning", "trl", "accelerate"],

@@ -99,7 +99,10 @@ def made_up() -> dict[str, dict[str, Any]]:
             found.append(result("m", "M", m, seed, 1.0, win_rate, short="m", group="table_samples"))
     for method, gain in (("ties_exact", 0.8), ("ties_untied", 0.75)):
         found.append(result(method, method, 4, 0, 0.5, gain, group="ties", setting="binary"))
-    return {run["run"]: run for run in found} | {"bon": baseline(), "bon-binary": baseline("binary")}
+    found.append(result("long", "vBoN-long", 4, 0, bon_kl(4), 0.77, group="long"))
+    found.append(result("few", "vBoN-few", 4, 0, 2 * bon_kl(4), 0.65, group="few", setting="few"))
+    baselines = {"bon": baseline(), "bon-binary": baseline("binary"), "bon-few": baseline("few")}
+    return {run["run"]: run for run in found} | baselines
 
 
 @pytest.fixture
@@ -121,9 +124,23 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
     output = tmp_path / "docs"
     written = write_report(results, output)
     assert all(path.stat().st_size > 100 for path in written)
-    names = ("fronts", "hypervolume", "closeness", "break_even", "bounds", "ties", "table_samples", "runs")
+    names = (
+        "fronts",
+        "hypervolume",
+        "closeness",
+        "break_even",
+        "bounds",
+        "ties",
+        "table_samples",
+        "runs",
+        "long",
+        "few",
+    )
     tables = {name: output / "tables" / f"{name}.md" for name in names}
-    assert set(written) == {*tables.values(), *(output / f"{n}.png" for n in ("fronts", "judge", "table_samples"))}
+    assert set(written) == {
+        *tables.values(),
+        *(output / f"{n}.png" for n in ("fronts", "judge", "table_samples", "long")),
+    }
 
     # The two KL-RL runs: (2.5, 0.8) is dominated by vBoN n=16, (2.0, 0.7) by n=8.
     assert rows(tables["fronts"]) == {
@@ -137,6 +154,8 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
     closeness = [line for line in tables["closeness"].read_text().splitlines() if line.startswith("| vBoN | 4 ")]
     cells = [cell.strip() for cell in closeness[0].split("|")]
     assert cells[5:8] == ["0.80 (0.80 to 0.80)", "1.00 (1.00 to 1.00)", "2"]
+    assert rows(tables["long"])["vBoN-long"] == ["4", "0.770", "0.800", "0.90", "1.00", "1"]
+    assert rows(tables["few"])["vBoN-few"] == ["4", "0.650", "0.800", "0.50", "2.00", "1"]
 
     assert rows(tables["bounds"])["8"] == ["0.020", "0.040", "-0.100", "1 of 1"]
     assert rows(tables["ties"])["4"] == ["0.050", "0.100", "0.000", "1 of 1"]
