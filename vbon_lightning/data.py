@@ -421,7 +421,8 @@ class AlignmentDataModule(LightningDataModule):
     def _collate_responses(self, items: list[tuple[int, bool, EncodedPrompt]]) -> TableBatch:
         keys, texts = [row.key for _, _, row in items], [row.text for _, _, row in items]
         tokens, mask = self.table().response_matrix(keys, texts, pad_id=self._pad_id())
-        return TableBatch(self._collate_prompts(items), Responses(tokens, mask))
+        samples = self.reference_rewards
+        return TableBatch(self._collate_prompts(items), Responses(tokens[:, :samples], mask[:, :samples]))
 
     def table_rewards(self, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
         """Return the table's rewards ``[B, M]`` of given prompts, the missing-EOS penalty subtracted."""

@@ -77,6 +77,13 @@ def test_a_batch_holds_the_tables_responses_as_they_were_sampled(files: Path) ->
     assert 0 < sum(ends) < len(ends), "some finish, some are cut"
 
 
+def test_a_batch_holds_no_more_than_table_samples(files: Path) -> None:
+    whole, part = table_batch(table_data(files)), table_batch(table_data(files, table_samples=5))
+    assert torch.equal(part.prompts.reference_rewards, whole.prompts.reference_rewards[:, :5])
+    assert torch.equal(part.responses.tokens, whole.responses.tokens[:, :5])
+    assert torch.equal(part.responses.mask, whole.responses.mask[:, :5])
+
+
 def test_select_responses_drops_padding_of_all() -> None:
     tokens = torch.arange(24).view(2, 3, 4)
     mask = torch.arange(4) < torch.tensor([[1, 4, 2], [2, 0, 4]])[..., None]
@@ -276,9 +283,10 @@ def test_options_that_make_no_sense(cls: Any, changes: dict[str, Any], message: 
         ("bonsft", {}, {"reference_table": "nowhere"}, "there is no reference table in nowhere"),
         ("dpo", {}, {"temperature": 1.0}, "temperature: the table has 0.7, this run has 1.0"),
         ("dpo", {}, {"reward": None}, "needs a reward: set `data.reward`"),
-        ("bonsft", {"n": 17}, {}, "has M = 16 responses a prompt, fewer than the 17 that model.n = 17 needs"),
+        ("bonsft", {"n": 17}, {}, "brings M = 16 responses a prompt, fewer than the 17 that model.n = 17 needs"),
         ("dpo", {"n": 17, "pairs_per_prompt": 1}, {}, "M = 16 responses a prompt, fewer than the 17"),
         ("dpo", {"n": 6, "pairs_per_prompt": 3}, {}, "the 18 that model.pairs_per_prompt = 3 with groups of model"),
+        ("bonsft", {"n": 6}, {"table_samples": 5}, "M = 5 responses a prompt, as data.table_samples says, fewer than"),
         ("bonsft", {"n": 6, "selection": "groups"}, {}, "the 18 that model.responses_per_prompt = 3 in groups of"),
     ],
     ids=str,

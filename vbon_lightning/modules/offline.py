@@ -64,10 +64,11 @@ class OfflineBestOfN(AlignmentModule):
             )
         table = data.table()
         needed, why = self.samples_needed
-        if table.samples < needed:
+        if data.reference_rewards < needed:
+            limit = "" if data.table_samples is None else ", as data.table_samples says"
             raise ValueError(
-                f"the reference table {data.reference_table} has M = {table.samples} responses a prompt, fewer than "
-                f"the {needed} that {why} needs: sample more or lower it"
+                f"the reference table {data.reference_table} brings M = {data.reference_rewards} responses a prompt"
+                f"{limit}, fewer than the {needed} that {why} needs: sample more or lower it"
             )
         if not table.knows_finished:
             rank_zero_warn(
