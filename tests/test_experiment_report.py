@@ -100,6 +100,7 @@ def made_up() -> dict[str, dict[str, Any]]:
     for method, gain in (("ties_exact", 0.8), ("ties_untied", 0.75)):
         found.append(result(method, method, 4, 0, 0.5, gain, group="ties", setting="binary"))
     found.append(result("long", "vBoN-long", 4, 0, bon_kl(4), 0.77, group="long"))
+    found.append(result("floor", "vBoN-floor", 8, 0, bon_kl(8), 0.75, group="floor"))
     found.append(result("few", "vBoN-few", 4, 0, 2 * bon_kl(4), 0.65, group="few", setting="few"))
     baselines = {"bon": baseline(), "bon-binary": baseline("binary"), "bon-few": baseline("few")}
     return {run["run"]: run for run in found} | baselines

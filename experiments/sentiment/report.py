@@ -73,6 +73,8 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
     if (longer := _group(runs, "long")) and bon:
         write("long", tables.closeness_table(longer, bon))
         draw("long", fronts_figure(longer, bon))
+    if (floored := _group(runs, "floor")) and bon:
+        write("floor", tables.closeness_table(floored, bon))
     if few := _group(runs, "few"):
         write("few", tables.closeness_table(few, baselines[few[0].setting]))
     write("runs", tables.runs_table(runs))
