@@ -136,6 +136,7 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
         "runs",
         "long",
         "few",
+        "floor",
     )
     tables = {name: output / "tables" / f"{name}.md" for name in names}
     assert set(written) == {
