@@ -70,13 +70,11 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
         write("table_samples", tables.samples_table(varied))
     if budgets := _group(runs, "budget"):
         write("budget", tables.budget_table([*budgets, *(run for run in main if run.title == "vBoN")]))
-    if (longer := _group(runs, "long")) and bon:
-        write("long", tables.closeness_table(longer, bon))
-        draw("long", fronts_figure(longer, bon))
-    if (floored := _group(runs, "floor")) and bon:
-        write("floor", tables.closeness_table(floored, bon))
-    if few := _group(runs, "few"):
-        write("few", tables.closeness_table(few, baselines[few[0].setting]))
+    for name in ("long", "floor", "few"):
+        if own := _group(runs, name):
+            write(name, tables.closeness_table(own, baselines[own[0].setting]))
+    if longer := _group(runs, "long"):
+        draw("long", fronts_figure(longer, baselines[longer[0].setting]))
     write("runs", tables.runs_table(runs))
     document = output / "sentiment.md"
     if document.exists():

@@ -150,14 +150,12 @@ def pretrained_model(auto: Any, spec: ModelSpec, **entries: Any) -> tuple[PreTra
     name, gguf_file = locate("name", str(spec.name), spec.gguf_file)
     if os.path.isdir(name):
         check_directory(name, gguf_file)
-    optional = checkpoint_arguments(spec, gguf_file) | {"attn_implementation": spec.attn_implementation}
+    arguments = checkpoint_arguments(spec, gguf_file)
+    if spec.attn_implementation is not None:
+        arguments["attn_implementation"] = spec.attn_implementation
     try:
         model, info = auto.from_pretrained(
-            name,
-            dtype=parse_dtype(spec.dtype),
-            output_loading_info=True,
-            **{key: value for key, value in optional.items() if value is not None},
-            **entries,
+            name, dtype=parse_dtype(spec.dtype), output_loading_info=True, **arguments, **entries
         )
     except Exception as error:  # transformers raises many types here; every one means the same to a user
         raise cannot_load("model", "name", name, error) from error

@@ -112,8 +112,7 @@ class ReferenceSampler(AlignmentModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         table = ReferenceTable.open(path)
         if datamodule is not None:
-            reward = {"reward": table.fingerprint.get("reward")}
-            table = ReferenceTable.open(path, fingerprint=datamodule.fingerprint() | reward)
+            table.check(datamodule.fingerprint() | {"reward": table.fingerprint.get("reward")})
         if table.samples < self.samples:
             raise ValueError(
                 f"model.responses_from: the table {path} has {table.samples} responses a prompt, fewer than "

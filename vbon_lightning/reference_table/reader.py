@@ -89,6 +89,14 @@ class ReferenceTable:
             fingerprints.check(directory, stored, fingerprint)
         return cls(directory, stored, keys)
 
+    def check(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse a table that was made under other settings than these.
+
+        Raises:
+            FingerprintMismatch: naming each field that differs.
+        """
+        fingerprints.check(self.path, self.fingerprint, fingerprint)
+
     def __len__(self) -> int:
         """Return the number of prompts."""
         return len(self._places)
