@@ -9,7 +9,17 @@ if TYPE_CHECKING:
     from vbon_lightning.actors import ActorSpec
     from vbon_lightning.data import AlignmentDataModule
     from vbon_lightning.models import ModelSpec
-    from vbon_lightning.modules import DPO, KLRL, SFT, BoNSFT, ReferenceSampler, RewardModelling, VBoN
+    from vbon_lightning.modules import (
+        DPO,
+        KLRL,
+        SFT,
+        BoNDistillation,
+        BoNSFT,
+        ReferenceSampler,
+        RewardModelling,
+        ValueModelling,
+        VBoN,
+    )
     from vbon_lightning.sources import TextSource
 
 __version__ = "0.1.0"
@@ -20,12 +30,14 @@ __all__ = [
     "SFT",
     "ActorSpec",
     "AlignmentDataModule",
+    "BoNDistillation",
     "BoNSFT",
     "ModelSpec",
     "ReferenceSampler",
     "RewardModelling",
     "TextSource",
     "VBoN",
+    "ValueModelling",
 ]
 
 _HOMES = {
@@ -34,12 +46,14 @@ _HOMES = {
     "SFT": "modules",
     "ActorSpec": "actors",
     "AlignmentDataModule": "data",
+    "BoNDistillation": "modules",
     "BoNSFT": "modules",
     "ModelSpec": "models",
     "ReferenceSampler": "modules",
     "RewardModelling": "modules",
     "TextSource": "sources",
     "VBoN": "modules",
+    "ValueModelling": "modules",
 }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from vbon_lightning.models import (
     load_tokenizer,
     model_identity,
 )
+from vbon_lightning.prefix_scorer import PrefixScorer
+from vbon_lightning.reference_table.fingerprint import check as check_fingerprint
 from vbon_lightning.rewards import RewardModel, check_rewards
 from vbon_lightning.sampling import (
     Sampler,
@@ -50,6 +53,7 @@ class ActorSpec:
         sampler: How responses are sampled: ``eager``, ``graph`` or ``vllm`` (docs/sampling.md).
         max_rows: Most responses that are sampled at once; None for no limit. Bounds the memory.
         engine_options: Arguments of vLLM's engine, for ``vllm``.
+        value_model: A model of the reward to come (what ``ValueModelling`` exported), where a method uses one.
     """
 
     # Not a dataclass: jsonargparse would spread its fields over every module's options.
@@ -64,6 +68,7 @@ class ActorSpec:
         sampler: str = "eager",
         max_rows: int | None = None,
         engine_options: dict[str, Any] | None = None,
+        value_model: str | ModelSpec | None = None,
     ) -> None:
         check_sampler(sampler, max_rows=max_rows, engine_options=engine_options)
         if not 0 < temperature < math.inf:
@@ -78,6 +83,7 @@ class ActorSpec:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.missing_eos_penalty = missing_eos_penalty
         self.sampler, self.max_rows, self.engine_options = sampler, max_rows, engine_options
+        self.value_model = value_model
 
     @property
     def policy_spec(self) -> ModelSpec:
@@ -106,6 +112,7 @@ class ActorSpec:
             "missing_eos_penalty": self.missing_eos_penalty,
             # The other samplers draw the same samples.
             **({"sampler": "vllm"} if self.sampler == "vllm" else {}),
+            **({} if self.value_model is None else {"value_model": model_identity(as_spec(self.value_model))}),
         }
 
     def table_fingerprint(self, *, seed: int, model_seed: int = 0) -> dict[str, Any]:
@@ -145,6 +152,8 @@ class Actors:
     missing_eos_penalty: float = 0.0
     shares_base: bool = False
     """Whether the reference is the policy with its adapters off; ``reference`` then is None."""
+    value: PrefixScorer | None = None
+    """What prefixes of responses are worth, where a value model is named."""
     sampler: Sampler = field(default_factory=lambda: sample_completions, repr=False)
     """What samples responses."""
     sampler_mismatch: float | None = None
@@ -161,6 +170,7 @@ class Actors:
         trainable: bool = True,
         reference: bool = True,
         keep_dropout: bool = False,
+        value: bool = False,
     ) -> Actors:
         """Load what the specification names; dropout is off in the policy and the reference alike, unless kept.
 
@@ -170,9 +180,11 @@ class Actors:
             trainable: Whether the policy's parameters get gradients.
             reference: Whether to load the reference.
             keep_dropout: Leave the policy's dropout as its config has it (supervised fine-tuning).
+            value: Whether to load the value model, where one is named.
 
         Raises:
             ModelError: If policy and reference differ in vocabulary, or in the tokens that end a response.
+            FingerprintMismatch: If the value model is one of another reference, reward or length.
             SamplerError: If the sampler is not installed.
         """
         # What is not installed is to be known before a model is loaded.
@@ -181,6 +193,7 @@ class Actors:
         tokenizer = load_tokenizer(policy_spec)
         if reference and reference_spec != policy_spec:
             check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
+        scorer = None if spec.value_model is None or not value else _load_scorer(spec, tokenizer, seed=seed)
         policy = load_causal_lm(policy_spec, seed=seed, trainable=trainable, dropout=keep_dropout)
         frozen = None
         if reference and not spec.shares_base:
@@ -196,6 +209,7 @@ class Actors:
             temperature=spec.temperature,
             missing_eos_penalty=spec.missing_eos_penalty,
             shares_base=reference and spec.shares_base,
+            value=scorer,
             sampler=sampler,
         )
 
@@ -219,6 +233,8 @@ class Actors:
                 nn.Module.to(self.reference, device=parameter.device, dtype=parameter.dtype)
             if self.reward is not None and hasattr(self.reward, "to"):
                 self.reward.to(parameter.device)
+            if self.value is not None:
+                self.value.to(parameter.device)
             self._placed = where
 
     def sample(
@@ -378,6 +394,18 @@ class Actors:
             log_probs=found.log_probs, reference_log_probs=found.reference_log_probs, token_kl=found.kl
         )
         return filled, found.hidden
+
+
+def _load_scorer(spec: ActorSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PrefixScorer:
+    """Load the value model, refusing one of another vocabulary, or of rewards that are not this run's."""
+    named = as_spec(spec.value_model or "")
+    check_same_vocabulary(tokenizer, load_tokenizer(named))
+    scorer = PrefixScorer.load(named)
+    if spec.reward is not None:
+        made_of = scorer.fingerprint
+        wanted = spec.table_fingerprint(seed=made_of.get("seed", 0), model_seed=seed)
+        check_fingerprint(Path(str(named.name)), made_of, wanted)
+    return scorer
 
 
 def _check_same_outputs(

@@ -14,10 +14,33 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from vbon_lightning.data import AlignmentDataModule
-from vbon_lightning.modules import DPO, KLRL, SFT, BoNSFT, ReferenceSampler, RewardModelling, VBoN
+from vbon_lightning.modules import (
+    DPO,
+    KLRL,
+    SFT,
+    BoNDistillation,
+    BoNSFT,
+    ReferenceSampler,
+    RewardModelling,
+    ValueModelling,
+    VBoN,
+)
 from vbon_lightning.reference_table import ReferenceTableError
 
-__all__ = ["DPO", "KLRL", "SFT", "BoNSFT", "ReferenceSampler", "RewardModelling", "VBoN", "VbonCLI", "main", "run"]
+__all__ = [
+    "DPO",
+    "KLRL",
+    "SFT",
+    "BoNDistillation",
+    "BoNSFT",
+    "ReferenceSampler",
+    "RewardModelling",
+    "VBoN",
+    "ValueModelling",
+    "VbonCLI",
+    "main",
+    "run",
+]
 
 TRACEBACK = "VBON_TRACEBACK"
 """Environment variable: set it to 1 to see where an error comes from."""

@@ -78,6 +78,7 @@ class AlignmentDataModule(LightningDataModule):
         policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
         reference: The model to stay close to and to take Best-of-N of; the policy's own start by default.
         reward: The reward model.
+        value_model: The model of the reward to come that ``ValueModelling`` exported, for methods that use one.
         train: Where training text comes from.
         val: Where validation text comes from.
         test: Where held-out text for ``vbon test`` and ``vbon compare`` comes from.
@@ -109,6 +110,7 @@ class AlignmentDataModule(LightningDataModule):
         policy: str | ModelSpec,
         reference: str | ModelSpec | None = None,
         reward: RewardModel | None = None,
+        value_model: str | ModelSpec | None = None,
         train: TextSource | None = None,
         val: TextSource | None = None,
         test: TextSource | None = None,
@@ -156,6 +158,7 @@ class AlignmentDataModule(LightningDataModule):
             sampler=sampler,
             max_rows=max_rows,
             engine_options=engine_options,
+            value_model=value_model,
         )
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
         self.reference_table, self.table_samples = reference_table, table_samples
@@ -354,6 +357,8 @@ class AlignmentDataModule(LightningDataModule):
         """Deal any split's rows in order, each once, without a Trainer."""
         kind = self._batch_kind
         rows = self._split(split, kind)
+        if self._brings_responses and getattr(self._module, "evaluates_responses", False):
+            kind = "responses"
         return self._loader(
             DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
         )

@@ -16,6 +16,15 @@ from vbon_lightning.functional.best_of_n import (
     bon_win_rate_bound,
     kl_weight,
 )
+from vbon_lightning.functional.distillation import (
+    Candidates,
+    Teacher,
+    candidate_teacher,
+    draw_candidates,
+    forward_divergence,
+    reverse_divergence,
+    teacher_probs,
+)
 from vbon_lightning.functional.kl import (
     TokenStatistics,
     kl_k1,
@@ -36,6 +45,22 @@ from vbon_lightning.functional.policy_gradient import (
     reinforce_loss,
 )
 from vbon_lightning.functional.preference import PreferenceLoss, bonbon_beta, bonbon_loss, dpo_loss
+from vbon_lightning.functional.prefix_values import (
+    prefix_log_values,
+    ranked_probability_score,
+    value_advantages,
+    with_exact_end,
+)
+from vbon_lightning.functional.reward_bins import (
+    RewardBins,
+    bin_labels,
+    binned_reward_cdf,
+    bon_bin_log_weights,
+    edge_log_cdf,
+    exponential_bin_log_weights,
+    predicted_log_cdf,
+    reward_bins,
+)
 from vbon_lightning.functional.reward_cdf import CDF_ESTIMATORS, RewardCDF, reward_cdf
 from vbon_lightning.functional.reward_modelling import bradley_terry_loss
 from vbon_lightning.functional.selection import GroupExtremes, group_extremes, systematic_resampling
@@ -53,12 +78,18 @@ from vbon_lightning.functional.targets import (
 __all__ = [
     "CDF_ESTIMATORS",
     "AdvantageEstimate",
+    "Candidates",
     "GroupExtremes",
     "PreferenceLoss",
+    "RewardBins",
     "RewardCDF",
     "SurrogateLoss",
     "Target",
+    "Teacher",
     "TokenStatistics",
+    "bin_labels",
+    "binned_reward_cdf",
+    "bon_bin_log_weights",
     "bon_expected_reward",
     "bon_kl_bound",
     "bon_kl_estimate",
@@ -73,10 +104,15 @@ __all__ = [
     "bonbon_beta",
     "bonbon_loss",
     "bradley_terry_loss",
+    "candidate_teacher",
     "clipped_surrogate_loss",
     "clipped_value_loss",
     "cost_to_go",
     "dpo_loss",
+    "draw_candidates",
+    "edge_log_cdf",
+    "exponential_bin_log_weights",
+    "forward_divergence",
     "generalized_advantage_estimation",
     "group_extremes",
     "kl_k1",
@@ -87,16 +123,24 @@ __all__ = [
     "kl_weight",
     "leave_one_out",
     "normalise_advantages",
+    "predicted_log_cdf",
+    "prefix_log_values",
+    "ranked_probability_score",
     "rao_blackwell_advantages",
     "reinforce_loss",
     "response_mask",
+    "reverse_divergence",
+    "reward_bins",
     "reward_cdf",
     "sampled_kl_advantages",
     "sequence_log_prob",
     "systematic_resampling",
+    "teacher_probs",
     "token_log_probs",
     "token_rewards",
     "token_statistics",
+    "value_advantages",
     "vbon_target",
     "vocabulary_kl",
+    "with_exact_end",
 ]

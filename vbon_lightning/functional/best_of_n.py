@@ -33,7 +33,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > _LOG_HALF, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def _log_mean_power(x: Tensor, n: float) -> Tensor:
+def log_mean_power(x: Tensor, n: float) -> Tensor:
     """``log((1 - e^{n x}) / (1 - e^x))`` for x <= 0: log n at x = 0, 0 at -inf."""
     tiny = max(n, 1.0) * x > -1e-8
     safe = torch.where(tiny, torch.full_like(x, -1.0), x)
@@ -48,7 +48,7 @@ def _log_ratio(log_p: Tensor, log_a: Tensor, log_b: Tensor | None, n: float) -> 
     log_b = log_a_plus_p if log_b is None else torch.maximum(log_b, log_a_plus_p)
     log_b = log_b.clamp(max=0.0)
     x = torch.where(log_b == -torch.inf, log_b, (log_a - log_b).clamp(max=0.0))  # a = p = 0: not -inf + inf
-    return (n - 1) * log_b + _log_mean_power(x, n)
+    return (n - 1) * log_b + log_mean_power(x, n)
 
 
 def _checked_log_ratio(log_reference: Tensor, log_below: Tensor, n: float, log_at_or_below: Tensor | None) -> Tensor:

@@ -9,6 +9,13 @@ from vbon_lightning.models.identity import model_identity
 from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout
 from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
 from vbon_lightning.models.tokenizer import check_same_vocabulary, end_token_ids, load_tokenizer
+from vbon_lightning.models.value import (
+    load_value_model,
+    new_value_model,
+    value_bins,
+    value_fingerprint,
+    value_head,
+)
 
 __all__ = [
     "ModelError",
@@ -21,8 +28,13 @@ __all__ = [
     "load_causal_lm",
     "load_classifier",
     "load_tokenizer",
+    "load_value_model",
     "locate",
     "model_identity",
+    "new_value_model",
     "parse_dtype",
     "save_pretrained",
+    "value_bins",
+    "value_fingerprint",
+    "value_head",
 ]

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from vbon_lightning.models.errors import ModelError, cannot_load
 from vbon_lightning.models.files import locate
 from vbon_lightning.models.loading import (
+    check_body,
     checkpoint_arguments,
     disable_dropout,
     new_model,
@@ -53,24 +54,12 @@ def load_classifier(
         _check_labels(spec, len(labels))
         with new_weights(seed):  # of the head
             model, info = pretrained_model(AutoModelForSequenceClassification, spec, **names)
-        _check_body(spec, model, info)
+        check_body(spec, model, info)
     if not dropout:
         disable_dropout(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train().requires_grad_(True)
-
-
-def _check_body(spec: ModelSpec, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    # A head that a language model lacks is new; a body with gaps would be half random.
-    body = model.base_model_prefix
-    missing = sorted(str(key) for key in info.get("missing_keys", ()) if str(key).startswith(f"{body}."))
-    missing = [key for key in missing if ".pooler." not in key]
-    if missing:
-        raise ModelError(
-            f"the checkpoint {spec.name!r} lacks {len(missing)} weights of the model's body, such as "
-            f"{', '.join(missing[:3])}: they would be random"
-        )
 
 
 def _check_labels(spec: ModelSpec, wanted: int) -> None:

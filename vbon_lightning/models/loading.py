@@ -40,6 +40,27 @@ def check_no_missing_weights(name: str, info: Mapping[str, Any]) -> None:
         )
 
 
+def check_body(spec: ModelSpec, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose body has gaps, which would be random; a head that it lacks is new.
+
+    Args:
+        spec: What was loaded, for the message.
+        model: The model.
+        info: What ``from_pretrained(..., output_loading_info=True)`` returned beside it.
+
+    Raises:
+        ModelError: If weights of the body are missing.
+    """
+    body = model.base_model_prefix
+    missing = sorted(str(key) for key in info.get("missing_keys", ()) if str(key).startswith(f"{body}."))
+    missing = [key for key in missing if ".pooler." not in key]
+    if missing:
+        raise ModelError(
+            f"the checkpoint {spec.name!r} lacks {len(missing)} weights of the model's body, such as "
+            f"{', '.join(missing[:3])}: they would be random"
+        )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Turn dropout off in place, so that training mode computes what evaluation mode does.
 

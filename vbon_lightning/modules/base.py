@@ -35,6 +35,8 @@ class AlignmentModule(LightningModule):
     """Which batches the data module should bring: ``prompts``, ``text``, or ``responses``: prompts, and in training the
     reference table's responses to them."""
     needs_reference = True
+    uses_value_model = False
+    """Whether the method reads the value model that the data module names."""
     trains_policy = True
 
     def __init__(
@@ -87,7 +89,11 @@ class AlignmentModule(LightningModule):
         """Load the models once."""
         if self.actors is None:
             self.actors = Actors.load(
-                self.actor_spec, seed=self.seed, trainable=self.trains_policy, reference=self.needs_reference
+                self.actor_spec,
+                seed=self.seed,
+                trainable=self.trains_policy,
+                reference=self.needs_reference,
+                value=self.uses_value_model,
             )
             self.policy = self.actors.policy
 

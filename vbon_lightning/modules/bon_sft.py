@@ -53,7 +53,7 @@ class BoNSFT(OfflineBestOfN):
         if self.selection == "weights":
             return super().samples_needed
         count = self.responses_per_prompt
-        return count * self.n, f"model.responses_per_prompt = {count} in groups of model.n = {self.n}"
+        return count * int(self.n), f"model.responses_per_prompt = {count} in groups of model.n = {self.n}"
 
     def learn(self, batch: TableBatch, rewards: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean negative log-likelihood of the picked responses, in nats, and their mean reward."""
@@ -67,5 +67,7 @@ class BoNSFT(OfflineBestOfN):
         """Return the places of the responses to learn in a step, ``[B, responses_per_prompt]``."""
         identities, count = batch.prompts.index.tolist(), self.responses_per_prompt
         if self.selection == "weights":
-            return pick_best(rewards, identities, n=self.n, count=count, seed=self.seed, stream="pick", step=step)
-        return pick_groups(rewards, identities, n=self.n, groups=count, seed=self.seed, stream="pick", step=step).best
+            return pick_best(rewards, identities, n=int(self.n), count=count, seed=self.seed, stream="pick", step=step)
+        return pick_groups(
+            rewards, identities, n=int(self.n), groups=count, seed=self.seed, stream="pick", step=step
+        ).best

@@ -61,14 +61,14 @@ class DPO(OfflineBestOfN):
     def samples_needed(self) -> tuple[int, str]:
         """Return the size of all groups of a step together."""
         pairs = self.pairs_per_prompt
-        return pairs * self.n, f"model.pairs_per_prompt = {pairs} with groups of model.n = {self.n}"
+        return pairs * int(self.n), f"model.pairs_per_prompt = {pairs} with groups of model.n = {self.n}"
 
     def learn(self, batch: TableBatch, rewards: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of the picked pairs, and the accuracy and margin of the implicit reward."""
         pairs = pick_groups(
             rewards,
             batch.prompts.index.tolist(),
-            n=self.n,
+            n=int(self.n),
             groups=self.pairs_per_prompt,
             seed=self.seed,
             stream="pick",
@@ -88,4 +88,4 @@ class DPO(OfflineBestOfN):
     def _preference_loss(self, best_log_prob: Tensor, best: Tensor, worst: Tensor) -> PreferenceLoss:
         if self.loss == "dpo":
             return dpo_loss(best, worst, beta=self.beta)
-        return bonbon_loss(best_log_prob, best, worst, n=self.n, alpha=self.alpha)
+        return bonbon_loss(best_log_prob, best, worst, n=int(self.n), alpha=self.alpha)

@@ -18,7 +18,7 @@ class OfflineBestOfN(AlignmentModule):
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
-        n: N of Best-of-N, an integer > 1 and at most M.
+        n: N of Best-of-N, an integer > 1 and at most M (a subclass may take any real number).
         eval_samples: Responses a prompt in validation and test.
         seed: Seeds what is picked from the table, sampling and the initialisation of a policy made from a config.
         optimizer: Builds the optimizer from parameters.
@@ -30,25 +30,29 @@ class OfflineBestOfN(AlignmentModule):
     def __init__(
         self,
         actors: ActorSpec,
-        n: int = 4,
+        n: float = 4,
         eval_samples: int = 8,
         seed: int = 0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self.check_n(n)
+        check_at_least_one("eval_samples", eval_samples)
+        self.n, self.eval_samples = n, eval_samples
+
+    def check_n(self, n: float) -> None:
+        """Refuse an n that the method cannot take: here one that is no integer above 1."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 2:
             raise ValueError(
                 f"model.n must be an integer > 1, got {n!r}: {type(self).__name__} takes the best of n of the table's "
                 "responses"
             )
-        check_at_least_one("eval_samples", eval_samples)
-        self.n, self.eval_samples = n, eval_samples
 
     @property
     def samples_needed(self) -> tuple[int, str]:
         """Return how many responses a prompt a step picks from, and the options that say so."""
-        return self.n, f"model.n = {self.n}"
+        return int(self.n), f"model.n = {self.n}"
 
     def setup(self, stage: str) -> None:
         """Refuse to start without enough reference responses, before anything expensive."""

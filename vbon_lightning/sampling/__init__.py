@@ -4,7 +4,7 @@ from vbon_lightning.sampling.backends import SAMPLERS, SamplerError, check_sampl
 from vbon_lightning.sampling.decode import sample_completions
 from vbon_lightning.sampling.noise import noise_seed, prompt_noise
 from vbon_lightning.sampling.passes import Sampler
-from vbon_lightning.sampling.picking import pick_best, pick_groups
+from vbon_lightning.sampling.picking import pick_best, pick_groups, pick_some
 from vbon_lightning.sampling.scoring import response_log_probs, response_logits, response_statistics
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "noise_seed",
     "pick_best",
     "pick_groups",
+    "pick_some",
     "prompt_noise",
     "response_log_probs",
     "response_logits",

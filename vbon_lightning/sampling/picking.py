@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vbon_lightning.functional import (
@@ -65,3 +66,21 @@ def pick_best(
     order = rewards.argsort(dim=-1, stable=True)
     weights = bon_selection_weights(rewards, n=n).gather(-1, order)
     return order.gather(-1, systematic_resampling(weights, offsets.to(weights.dtype).to(weights.device), count=count))
+
+
+def pick_some(identities: Sequence[int | str], *, among: int, count: int, seed: int, stream: str, step: int) -> Tensor:
+    """Pick some of each prompt's responses at random, none twice.
+
+    Args:
+        identities: B prompt identities, as in :func:`~vbon_lightning.sampling.prompt_noise`.
+        among: M, how many there are.
+        count: K, how many to pick, at most M.
+        seed: The run's seed.
+        stream: What the noise is for.
+        step: The pick's number within the stream.
+
+    Returns:
+        ``[B, K]`` long, places among the M.
+    """
+    noise = prompt_noise(identities, num_samples=1, length=among, seed=seed, stream=stream, step=step).squeeze(1)
+    return torch.topk(noise, count, dim=-1).indices

@@ -91,8 +91,8 @@ def response_statistics(
     """
     context = nullcontext(reference) if isinstance(reference, PreTrainedModel) else reference()
     with torch.no_grad(), context as model:
-        theirs = _states(model, prompts, completions)
-    ours = _states(policy, prompts, completions, hidden=hidden)
+        theirs = response_states(model, prompts, completions)
+    ours = response_states(policy, prompts, completions, hidden=hidden)
     log_probs, reference_log_probs, kl = _by_chunks(_chunk, [ours, theirs], completions, temperature, max_logits)
     states = None if ours.hidden is None else ours.hidden.view(*completions.mask.shape, -1)
     return ResponseStatistics(log_probs, reference_log_probs, kl, states)
@@ -118,9 +118,24 @@ def response_log_probs(
     Returns:
         ``[B, G, T]``, differentiable, 0 outside the mask.
     """
-    states = _states(model, prompts, completions)
+    states = response_states(model, prompts, completions)
     (log_probs,) = _by_chunks(_log_prob_chunk, [states], completions, temperature, max_logits)
     return log_probs
+
+
+def body_outputs(model: PreTrainedModel, prompts: PromptBatch, completions: Completions | Responses) -> Tensor:
+    """Run a model's body over prompts and their responses, each prompt once.
+
+    Args:
+        model: A model with a causal body.
+        prompts: ``[B, P]`` prompts.
+        completions: ``[B, G, T]`` responses.
+
+    Returns:
+        ``[B G, T, H]``: last hidden states after 0, 1, ... T - 1 tokens of each response.
+    """
+    (states,) = _predictions(model, model.base_model, prompts, completions, lambda output: [output.last_hidden_state])
+    return states
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -152,7 +167,7 @@ def _plain_head(model: PreTrainedModel) -> bool:
     return logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-5, rtol=1e-4)
 
 
-class _States(NamedTuple):
+class States(NamedTuple):
     """A pass's result before it is turned into logits."""
 
     features: Tensor
@@ -163,20 +178,28 @@ class _States(NamedTuple):
     """``[N, T, H]``, where asked for."""
 
 
-def _states(
+def response_states(
     model: PreTrainedModel, prompts: PromptBatch, completions: Completions | Responses, *, hidden: bool = False
-) -> _States:
+) -> States:
+    """Run prompts and responses and return what the logits of the response tokens are made of.
+
+    Args:
+        model: A causal language model.
+        prompts: ``[B, P]`` prompts.
+        completions: ``[B, G, T]`` responses.
+        hidden: Also keep the last hidden states, for a value head.
+    """
     head = output_head(model)
     if head is None:
         scored = response_logits(model, prompts, completions, hidden=hidden)
-        return _States(scored.logits.flatten(0, 1), None, scored.logits.shape[-1], scored.hidden)
-    (states,) = _predictions(model, model.base_model, prompts, completions, lambda output: [output.last_hidden_state])
-    return _States(states.flatten(0, 1), head, head.out_features, states if hidden else None)
+        return States(scored.logits.flatten(0, 1), None, scored.logits.shape[-1], scored.hidden)
+    states = body_outputs(model, prompts, completions)
+    return States(states.flatten(0, 1), head, head.out_features, states if hidden else None)
 
 
 def _by_chunks(
     chunk: Callable[..., tuple[Tensor, ...]],
-    models: list[_States],
+    models: list[States],
     completions: Completions | Responses,
     temperature: float,
     max_logits: int,
@@ -214,7 +237,7 @@ def _by_chunks(
 
 
 def _chunk(
-    ours: _States, states: Tensor, theirs: _States, their_states: Tensor, tokens: Tensor, temperature: float
+    ours: States, states: Tensor, theirs: States, their_states: Tensor, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         reference_logits = their_states if theirs.head is None else theirs.head(their_states)
@@ -226,7 +249,7 @@ def _chunk(
     return statistics.log_probs, statistics.reference_log_probs, statistics.kl
 
 
-def _log_prob_chunk(ours: _States, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor]:
+def _log_prob_chunk(ours: States, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor]:
     logits = states if ours.head is None else ours.head(states)
     return (token_log_probs(logits, tokens, temperature=temperature),)
 

@@ -1,0 +1,178 @@
+"""Token-level distillation of Best-of-N from the reference table and a value model: nothing sampled, nothing scored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.functional import reward_cdf, with_exact_end
+from vbon_lightning.functional.best_of_n import bon_log_ratio
+from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
+from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
+from vbon_lightning.sampling.distilling import CandidateRequest, distil
+from vbon_lightning.types import PromptBatch, Responses, TableBatch
+
+States = Literal["reference", "best_of_n", "policy"]
+Divergence = Literal["forward", "reverse"]
+
+
+class BoNDistillation(OfflineBestOfN):
+    r"""Match Best-of-N's next-token distribution at the prefixes of the reference table's responses.
+
+    With W the value of a prefix under the value model (``data.value_model``), Best-of-N's next-token distribution is
+    :math:`\pi_{bon}(a \mid s) = \pi_{ref}(a \mid s) W(s a) / W(s)`, exactly. At each prefix it is computed over
+    candidate tokens, all in one pass of the value model, and the policy learns it:
+    :math:`-\sum_a t(a \mid s) \log \pi(a \mid s)` with the reference's part exact over the vocabulary. No response is
+    sampled and no reward is called.
+
+    Args:
+        actors: The policy, reference, reward and value model, as the data module names them.
+        n: N of Best-of-N, any real number > 1.
+        responses_per_prompt: Responses a prompt and step, picked at random from the table's.
+        top: Candidates at each prefix: this many of the reference's most likely tokens.
+        draws: And this many drawn from its other tokens; 0 takes these as one, worth what the prefix is.
+        states: Whose prefixes: ``reference`` (the table's, each alike), ``best_of_n`` (the table's, weighted by W, as
+            often as Best-of-N visits them) or ``policy`` (the policy samples its own; no reward is called).
+        divergence: At each prefix ``forward``, KL(teacher || policy), or ``reverse``, KL(policy || teacher), which
+            needs ``draws: 0``.
+        **kwargs: What :class:`~vbon_lightning.modules.offline.OfflineBestOfN` takes.
+    """
+
+    uses_value_model = True
+
+    def __init__(
+        self,
+        actors: ActorSpec,
+        n: float = 4.0,
+        responses_per_prompt: int = 8,
+        top: int = 8,
+        draws: int = 8,
+        states: States = "best_of_n",
+        divergence: Divergence = "forward",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(actors, n=n, **kwargs)
+        check_at_least_one("responses_per_prompt", responses_per_prompt)
+        if top < 0 or draws < 0 or top + draws < 2:
+            raise ValueError(f"model.top and model.draws must together name at least 2 candidates, got {top}, {draws}")
+        if states not in (known := get_args(States)):
+            raise ValueError(f"model.states must be one of {', '.join(known)}; got {states!r}")
+        if divergence not in (known := get_args(Divergence)):
+            raise ValueError(f"model.divergence must be one of {', '.join(known)}; got {divergence!r}")
+        if divergence == "reverse" and draws:
+            raise ValueError(
+                "model.divergence=reverse needs a teacher that is a distribution: set model.draws to 0 and raise "
+                "model.top"
+            )
+        self.responses_per_prompt, self.states, self.divergence = responses_per_prompt, states, divergence
+        self.request = CandidateRequest(top=top, draws=draws)
+        self.record_settings(
+            n=n,
+            responses_per_prompt=responses_per_prompt,
+            top=top,
+            draws=draws,
+            states=states,
+            divergence=divergence,
+        )
+
+    def check_n(self, n: float) -> None:
+        """Refuse an n that is no number above 1."""
+        if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
+            raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n!r}")
+
+    @property
+    def samples_needed(self) -> tuple[int, str]:
+        """Return how many responses a prompt a step picks."""
+        count = self.responses_per_prompt
+        return max(count, math.ceil(self.n)), f"model.responses_per_prompt = {count} and model.n = {self.n:g}"
+
+    def setup(self, stage: str) -> None:
+        """Refuse to start without a value model, before anything expensive."""
+        super().setup(stage)
+        if self.actor_spec.value_model is None:
+            raise ValueError(
+                "BoNDistillation learns from a value model: train one with `ValueModelling` and name its export as "
+                "data.value_model"
+            )
+
+    def learn(self, batch: TableBatch, rewards: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean divergence of the picked responses' prefixes, summed over tokens, in nats."""
+        actors, prompts = self.loaded, batch.prompts
+        scorer = actors.value
+        assert scorer is not None
+        log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=self.n)
+        if self.states == "policy":
+            found = actors.sample(
+                actors.policy,
+                prompts,
+                num_samples=self.responses_per_prompt,
+                seed=self.seed,
+                stream="train",
+                step=step,
+            )
+            responses, ends = Responses(found.tokens, found.mask), None
+        else:
+            responses, ends = self._picked(batch, rewards, step)
+        log_values = scorer.log_values(prompts, responses, log_weights)
+        if ends is not None:
+            log_values = with_exact_end(log_values, ends, responses.mask)
+        uniforms = self._uniforms(prompts, responses, step)
+        result = distil(
+            actors.policy,
+            actors.as_reference,
+            scorer,
+            prompts,
+            responses,
+            log_weights,
+            log_values,
+            self.request,
+            uniforms=uniforms,
+            temperature=actors.temperature,
+            reverse=self.divergence == "reverse",
+        )
+        weights = responses.mask.to(result.divergence.dtype)
+        if self.states == "best_of_n":
+            weights = weights * log_values[..., :-1].exp()
+        loss = (weights * result.divergence).sum(-1).mean()
+        share = weights / weights.sum().clamp(min=1e-12)
+        logs = {
+            "teacher_kl": (share * result.teacher_kl.detach()).sum(),
+            "consistency": (responses.mask * (result.log_normaliser - log_values[..., :-1]).abs()).sum()
+            / responses.mask.sum(),
+        }
+        return loss, logs
+
+    def _picked(self, batch: TableBatch, rewards: Tensor, step: int) -> tuple[Responses, Tensor]:
+        """Return some of the table's responses, and the log-weights that Best-of-N gives them."""
+        index = pick_some(
+            batch.prompts.index.tolist(),
+            among=rewards.shape[1],
+            count=self.responses_per_prompt,
+            seed=self.seed,
+            stream="pick",
+            step=step,
+        ).to(rewards.device)
+        cdf = reward_cdf(rewards.gather(1, index).double(), rewards.double())
+        # Of sampled responses the table's share of the probability is all that is known.
+        none = torch.full_like(cdf.log_below, -torch.inf)
+        log_ratio = bon_log_ratio(none, cdf.log_below, n=self.n, log_at_or_below=cdf.log_at_or_below)
+        return select_responses(batch.responses, index), log_ratio.float()
+
+    def _uniforms(self, prompts: PromptBatch, responses: Responses, step: int) -> Tensor | None:
+        draws = self.request.draws
+        if not draws:
+            return None
+        _, samples, length = responses.mask.shape
+        noise = prompt_noise(
+            prompts.index.tolist(),
+            num_samples=samples,
+            length=length * draws,
+            seed=noise_seed(self.seed, "candidates"),
+            stream="candidates",
+            step=step,
+        )
+        return noise.view(*responses.mask.shape, draws).to(responses.mask.device)

@@ -1,0 +1,180 @@
+"""The divergence of a policy from Best-of-N at every token of given responses, over candidates of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from vbon_lightning.functional import (
+    Candidates,
+    Teacher,
+    candidate_teacher,
+    draw_candidates,
+    forward_divergence,
+    reverse_divergence,
+    teacher_probs,
+)
+from vbon_lightning.functional.sequences import scaled_logits
+from vbon_lightning.sampling.decode import forget_casts
+from vbon_lightning.sampling.scoring import MAX_LOGITS, States, response_states
+from vbon_lightning.types import Completions, PromptBatch, Responses
+
+
+class CandidateRequest(NamedTuple):
+    """Which candidates stand for the reference's next-token distribution."""
+
+    top: int
+    """How many of its most likely tokens."""
+    draws: int
+    """How many drawn from the others; with 0 they are one bin."""
+
+
+class Scorer(Protocol):
+    """What values candidates: see :class:`~vbon_lightning.prefix_scorer.PrefixScorer`."""
+
+    def candidate_log_values(
+        self,
+        prompts: PromptBatch,
+        responses: Completions | Responses,
+        candidates: Tensor,
+        log_weights: Tensor,
+    ) -> Tensor:
+        """Return log W after each candidate, ``[B, G, R, k]``."""
+        ...
+
+
+class Distilled(NamedTuple):
+    """What distillation says of each response token; 0 outside the mask."""
+
+    divergence: Tensor
+    """``[B, G, T]``: what is to be minimised, differentiable: a cross-entropy, or KL(policy || teacher)."""
+    teacher_kl: Tensor
+    """``[B, G, T]``: KL between policy and teacher in nats, as far as the candidates tell; without gradient."""
+    log_normaliser: Tensor
+    """``[B, G, T]``: log W of each state as its candidates have it."""
+
+
+def distil(
+    policy: PreTrainedModel,
+    reference: Callable[[], AbstractContextManager[PreTrainedModel]],
+    scorer: Scorer,
+    prompts: PromptBatch,
+    responses: Completions | Responses,
+    log_weights: Tensor,
+    log_values: Tensor,
+    request: CandidateRequest,
+    *,
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+    reverse: bool = False,
+    max_logits: int = MAX_LOGITS,
+) -> Distilled:
+    """Compare a policy with ``ref(a | s) W(s a) / W(s)`` at each position of the responses.
+
+    Args:
+        policy: The policy; gradients flow to it where they are enabled.
+        reference: A context that gives the reference.
+        scorer: Values candidates.
+        prompts: ``[B, P]`` prompts.
+        responses: ``[B, G, T]`` responses.
+        log_weights: ``[B, K]``: log w of the bins.
+        log_values: ``[B, G, T + 1]``: log W of the responses' own prefixes.
+        request: Which candidates.
+        uniforms: ``[B, G, T, draws]`` on [0, 1).
+        temperature: The sampling temperature, of policy and reference alike.
+        reverse: KL(policy || teacher) instead of the teacher's cross-entropy.
+        max_logits: Logits of each model that live at once.
+    """
+    with torch.no_grad(), reference() as model:
+        theirs = response_states(model, prompts, responses)
+    mask = responses.mask
+    real = mask.reshape(-1).nonzero().squeeze(-1)
+    size = max(1, max_logits // theirs.vocabulary)
+    pieces = real.split(size)
+    with torch.no_grad():
+        flat = None if uniforms is None else uniforms.flatten(0, -2)
+        drawn = [_candidates(theirs, rows, request, flat, temperature) for rows in pieces]
+        candidates = Candidates(
+            torch.cat([part.tokens for part in drawn]),
+            torch.cat([part.log_mass for part in drawn]),
+            None
+            if drawn[0].log_rest is None
+            else torch.cat([part.log_rest for part in drawn if part.log_rest is not None]),
+        )
+        everywhere = candidates.tokens.new_zeros(mask.numel(), candidates.tokens.shape[-1])
+        everywhere[real] = candidates.tokens
+        after = scorer.candidate_log_values(prompts, responses, everywhere.view(*mask.shape, -1), log_weights)
+        before = log_values[..., :-1].reshape(-1)[real]
+        teacher = candidate_teacher(candidates, after.flatten(0, -2)[real], before)
+    ours = response_states(policy, prompts, responses)
+    again = len(pieces) > 1 and torch.is_grad_enabled()
+    done, at = [], 0
+    for rows in pieces:
+        part = slice(at, at + len(rows))
+        at += len(rows)
+        arguments = (
+            ours,
+            ours.features[rows],
+            theirs,
+            rows,
+            candidates.tokens[part],
+            teacher,
+            part,
+            temperature,
+            reverse,
+        )
+        done.append(checkpoint(_chunk, *arguments, use_reentrant=False) if again else _chunk(*arguments))
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.numel()).index_copy(0, real, values).view(mask.shape)
+
+    return Distilled(
+        spread(torch.cat([divergence for divergence, _ in done])),
+        spread(torch.cat([kl for _, kl in done])),
+        spread(teacher.log_normaliser),
+    )
+
+
+def _reference_log_probs(theirs: States, rows: Tensor, temperature: float) -> Tensor:
+    states = theirs.features[rows]
+    logits = states if theirs.head is None else theirs.head(states)
+    return scaled_logits(logits, temperature).log_softmax(-1)
+
+
+def _candidates(
+    theirs: States, rows: Tensor, request: CandidateRequest, uniforms: Tensor | None, temperature: float
+) -> Candidates:
+    log_reference = _reference_log_probs(theirs, rows, temperature)
+    chosen = None if uniforms is None else uniforms[rows]
+    return draw_candidates(log_reference, top=request.top, draws=request.draws, uniforms=chosen)
+
+
+def _chunk(
+    ours: States,
+    states: Tensor,
+    theirs: States,
+    rows: Tensor,
+    tokens: Tensor,
+    teacher: Teacher,
+    part: slice,
+    temperature: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        reference = _reference_log_probs(theirs, rows, temperature).exp()
+        target = teacher_probs(reference, tokens, teacher.correction[part], teacher.scale[part])
+    forget_casts(states.device)
+    logits = scaled_logits(states if ours.head is None else ours.head(states), temperature)
+    if reverse:
+        divergence = reverse_divergence(logits, target)
+        return divergence, divergence.detach()
+    divergence = forward_divergence(logits, target)
+    with torch.no_grad():
+        entropy = -torch.where(target > 0, target * target.clamp(min=torch.finfo(target.dtype).tiny).log(), 0.0).sum(-1)
+    return divergence, divergence.detach() - entropy
