@@ -353,6 +353,9 @@ class Actors:
             reference_rewards = self.reference_rewards(
                 prompts, num_samples=reference_samples, seed=seed, stream=f"{stream}/reference", step=step
             )
+        predicted = None
+        if reference_rewards is None and self.value is not None:
+            predicted = self.value.log_cdf(prompts)
         zeros = torch.zeros_like(completions.log_probs)
         rollout = Rollout(
             prompts=prompts,
@@ -363,6 +366,7 @@ class Actors:
             reference_log_probs=zeros,
             token_kl=zeros,
             reference_rewards=reference_rewards,
+            reference_log_cdf=predicted,
         )
         if statistics:
             rollout, _ = self.statistics(rollout)

@@ -102,3 +102,6 @@ class Rollout(NamedTuple):
     """``[B, G, T]`` float32: KL(policy || reference) over the whole vocabulary at each token, 0 outside the mask."""
     reference_rewards: Tensor | None
     """``[B, M]`` float32: rewards of reference responses, from the table or sampled on the spot."""
+    reference_log_cdf: Tensor | None = None
+    """``[B, K + 1]``: log of the reference's reward distribution at a value model's bin edges, predicted from the
+    prompt; only where there are no reference rewards and a value model is named."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, kl_rl_target
 from vbon_lightning.modules.policy_gradient import PolicyGradient
@@ -33,3 +35,9 @@ class KLRL(PolicyGradient):
     def target(self, rollout: Rollout) -> Target:
         """Return the rewards and the KL's weight beta."""
         return kl_rl_target(rollout.rewards, beta=self.beta)
+
+    def bin_log_weights(self, rollout: Rollout) -> Tensor:
+        """Return ``log E[exp(r / beta)]`` of each bin, ``[1, K]``."""
+        scorer = self.loaded.value
+        assert scorer is not None
+        return scorer.kl_rl_log_weights(self.beta)

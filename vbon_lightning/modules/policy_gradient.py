@@ -19,6 +19,7 @@ from vbon_lightning.functional import (
     reinforce_loss,
     sampled_kl_advantages,
     token_rewards,
+    value_advantages,
 )
 from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.sampling import noise_seed
@@ -58,6 +59,11 @@ class PolicyGradient(AlignmentModule):
         gae_lambda: Lambda of generalised advantage estimation (gamma is 1: responses are episodes).
         normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on this rank.
             This biases the objective: the KL weight is then no longer the one asked for.
+        value_model: Take advantages from the value model that ``data.value_model`` names, on top of the exact KL: by
+            default where one is named and the estimator has no critic of its own.
+        value_lambda: Lambda of these advantages: at 1 the value model is a baseline and the gradient unbiased; below,
+            what later tokens bring counts as far as the model says, with less noise, and the model's errors move the
+            optimum.
         reference_samples: M reference responses a prompt sampled afresh at every step (``online``) instead of read
             from a reference table; 0 reads the table.
         seed: Seeds sampling, minibatches and the initialisation of a policy made from a config.
@@ -79,13 +85,26 @@ class PolicyGradient(AlignmentModule):
         value_coef: float = 1.0,
         gae_lambda: float = 0.95,
         normalise: bool = False,
+        value_model: bool | None = None,
+        value_lambda: float = 1.0,
         reference_samples: int = 0,
         seed: int = 0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        _check_options(estimator, kl_estimator, samples_per_prompt, epochs_per_rollout, minibatches)
+        named = actors.value_model is not None
+        fits = estimator != "ppo" and kl_estimator == "rao_blackwell"
+        self.uses_value_model = named and fits if value_model is None else value_model
+        _check_options(
+            estimator,
+            kl_estimator,
+            samples_per_prompt,
+            epochs_per_rollout,
+            minibatches,
+            valued=self.uses_value_model,
+        )
+        _check_value_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
         _check_numbers(
             samples_per_prompt=samples_per_prompt,
             eval_samples=1 if eval_samples is None else eval_samples,
@@ -106,6 +125,7 @@ class PolicyGradient(AlignmentModule):
             gae_lambda,
         )
         self.normalise, self.reference_samples = normalise, reference_samples
+        self.value_lambda = value_lambda
         self.critic: nn.Linear | None = None
         self._experience: list[Experience] = []
 
@@ -123,12 +143,18 @@ class PolicyGradient(AlignmentModule):
             gae_lambda=self.gae_lambda,
             normalise=self.normalise,
             reference_samples=self.reference_samples,
+            value_model=self.uses_value_model,
+            value_lambda=self.value_lambda,
             **settings,
         )
 
     def target(self, rollout: Rollout) -> Target:
         """Return what this method maximises: scores ``[B, G]`` and the KL's weight."""
         raise NotImplementedError(f"{type(self).__name__} must say what it maximises")
+
+    def bin_log_weights(self, rollout: Rollout) -> Tensor:
+        """Return what the method makes of each bin of a value model's reward, ``[B, K]`` or ``[1, K]``."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it makes of the bins of a value model")
 
     @property
     def updates_per_rollout(self) -> int:
@@ -297,6 +323,18 @@ class PolicyGradient(AlignmentModule):
                 mask,
                 lam=self.gae_lambda,
             )
+        elif self.uses_value_model:
+            scorer = self.loaded.value
+            assert scorer is not None
+            log_values = scorer.log_values(rollout.prompts, rollout.completions, self.bin_log_weights(rollout))
+            advantages = value_advantages(
+                target,
+                log_values,
+                rollout.token_kl,
+                mask,
+                lam=self.value_lambda,
+                siblings=self.samples_per_prompt > 1,
+            )
         elif self.kl_estimator == "sampled":
             advantages = sampled_kl_advantages(target, rollout.log_probs, rollout.reference_log_probs, mask)
         else:
@@ -348,7 +386,9 @@ def _token_rewards(target: Target, rollout: Rollout, *, sampled: bool) -> Tensor
     return token_rewards(target, later, torch.zeros_like(later), mask)
 
 
-def _check_options(estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int) -> None:
+def _check_options(
+    estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int, *, valued: bool
+) -> None:
     if estimator not in (known := ("reinforce", "clipped", "ppo")):
         raise ValueError(f"model.estimator must be one of {', '.join(known)}; got {estimator!r}")
     if kl_estimator not in (known := ("rao_blackwell", "sampled", "prefix_baseline")):
@@ -360,12 +400,26 @@ def _check_options(estimator: str, kl_estimator: str, samples: int, epochs: int,
         )
     if epochs < 1 or minibatches < 1:
         raise ValueError(f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}")
-    if estimator != "ppo" and samples < 2:
+    if estimator != "ppo" and samples < 2 and not valued:
         raise ValueError(f"a leave-one-out baseline needs model.samples_per_prompt >= 2, got {samples}")
     if estimator == "reinforce" and epochs * minibatches > 1:
         raise ValueError(
             "REINFORCE is unbiased for one update a rollout only: for several, set model.estimator to clipped or ppo"
         )
+
+
+def _check_value_options(used: bool, named: bool, estimator: str, kl_estimator: str, lam: float) -> None:
+    if not 0 <= lam <= 1:
+        raise ValueError(f"model.value_lambda must be in [0, 1], got {lam}")
+    if used and not named:
+        raise ValueError("model.value_model is on, but none is named: set data.value_model")
+    if used and (estimator == "ppo" or kl_estimator != "rao_blackwell"):
+        raise ValueError(
+            "advantages from a value model stand on model.kl_estimator=rao_blackwell and an estimator without a critic "
+            "of its own: set model.value_model to false, or these to rao_blackwell and reinforce or clipped"
+        )
+    if lam < 1 and not used:
+        raise ValueError("model.value_lambda is that of a value model's advantages, and none is in use")
 
 
 def _check_numbers(

@@ -6,18 +6,20 @@ import math
 from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
 from vbon_lightning.modules.policy_gradient import PolicyGradient
+from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Rollout
 
 Bound = Literal["exact", "lower", "untied"]
 CDFEstimator = Literal["jeffreys", "add_one", "laplace", "digamma"]
 
 _NO_REWARDS = (
-    "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`) or sample them "
-    "at every step (model.reference_samples)"
+    "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`), sample them at every "
+    "step (model.reference_samples), or name a value model that predicts them (data.value_model)"
 )
 
 
@@ -75,6 +77,8 @@ class VBoN(PolicyGradient):
             if data is None or not hasattr(data, "table"):
                 return
             if data.reference_table is None:
+                if self.uses_value_model:
+                    return  # which predicts the distribution of the reward
                 raise ValueError(_NO_REWARDS)
             samples, what = data.reference_rewards, f"the reference table {data.reference_table}"
         if samples < self.n:
@@ -90,8 +94,28 @@ class VBoN(PolicyGradient):
 
     def target(self, rollout: Rollout) -> Target:
         """Return the log-ratio of Best-of-N to the reference over N - 1, and the KL's weight 1/(N - 1)."""
-        if rollout.reference_rewards is None:
+        if rollout.reference_rewards is not None:
+            cdf = reward_cdf(rollout.rewards, rollout.reference_rewards, estimator=self.cdf_estimator)
+        elif rollout.reference_log_cdf is not None:
+            cdf = self._scorer.reward_cdf(rollout.rewards, rollout.reference_log_cdf)
+        else:
             raise ValueError(_NO_REWARDS)
-        cdf = reward_cdf(rollout.rewards, rollout.reference_rewards, estimator=self.cdf_estimator)
         log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
         return vbon_target(log_reference, cdf, n=self.n, bound=self.bound, log_ratio_floor=self.log_ratio_floor)
+
+    def bin_log_weights(self, rollout: Rollout) -> Tensor:
+        """Return log w_n of each bin under the prompt's own distribution of the reward, ``[B, K]``."""
+        log_cdf = rollout.reference_log_cdf
+        if rollout.reference_rewards is not None:
+            log_cdf = self._scorer.log_cdf(rollout.prompts, rollout.reference_rewards)
+        if log_cdf is None:
+            raise ValueError(_NO_REWARDS)
+        log_weights = self._scorer.bon_log_weights(log_cdf, n=self.n)
+        return log_weights if self.log_ratio_floor is None else log_weights.clamp(min=self.log_ratio_floor)
+
+    @property
+    def _scorer(self) -> PrefixScorer:
+        scorer = self.loaded.value
+        if scorer is None:
+            raise ValueError("this needs a value model: set data.value_model")
+        return scorer

@@ -6,6 +6,7 @@ follows, and to itself. The candidates never see each other, so that the pass is
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -210,6 +211,29 @@ def look_ahead(
             use_cache=True,
         )
     states: Tensor = output.last_hidden_state
+    return states.view(*candidates.shape, -1)
+
+
+def look_ahead_one(model: PreTrainedModel, cache: Cache, attended: Tensor, candidates: Tensor) -> Tensor:
+    """Run candidates ``[N, k]`` for the next token of each row of a trunk, which stays as it is.
+
+    Args:
+        model: A model with a causal body.
+        cache: The trunk's.
+        attended: ``[N, S]`` long: which of the trunk's tokens are real.
+        candidates: ``[N, k]``.
+
+    Returns:
+        ``[N, k, H]``.
+    """
+    if can_look_ahead(model):
+        every = slice(0, len(candidates))
+        positions = attended.sum(-1, keepdim=True)
+        return look_ahead(model, cache, every, candidates[:, None], attended.bool()[:, None], positions)[:, 0]
+    count = candidates.shape[1]
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(count)
+    states = extend_trunk(model, copied, attended.repeat_interleave(count, dim=0), candidates.reshape(-1, 1))
     return states.view(*candidates.shape, -1)
 
 

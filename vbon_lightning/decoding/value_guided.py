@@ -1,0 +1,133 @@
+"""Best-of-N token by token, guided by a value model: nothing is thrown away, and no reward is called."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from vbon_lightning.actors import Actors
+from vbon_lightning.decoding.base import Decoded, DecodingCost
+from vbon_lightning.functional import candidate_teacher, draw_candidates, prefix_log_values, teacher_probs
+from vbon_lightning.functional.sequences import scaled_logits
+from vbon_lightning.sampling import prompt_noise
+from vbon_lightning.sampling.decode import caching, check_request, choose_tokens, prefill
+from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, trunk_cache
+from vbon_lightning.types import PromptBatch
+
+
+class ValueGuided:
+    r"""Sample from :math:`\pi_{ref}(a \mid s) W_N(s a) / W_N(s)`, with W from a value model.
+
+    With an exact value model and all tokens as candidates that is Best-of-N's own distribution. N is any real number
+    above 1 and is chosen here: nothing is trained for it.
+
+    Args:
+        n: N of Best-of-N.
+        top: Candidates a token, the reference's most likely; its other tokens are one, worth what the prefix is.
+        amortised: Predict the distribution of the prompt's rewards instead of reading it from the reference table; as
+            is done where a batch brings no reference rewards.
+    """
+
+    def __init__(self, n: float = 4.0, top: int = 16, amortised: bool = False) -> None:
+        if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
+            raise ValueError(f"n must be a number > 1, got {n!r}")
+        if top < 2:
+            raise ValueError(f"top must be at least 2, got {top}")
+        self.n, self.top, self.amortised = n, top, amortised
+
+    @torch.no_grad()
+    def __call__(
+        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+    ) -> Decoded:
+        """Sample G responses a prompt."""
+        if actors.value is None:
+            raise ValueError("ValueGuided needs a value model: name one as data.value_model")
+        actors.place()
+        noise = prompt_noise(
+            prompts.index.tolist(),
+            num_samples=num_samples,
+            length=actors.max_new_tokens,
+            seed=seed,
+            stream=stream,
+            step=step,
+        )
+        with actors.as_reference() as model:
+            check_request(model, prompts.mask, noise, actors.end_ids, actors.temperature)
+            with caching(model):
+                return self._decode(actors, model, prompts, noise)
+
+    def _decode(self, actors: Actors, model: Any, prompts: PromptBatch, noise: Tensor) -> Decoded:
+        scorer = actors.value
+        assert scorer is not None
+        rewards = None if self.amortised else prompts.reference_rewards
+        batch, samples, length = noise.shape
+        rows, device = batch * samples, prompts.tokens.device
+        log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=self.n)
+        log_weights = log_weights.to(device).repeat_interleave(samples, dim=0)
+        noise = noise.to(device).view(rows, length)
+        ends = torch.as_tensor(list(actors.end_ids), device=device)
+        tokens = torch.full((rows, length), actors.end_ids[0], dtype=torch.long, device=device)
+        mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
+        finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        token_kl = torch.zeros(rows, length, device=device)
+        cost = [0, int(prompts.mask.sum())]
+
+        padded = not bool(prompts.mask.all())
+        cache, logits = prefill(model, prompts.tokens, prompts.mask, padded)
+        cache.batch_repeat_interleave(samples)
+        logits = logits.repeat_interleave(samples, dim=0)
+        trunk = trunk_cache(scorer.model, prompts, tokens.view(batch, samples, length)[..., :0])
+        state = prefix_log_values(scorer.prompt_log_probs(prompts).repeat_interleave(samples, dim=0), log_weights)
+        attended = prompts.mask.long().repeat_interleave(samples, dim=0)
+        active = torch.arange(rows, device=device)
+        for place in range(length):
+            log_reference = scaled_logits(logits, actors.temperature).log_softmax(-1)
+            candidates = draw_candidates(log_reference, top=self.top)
+            ahead = look_ahead_one(scorer.model, trunk, attended, candidates.tokens)
+            values = prefix_log_values(scorer.head(ahead), log_weights[active, None])
+            teacher = candidate_teacher(candidates, values, state)
+            guided = teacher_probs(log_reference.exp(), candidates.tokens, teacher.correction, teacher.scale)
+            log_guided = guided.clamp(min=torch.finfo(guided.dtype).tiny).log()
+            chosen = choose_tokens(log_guided, noise[active, place, None], 1.0)[0].squeeze(-1)
+            tokens[active, place], mask[active, place] = chosen, True
+            token_kl[active, place] = (guided * (log_guided - log_reference)).sum(-1).clamp(min=0)
+            finished[active] = torch.isin(chosen, ends)
+            cost[0] += len(active)
+            cost[1] += candidates.tokens.numel() + len(active)
+            keep = (~finished[active]).nonzero().squeeze(-1)
+            if place + 1 == length or not len(keep):
+                break
+            if len(keep) < len(active):
+                cache.batch_select_indices(keep)
+                trunk.batch_select_indices(keep)
+                active, chosen, attended = active[keep], chosen[keep], attended[keep]
+            logits = _next_logits(model, cache, attended, chosen, padded)
+            states = extend_trunk(scorer.model, trunk, attended, chosen[:, None])
+            attended = torch.nn.functional.pad(attended, (0, 1), value=1)
+            state = prefix_log_values(scorer.head(states[:, 0]), log_weights[active])
+        width = place + 1
+        shape = (batch, samples, width)
+        return Decoded(
+            tokens=tokens[:, :width].view(shape),
+            mask=mask[:, :width].view(shape),
+            finished=finished.view(batch, samples),
+            token_kl=token_kl[:, :width].view(shape),
+            cost=DecodingCost(cost[0], cost[1], 0),
+        )
+
+
+def _next_logits(model: Any, cache: Cache, attended: Tensor, tokens: Tensor, padded: bool) -> Tensor:
+    whole = torch.nn.functional.pad(attended, (0, 1), value=1)
+    output = model(
+        input_ids=tokens[:, None],
+        attention_mask=whole if padded else None,
+        position_ids=attended.sum(-1, keepdim=True),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
