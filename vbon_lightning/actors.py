@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,16 @@ from vbon_lightning.sampling import (
     sample_completions,
 )
 from vbon_lightning.types import Completions, PromptBatch, Rollout
+
+
+class _Tokens(Protocol):
+    """What holds response tokens ``[B, G, T]`` and their mask."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor: ...
 
 
 class ActorSpec:
@@ -267,7 +277,7 @@ class Actors:
             temperature=self.temperature,
         )
 
-    def token_ids(self, completions: Completions) -> list[list[list[int]]]:
+    def token_ids(self, completions: _Tokens) -> list[list[list[int]]]:
         """Return the responses' token ids without padding, the EOS included where there is one: ``[B][G][...]``."""
         lengths = completions.mask.sum(-1).tolist()
         tokens = completions.tokens.tolist()

@@ -429,6 +429,10 @@ class AlignmentDataModule(LightningDataModule):
         samples = self.reference_rewards
         return TableBatch(self._collate_prompts(items), Responses(tokens[:, :samples], mask[:, :samples]))
 
+    def table_batch(self, prompts: Sequence[EncodedPrompt]) -> TableBatch:
+        """Return given prompts of the training split with the table's responses to them."""
+        return self._collate_responses([(place, True, row) for place, row in enumerate(prompts)])
+
     def table_rewards(self, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
         """Return the table's rewards ``[B, M]`` of given prompts, the missing-EOS penalty subtracted."""
         table = self.table()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vbon_lightning.functional import (
     RewardBins,
@@ -19,7 +18,7 @@ from vbon_lightning.functional import (
     predicted_log_cdf,
     prefix_log_values,
 )
-from vbon_lightning.models import load_value_model, value_bins, value_fingerprint, value_head
+from vbon_lightning.models import ValueModel, load_value_model
 from vbon_lightning.models.spec import ModelSpec
 from vbon_lightning.sampling.decode import forget_casts
 from vbon_lightning.sampling.lookahead import MAX_TOKENS, lookahead_states
@@ -38,10 +37,13 @@ class PrefixScorer:
         model: A value model (:func:`~vbon_lightning.models.load_value_model`).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.head = model, value_head(model)
-        self.bins: RewardBins = value_bins(model)
-        self._placed: torch.device | None = None
+    def __init__(self, model: ValueModel) -> None:
+        self.model = model
+
+    @property
+    def bins(self) -> RewardBins:
+        """Return the bins, on the model's device."""
+        return self.model.bins
 
     @classmethod
     def load(cls, spec: str | Mapping[str, Any] | ModelSpec) -> PrefixScorer:
@@ -50,15 +52,12 @@ class PrefixScorer:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the rewards are of: the fingerprint of the table the model was trained on."""
-        return value_fingerprint(self.model)
+        """Return what the rewards are of: the fingerprint of the table the model was trained on."""
+        return dict(self.model.config.table)
 
     def to(self, device: torch.device) -> None:
-        """Move the model and its bins; the model's own precision stays."""
-        if self._placed != device:
-            nn.Module.to(self.model, device)
-            self.bins = RewardBins(*(part.to(device) for part in self.bins))
-            self._placed = device
+        """Move the model; its precision stays."""
+        nn.Module.to(self.model, device)
 
     # -- predictions -------------------------------------------------------------------------------
 
@@ -72,12 +71,16 @@ class PrefixScorer:
         Returns:
             ``[B, G, T + 1, K]`` float32 log-probabilities after 0, 1, ... T tokens, differentiable in the model.
         """
+        states = self.states(prompts, responses)
+        return self.model.forecast(states, torch.arange(states.shape[2], device=states.device))
+
+    def states(self, prompts: PromptBatch, responses: Completions | Responses) -> Tensor:
+        """Return the body's last hidden states after 0, 1, ... T tokens, ``[B, G, T + 1, H]``."""
         # One more token: states are those that predict the next one.
         padded = Responses(
             torch.nn.functional.pad(responses.tokens, (0, 1)), torch.nn.functional.pad(responses.mask, (0, 1))
         )
-        states = body_outputs(self.model, prompts, padded)
-        return self.head(states).float().log_softmax(-1).view(*padded.tokens.shape, -1)
+        return body_outputs(self.model, prompts, padded).view(*padded.tokens.shape, -1)
 
     @torch.no_grad()
     def prompt_log_probs(self, prompts: PromptBatch) -> Tensor:
@@ -118,7 +121,8 @@ class PrefixScorer:
             ``[B, G, R, k]`` float32.
         """
         states = lookahead_states(self.model, prompts, responses, candidates, max_tokens=max_tokens)
-        values = prefix_log_values(self.head(states), log_weights[:, None, None, None])
+        lengths = torch.arange(1, states.shape[2] + 1, device=states.device)[:, None]
+        values = prefix_log_values(self.model.forecast(states, lengths), log_weights[:, None, None, None])
         forget_casts(values.device)
         return values
 

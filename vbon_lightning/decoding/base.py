@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -40,9 +41,15 @@ class Decoded(NamedTuple):
     cost: DecodingCost
 
 
-class Decoder(Protocol):
+class Decoder(ABC):
     """Chooses responses with loaded actors: any policy, reward and value model that these hold."""
 
+    needs_value_model = False
+    """Whether it reads a value model."""
+    n: float
+    """N of the Best-of-N that it is, or aims at."""
+
+    @abstractmethod
     def __call__(
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
     ) -> Decoded:
@@ -56,4 +63,3 @@ class Decoder(Protocol):
             stream: The noise's stream.
             step: The call's number within the stream.
         """
-        ...

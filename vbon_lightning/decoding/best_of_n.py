@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from vbon_lightning.actors import Actors
-from vbon_lightning.decoding.base import Decoded, DecodingCost
+from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.types import PromptBatch
 
 
-class BestOfN:
+class BestOfN(Decoder):
     """Draw n responses from the policy and keep the one with the highest reward, the first of those that tie.
 
     Samples are independent, so that the first of a tie is as good as one at random.
@@ -21,7 +21,7 @@ class BestOfN:
     def __init__(self, n: int = 4) -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be an integer >= 1, got {n!r}")
-        self.n = n
+        self.n: int = n
 
     @torch.no_grad()
     def __call__(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from vbon_lightning.actors import Actors
-from vbon_lightning.decoding.base import Decoded, DecodingCost
+from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.functional import candidate_teacher, draw_candidates, prefix_log_values, teacher_probs
 from vbon_lightning.functional.sequences import scaled_logits
 from vbon_lightning.sampling import prompt_noise
@@ -19,7 +19,7 @@ from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, trun
 from vbon_lightning.types import PromptBatch
 
 
-class ValueGuided:
+class ValueGuided(Decoder):
     r"""Sample from :math:`\pi_{ref}(a \mid s) W_N(s a) / W_N(s)`, with W from a value model.
 
     With an exact value model and all tokens as candidates that is Best-of-N's own distribution. N is any real number
@@ -31,6 +31,8 @@ class ValueGuided:
         amortised: Predict the distribution of the prompt's rewards instead of reading it from the reference table; as
             is done where a batch brings no reference rewards.
     """
+
+    needs_value_model = True
 
     def __init__(self, n: float = 4.0, top: int = 16, amortised: bool = False) -> None:
         if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
@@ -85,10 +87,11 @@ class ValueGuided:
         attended = prompts.mask.long().repeat_interleave(samples, dim=0)
         active = torch.arange(rows, device=device)
         for place in range(length):
+            seen = torch.tensor(place, device=device)
             log_reference = scaled_logits(logits, actors.temperature).log_softmax(-1)
             candidates = draw_candidates(log_reference, top=self.top)
             ahead = look_ahead_one(scorer.model, trunk, attended, candidates.tokens)
-            values = prefix_log_values(scorer.head(ahead), log_weights[active, None])
+            values = prefix_log_values(scorer.model.forecast(ahead, seen + 1), log_weights[active, None])
             teacher = candidate_teacher(candidates, values, state)
             guided = teacher_probs(log_reference.exp(), candidates.tokens, teacher.correction, teacher.scale)
             log_guided = guided.clamp(min=torch.finfo(guided.dtype).tiny).log()
@@ -108,7 +111,7 @@ class ValueGuided:
             logits = _next_logits(model, cache, attended, chosen, padded)
             states = extend_trunk(scorer.model, trunk, attended, chosen[:, None])
             attended = torch.nn.functional.pad(attended, (0, 1), value=1)
-            state = prefix_log_values(scorer.head(states[:, 0]), log_weights[active])
+            state = prefix_log_values(scorer.model.forecast(states[:, 0], seen + 1), log_weights[active])
         width = place + 1
         shape = (batch, samples, width)
         return Decoded(

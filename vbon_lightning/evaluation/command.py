@@ -18,7 +18,15 @@ from transformers import PreTrainedModel
 
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
-from vbon_lightning.evaluation.reports import Judge, PolicyReport, bon_reports, evaluate_policy
+from vbon_lightning.decoding import Decoder
+from vbon_lightning.evaluation.reports import (
+    DecodedBatch,
+    Judge,
+    PolicyReport,
+    bon_reports,
+    evaluate_decoder,
+    evaluate_policy,
+)
 from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_temperature, write_temperatures
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
@@ -33,7 +41,8 @@ Split = Literal["train", "val", "test"]
 @torch.no_grad()
 def compare(
     data: AlignmentDataModule,
-    policies: dict[str, str],
+    policies: dict[str, str] = {},  # noqa: B006 (never mutated)
+    decoders: dict[str, Decoder] = {},  # noqa: B006 (never mutated)
     output: str = "runs/comparison",
     n: list[int] = [2, 4, 8],  # noqa: B006 (never mutated)
     samples: int = 16,
@@ -57,6 +66,7 @@ def compare(
         data: The prompts, the reference, the reward, and the table that holds the prompts' reference responses.
         policies: Directory (or hub name) of each policy, by the name to show. The first word of a name is its
             method: policies of one method look alike in the picture.
+        decoders: Ways to decode from the reference to compare with, by the name to show.
         output: Directory to write to.
         n: Which Best-of-N to show and to compare with.
         samples: Responses sampled a prompt and policy.
@@ -73,8 +83,11 @@ def compare(
         device: ``cpu``, ``cuda``, ... or ``auto``.
         command: The command to print with the table.
     """
-    if not policies:
+    if not policies and not decoders:
         raise ValueError("name at least one policy to compare: --policies.NAME DIRECTORY")
+    guided = [name for name, decoder in decoders.items() if decoder.needs_value_model]
+    if guided and data.actors.value_model is None:
+        raise ValueError(f"the decoder {guided[0]!r} needs a value model: set data.value_model")
     if any(not 0 < temperature < math.inf for temperature in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -97,9 +110,11 @@ def compare(
             sampler=spec.sampler,
             max_rows=spec.max_rows,
             engine_options=spec.engine_options,
+            value_model=spec.value_model,
         ),
         trainable=False,
         reference=False,
+        value=bool(guided),
     )
     _move(actors.policy, place)
     actors.reference = actors.policy
@@ -127,6 +142,11 @@ def compare(
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
     at_temperatures("reference")
     reports = _best_of_n(table, keys, texts, rewards, n, judge if judge_table else None)
+    for name, decoder in decoders.items():
+        found: list[DecodedBatch] = []
+        for batch in tqdm(data.split_dataloader(split), desc=name, leave=False):
+            found.append(_decode(actors, decoder, _to(batch, place), samples=samples, seed=seed))
+        reports.append(evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n))
     for name, path in policies.items():
         actors.policy = _move(load_causal_lm(as_spec(path), trainable=False), place)
         kept: list[Rollout] = []
@@ -153,6 +173,13 @@ def compare(
     print(comparison_markdown(reports, title=title, command=command))
     print("\n".join(f"wrote {path}" for path in files.values()))
     return reports
+
+
+def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: int, seed: int) -> DecodedBatch:
+    decoded = decoder(actors, batch, num_samples=samples, seed=seed, stream="compare", step=0)
+    ids = actors.token_ids(decoded)
+    texts = actors.decode(ids, batch)
+    return DecodedBatch(batch, decoded, texts, actors.score(batch.text, texts, ids, decoded.finished))
 
 
 def _best_of_n(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vbon_lightning.decoding import Decoded, DecodingCost
 from vbon_lightning.evaluation.best_of_n import (
     KL_CHECK_ESTIMATOR,
     KL_ESTIMATOR,
@@ -18,7 +19,7 @@ from vbon_lightning.evaluation.best_of_n import (
 )
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
 from vbon_lightning.functional import bon_kl_bound, bon_kl_estimate, bon_win_rate, bon_win_rate_bound
-from vbon_lightning.types import Rollout
+from vbon_lightning.types import PromptBatch, Rollout
 
 Judge = Callable[[Rollout], Tensor]
 """Scores a rollout's responses ``[B, G]`` by a second scorer, one that no policy was trained against."""
@@ -63,6 +64,8 @@ class PolicyReport:
     """By a second scorer that no policy was trained against."""
     n: int | None = None
     """N, for Best-of-N itself."""
+    cost: dict[str, float] | None = None
+    """What a response takes to make, for decoders: tokens generated, tokens the value model reads, reward calls."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
@@ -166,6 +169,76 @@ def evaluate_policy(
         length=columns.need("length"),
         finished=columns.need("finished"),
         judge_reward=columns.estimate("judge"),
+    )
+
+
+class DecodedBatch(NamedTuple):
+    """What a decoder chose for a batch of prompts, and what it is worth."""
+
+    prompts: PromptBatch
+    """B prompts, with reference rewards."""
+    decoded: Decoded
+    """``[B, G]`` responses."""
+    texts: list[list[str]]
+    rewards: Tensor
+    """``[B, G]``."""
+
+
+def evaluate_decoder(
+    batches: Iterable[DecodedBatch], *, name: str, method: str, n: float, n_values: Sequence[int] = ()
+) -> PolicyReport:
+    """Average what a decoder chose over prompts; see :func:`evaluate_policy`.
+
+    The KL is that of its own next-token distributions where it knows them; that of a decoder that does not is
+    Best-of-N's from the table.
+
+    Args:
+        batches: What it chose; filler rows count nowhere.
+        name: What to call it.
+        method: Its family.
+        n: N of the Best-of-N that it is, or aims at.
+        n_values: Which Best-of-n to compare with.
+
+    Raises:
+        ValueError: If there is nothing to average, or reference rewards are missing.
+    """
+    columns, samples, responses = _Columns(), 0, 0
+    cost = [0, 0, 0]
+    own = True
+    for batch in batches:
+        valid, decoded, reference = batch.prompts.valid, batch.decoded, batch.prompts.reference_rewards
+        if reference is None:
+            raise ValueError(f"{name!r} is compared with the reference's rewards: name a reference table")
+        samples, rewards, reference = batch.rewards.shape[1], batch.rewards.double(), reference.double()
+        _check_samples(n_values, reference.shape[1])
+        columns.add("reward", rewards, valid)
+        own = decoded.token_kl is not None
+        columns.add("kl", bon_kl(reference, n=n) if decoded.token_kl is None else decoded.token_kl.sum(-1), valid)
+        columns.add("length", decoded.mask.sum(-1), valid)
+        columns.add("finished", decoded.finished, valid)
+        for opponent in {1, *n_values}:
+            columns.add(f"win_rate_{opponent}", bon_win_rate(rewards, reference, n=opponent), valid)
+        cost = [total + part for total, part in zip(cost, decoded.cost, strict=True)]
+        responses += rewards.numel()
+    if len(columns) == 0:
+        raise ValueError(f"there are no prompts to evaluate {name!r} on")
+    return PolicyReport(
+        name=name,
+        method=method,
+        prompts=len(columns),
+        samples=samples,
+        reward=columns.need("reward"),
+        kl=columns.need("kl"),
+        kl_estimator="exact KL of the decoder's next-token distribution, summed over its responses"
+        if own
+        else KL_ESTIMATOR,
+        win_rate=columns.estimate("win_rate_1"),
+        win_rate_vs_bon={
+            other: value for other in sorted(n_values) if (value := columns.estimate(f"win_rate_{other}")) is not None
+        },
+        length=columns.need("length"),
+        finished=columns.need("finished"),
+        cost={field: total / responses for field, total in zip(DecodingCost._fields, cost, strict=True)},
     )
 
 

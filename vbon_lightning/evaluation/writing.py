@@ -89,7 +89,23 @@ def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command:
     rows = list(zip(*columns.values(), strict=True))
     table = markdown_table(list(columns), rows, align="ll" + "r" * (len(columns) - 2))
     shown = "" if command is None else f"```sh\n{command}\n```\n\n"
-    return f"# {title}\n\n{shown}{table}\n{_notes(reports)}"
+    return f"# {title}\n\n{shown}{table}\n{_notes(reports)}{_costs(reports)}"
+
+
+def _costs(reports: Sequence[PolicyReport]) -> str:
+    """Format what decoders take to make a response, beside a policy's one sample."""
+    decoders = [report for report in reports if report.cost]
+    if not decoders:
+        return ""
+    fields = list(decoders[0].cost or {})
+    rows = [
+        [markdown_cell(report.name), *(f"{(report.cost or {}).get(field, 0.0):,.1f}" for field in fields)]
+        for report in decoders
+    ]
+    table = markdown_table(
+        ["a response", *(field.replace("_", " ") for field in fields)], rows, align="l" + "r" * len(fields)
+    )
+    return f"\n{table}"
 
 
 def _cell(value: Estimate | None) -> str:

@@ -58,6 +58,8 @@ from vbon_lightning.functional.reward_bins import (
     bon_bin_log_weights,
     edge_log_cdf,
     exponential_bin_log_weights,
+    forecast_head,
+    forecast_log_probs,
     predicted_log_cdf,
     reward_bins,
 )
@@ -112,6 +114,8 @@ __all__ = [
     "draw_candidates",
     "edge_log_cdf",
     "exponential_bin_log_weights",
+    "forecast_head",
+    "forecast_log_probs",
     "forward_divergence",
     "generalized_advantage_estimation",
     "group_extremes",

@@ -8,6 +8,7 @@ quantiles.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -226,3 +227,108 @@ def binned_reward_cdf(rewards: Tensor, log_cdf: Tensor, bins: RewardBins) -> Rew
     stop = torch.where(atomic, torch.ones_like(middle), middle)
     logs = [(low + (high - low) * share).log().clamp(max=0.0).to(rewards.dtype) for share in (start, stop)]
     return RewardCDF(log_below=logs[0], log_at_or_below=logs[1])
+
+
+HEAD_EXTRA = 2
+"""Outputs of a value model's head besides one a bin: the location and the log-scale of the reward."""
+
+_NARROWEST = -7.0
+
+
+def forecast_log_probs(outputs: Tensor, bins: RewardBins) -> Tensor:
+    """Turn a value model's outputs into log-probabilities of the bins.
+
+    The reward follows a logistic distribution, cut into the bins, times a free factor a bin:
+    ``p(k) ~ exp(o_k) (sigmoid((e_{k+1} - m) / s) - sigmoid((e_k - m) / s))``. The free factors alone would do, but
+    hardly be learnt: what is certain at a response's end and open at its beginning needs outputs a hundred times as
+    large at the one as at the other, and here only the scale s has to change.
+
+    Args:
+        outputs: ``[..., K + 2]``: o of each bin, then location m and log s in units of the atoms' mean and standard
+            deviation.
+        bins: the bins.
+
+    Returns:
+        ``[..., K]``, normalised, float32 or wider.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: if there are not K + 2 outputs.
+    """
+    check_float("outputs", outputs)
+    if outputs.shape[-1] != bins.size + HEAD_EXTRA:
+        raise ValueError(f"outputs must have K + 2 = {bins.size + HEAD_EXTRA} entries, got {outputs.shape[-1]}")
+    wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+    centre, spread = _units(bins)
+    edges = ((bins.edges - centre) / spread).to(wide)
+    free, location, log_scale = wide[..., : bins.size], wide[..., bins.size, None], wide[..., bins.size + 1, None]
+    log_scale = log_scale.clamp(min=_NARROWEST)
+    passed = (edges - location) * (-log_scale).exp()  # [..., K - 1]
+    gaps = edges.diff() * (-log_scale).exp()
+    # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)); at the ends a = -inf, b = inf.
+    below = torch.nn.functional.pad(torch.nn.functional.logsigmoid(passed), (0, 1))
+    above = torch.nn.functional.pad(torch.nn.functional.logsigmoid(-passed), (1, 0))
+    between = torch.nn.functional.pad(torch.log(-torch.expm1(-gaps)), (1, 1 if bins.size > 1 else 0))
+    return (free + below + above + between).log_softmax(-1)
+
+
+def _units(bins: RewardBins) -> tuple[Tensor, Tensor]:
+    return bins.atoms.mean(), bins.atoms.std().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+@torch.no_grad()
+def forecast_head(
+    features: Tensor, rewards: Tensor, bins: RewardBins, *, fit: Tensor, ridge: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """Fit a linear head by regression: location and log-scale linear in the features, no free factors.
+
+    A body that has learnt the reward, such as a reward model's, then starts where its own head is, and not from
+    nothing.
+
+    Args:
+        features: ``[S, H]``, S samples.
+        rewards: ``[S]``.
+        bins: the bins.
+        fit: ``[S]`` bool: the samples that the location is fitted to (whole responses, which have their reward); the
+            scale is fitted to all of them.
+        ridge: the penalty, relative to the features' mean square.
+
+    Returns:
+        Weight ``[K + 2, H]`` and bias ``[K + 2]`` of the head, float64.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: if the shapes do not fit.
+    """
+    check_float("features", features)
+    check_float("rewards", rewards)
+    check_dims("features", features, 2, "[S, H]")
+    for name, value in (("rewards", rewards), ("fit", fit)):
+        if value.shape != features.shape[:1]:
+            raise ValueError(f"{name} must have shape [S] = {list(features.shape[:1])}, got {list(value.shape)}")
+    centre, spread = (value.to(features.device) for value in _units(bins))
+    every, values = features.double(), (rewards.double() - centre) / spread
+    slope, offset = _ridge(every[fit], values[fit], ridge)
+    missed = (values - every @ slope - offset).abs()
+    # How far off the location is, is itself a function of the prefix: the regression of its logarithm.
+    finest = ((bins.edges[-1] - bins.edges[0]) / spread / bins.size / 4).to(missed).clamp(min=1e-3)
+    log_missed = missed.clamp(min=finest).log()
+    scale_slope, scale_offset = _ridge(every, log_missed, ridge)
+    log_scale = every @ scale_slope + scale_offset
+    # The mean absolute deviation of a logistic distribution of scale 1 is 2 log 2.
+    scale_offset = scale_offset + ((missed * (-log_scale).exp()).mean() / (2 * math.log(2))).log()
+    weight = every.new_zeros(bins.size + HEAD_EXTRA, every.shape[1])
+    bias = every.new_zeros(bins.size + HEAD_EXTRA)
+    weight[bins.size], bias[bins.size] = slope, offset
+    weight[bins.size + 1], bias[bins.size + 1] = scale_slope, scale_offset
+    return weight, bias
+
+
+def _ridge(features: Tensor, values: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Return slope ``[H]`` and offset of a regression whose penalty is relative to the features' mean square."""
+    middle, mean = features.mean(0), values.mean()
+    centred = features - middle
+    gram = centred.T @ centred
+    gram.diagonal().add_(penalty * gram.diagonal().mean().clamp(min=1e-12))
+    slope = torch.linalg.solve(gram, centred.T @ (values - mean))
+    return slope, mean - middle @ slope

@@ -9,17 +9,13 @@ from vbon_lightning.models.identity import model_identity
 from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout
 from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
 from vbon_lightning.models.tokenizer import check_same_vocabulary, end_token_ids, load_tokenizer
-from vbon_lightning.models.value import (
-    load_value_model,
-    new_value_model,
-    value_bins,
-    value_fingerprint,
-    value_head,
-)
+from vbon_lightning.models.value import ValueModel, ValueModelConfig, load_value_model, new_value_model
 
 __all__ = [
     "ModelError",
     "ModelSpec",
+    "ValueModel",
+    "ValueModelConfig",
     "as_spec",
     "check_no_missing_weights",
     "check_same_vocabulary",
@@ -34,7 +30,4 @@ __all__ = [
     "new_value_model",
     "parse_dtype",
     "save_pretrained",
-    "value_bins",
-    "value_fingerprint",
-    "value_head",
 ]

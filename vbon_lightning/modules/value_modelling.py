@@ -13,13 +13,19 @@ from torchmetrics.classification import BinaryCalibrationError
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.functional import RewardBins, bin_labels, ranked_probability_score, reward_bins
+from vbon_lightning.functional import (
+    RewardBins,
+    bin_labels,
+    forecast_head,
+    ranked_probability_score,
+    reward_bins,
+)
 from vbon_lightning.models import (
+    ValueModel,
     check_same_vocabulary,
     load_tokenizer,
     load_value_model,
     new_value_model,
-    value_bins,
 )
 from vbon_lightning.models.spec import ModelSpec, as_spec
 from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
@@ -49,6 +55,8 @@ class ValueModelling(SupervisedModule):
         bins: K, the most bins; rewards that tie share one.
         atoms: Quantiles of the reward kept of each bin, for KL-constrained RL.
         responses_per_prompt: Responses a prompt and step, picked at random from the table's.
+        probe: Start the head from a regression of the reward on the body's last states, over about this many of the
+            table's responses; 0 starts from bins that are all alike.
         dropout: Keep the dropout that the model's own config asks for.
         seed: Seeds what is picked, dropout and a new head.
         optimizer: Builds the optimizer from parameters.
@@ -65,18 +73,20 @@ class ValueModelling(SupervisedModule):
         bins: int = 32,
         atoms: int = 16,
         responses_per_prompt: int = 8,
+        probe: int = 4096,
         dropout: bool = False,
         seed: int = 0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        for name, count, least in (("bins", bins, 2), ("atoms", atoms, 1)):
+        for name, count, least in (("bins", bins, 2), ("atoms", atoms, 1), ("probe", probe, 0)):
             if count < least:
                 raise ValueError(f"model.{name} must be at least {least}, got {count}")
         check_at_least_one("responses_per_prompt", responses_per_prompt)
         self.body = actors.reference_spec if body is None else as_spec(body)
         self.bin_count, self.atoms, self.responses_per_prompt, self.dropout = bins, atoms, responses_per_prompt, dropout
+        self.probe = probe
         self.scorer: PrefixScorer | None = None
         self._bins: RewardBins | None = None
         self._fingerprint: dict[str, Any] = {}
@@ -87,7 +97,9 @@ class ValueModelling(SupervisedModule):
             "calibration_error": partial(BinaryCalibrationError, n_bins=10),
         }
         self.metrics = torch.nn.ModuleDict({f"{kind}/{stage}": kinds[kind]() for kind in kinds for stage in STAGES})
-        self.record_settings(bins=bins, atoms=atoms, responses_per_prompt=responses_per_prompt, dropout=dropout)
+        self.record_settings(
+            bins=bins, atoms=atoms, responses_per_prompt=responses_per_prompt, probe=probe, dropout=dropout
+        )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -131,10 +143,38 @@ class ValueModelling(SupervisedModule):
             # Evaluated on its own: the body is a trained value model.
             self.policy = load_value_model(self.body)
         else:
-            self.policy = new_value_model(
-                self.body, self._bins, fingerprint=self._fingerprint, seed=self.seed, dropout=self.dropout
+            model = new_value_model(
+                self.body,
+                self._bins,
+                longest=self.actor_spec.max_new_tokens,
+                fingerprint=self._fingerprint,
+                seed=self.seed,
+                dropout=self.dropout,
             )
-        self.scorer = PrefixScorer(self.policy)
+            if self.probe:
+                self._start_head(model)
+            self.policy = model
+        self.scorer = PrefixScorer(cast(ValueModel, self.policy))
+
+    @torch.no_grad()
+    def _start_head(self, model: ValueModel) -> None:
+        """Fit the head to whole responses."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        prompts = data.prompts("train")
+        step = max(1, len(prompts) * data.reference_rewards // self.probe)
+        features, rewards, whole = [], [], []
+        for some in torch.arange(0, len(prompts), step).split(32):
+            batch = data.table_batch([prompts[row] for row in some.tolist()])
+            states = PrefixScorer(model).states(batch.prompts, batch.responses)
+            mask = torch.nn.functional.pad(batch.responses.mask, (1, 0), value=True)
+            place = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+            features.append(states[mask])
+            rewards.append(_rewards(batch)[..., None].expand(mask.shape)[mask])
+            whole.append((place == batch.responses.mask.sum(-1, keepdim=True))[mask])
+        assert self._bins is not None
+        weight, bias = forecast_head(torch.cat(features), torch.cat(rewards), self._bins, fit=torch.cat(whole))
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
 
     def training_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean cross-entropy of the picked responses' prefixes, in nats."""
@@ -202,11 +242,6 @@ class ValueModelling(SupervisedModule):
     def _start_counting(self) -> None:
         for name in self.metrics:
             self._metric(name).reset()
-
-    def bins(self) -> RewardBins:
-        """Return the bins of the model."""
-        assert self.policy is not None
-        return value_bins(self.policy)
 
 
 def _rewards(batch: TableBatch) -> Tensor:

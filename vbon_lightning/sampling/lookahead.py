@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from vbon_lightning.sampling.cache import can_extend
@@ -90,9 +90,14 @@ def _attend(
 AttentionInterface.register(_ATTENTION, _attend)
 
 
+def _body_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return cast(PreTrainedModel, model.base_model).config
+
+
 @contextmanager
 def _looking_ahead(model: PreTrainedModel, trunk: _Trunk) -> Iterator[None]:
-    config = model.config.get_text_config()
+    # The body's own: a model that wraps another may have a copy.
+    config = _body_config(model).get_text_config()
     before = config._attn_implementation
     _running.append(trunk)
     config._attn_implementation = _ATTENTION
@@ -148,7 +153,7 @@ def trunk_cache(model: PreTrainedModel, prompts: PromptBatch, tokens: Tensor) ->
     _, samples, length = tokens.shape
     mask = prompts.mask.long()
     padded = not bool(prompts.mask.all())
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=_body_config(model))
     model.base_model(
         input_ids=prompts.tokens,
         attention_mask=mask if padded else None,
