@@ -92,11 +92,26 @@ class PrefixScorer:
         return found
 
     @torch.no_grad()
-    def log_values(self, prompts: PromptBatch, responses: Completions | Responses, log_weights: Tensor) -> Tensor:
-        """Return log W after 0, 1, ... T tokens, ``[B, G, T + 1]``; 0 after none."""
+    def log_values(
+        self,
+        prompts: PromptBatch,
+        responses: Completions | Responses,
+        log_weights: Tensor,
+        *,
+        normalised: bool = True,
+    ) -> Tensor:
+        """Return log W after 0, 1, ... T tokens, ``[B, G, T + 1]``.
+
+        Args:
+            prompts: ``[B, P]`` prompts.
+            responses: ``[B, G, T]`` responses.
+            log_weights: ``[B, K]`` or ``[1, K]``.
+            normalised: Take off the value of the prompt, for weights whose mean under the reference is 1: those of
+                Best-of-N. Values of other weights keep their constant, which the whole response's has too.
+        """
         values = prefix_log_values(self.bin_log_probs(prompts, responses), log_weights[:, None, None])
         forget_casts(values.device)
-        return values - values[..., :1]
+        return values - values[..., :1] if normalised else values
 
     @torch.no_grad()
     def candidate_log_values(

@@ -89,7 +89,6 @@ def test_the_masses_stand_for_all_of_the_reference(top: int, draws: int) -> None
         assert mass[row, top:].tolist() == pytest.approx([(1 - sum(best)) / draws] * draws, abs=1e-7)
 
 
-@pytest.mark.xfail(reason="the log of the number of draws is taken in float32")
 @pytest.mark.parametrize("draws", [2, 3, 5])
 def test_in_double_precision_the_masses_sum_to_one_to_its_digits(draws: int) -> None:
     found = draw_candidates(REFERENCE.log(), top=2, draws=draws, uniforms=torch.full((2, draws), 0.5))
@@ -113,6 +112,14 @@ def test_each_draw_has_a_stratum_of_the_rest() -> None:
     assert drawn(0.21, 0.41) == [1, 4]
     assert drawn(0.999, 0.999) == [3, 4]
     assert drawn(0.6, 0.6, 0.6, 0.6, 0.6) == [1, 3, 3, 4, 4]
+
+
+def test_a_quantile_at_a_boundary_is_of_the_next_token_with_any_mass() -> None:
+    # After the two most likely, tokens 2 and 4 are left with a half each.
+    reference = torch.tensor([[0.5, 0.25, 0.125, 0.0, 0.125]], dtype=torch.float64).log()
+    for uniform, token in ((0.0, 2), (0.5, 4), (1 - 1e-9, 4)):
+        found = draw_candidates(reference, top=2, draws=1, uniforms=torch.tensor([[uniform]], dtype=torch.float64))
+        assert found.tokens.tolist() == [[0, 1, token]]
 
 
 @pytest.mark.parametrize("top", [1, 2, 4, 7])

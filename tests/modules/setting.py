@@ -14,7 +14,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from tests.helpers import save_tiny_model
-from vbon_lightning import DPO, KLRL, SFT, AlignmentDataModule, BoNSFT, ReferenceSampler, TextSource, VBoN
+from vbon_lightning import (
+    DPO,
+    KLRL,
+    SFT,
+    AlignmentDataModule,
+    BoNDistillation,
+    BoNSFT,
+    ReferenceSampler,
+    TextSource,
+    ValueModelling,
+    VBoN,
+)
 from vbon_lightning.rewards import RewardModel
 
 torch.set_num_threads(1)  # threads cost such small models far more than they bring
@@ -92,7 +103,10 @@ def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSched
 
 
 def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> LightningModule:
-    """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl``, ``bonsft``, ``dpo`` and ``sft``."""
+    """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl``, ``bonsft``, ``dpo``, ``sft`` and those of value models.
+
+    ``valuemodelling`` trains one; ``distillation`` and ``valuecritic`` read the one that the data names.
+    """
     online = {"samples_per_prompt": 4, "reference_samples": 16}
     several = {"epochs_per_rollout": 2, "minibatches": 2}
     common: dict[str, Any] = {"actors": data.actors, "optimizer": adam, "lr_scheduler": cosine}
@@ -108,6 +122,13 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
         return BoNSFT(**(common | {"n": 4, "responses_per_prompt": 3, "eval_samples": 4} | changes))
     if kind == "dpo":
         return DPO(**(common | {"n": 4, "pairs_per_prompt": 2, "eval_samples": 4} | changes))
+    if kind == "valuemodelling":
+        return ValueModelling(**(common | {"bins": 6, "responses_per_prompt": 3} | changes))
+    if kind == "distillation":
+        few = {"responses_per_prompt": 3, "top": 4, "draws": 4, "eval_samples": 4}
+        return BoNDistillation(**(common | {"n": 4.0} | few | changes))
+    if kind == "valuecritic":
+        return VBoN(**(common | {"samples_per_prompt": 4, "n": 4, "value_model": True} | changes))
     return SFT(**(common | changes))
 
 

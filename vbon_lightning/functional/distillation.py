@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def draw_candidates(log_reference: Tensor, *, top: int, draws: int = 0, uniforms
     strata = (torch.arange(draws, device=uniforms.device) + uniforms.double()) / draws
     drawn = torch.searchsorted(cumulative, strata * cumulative[..., -1:], right=True)
     drawn = drawn.clamp_(max=log_reference.shape[-1] - 1)
-    share = (log_rest - torch.log(torch.tensor(float(draws)))).unsqueeze(-1).expand(drawn.shape)
+    share = (log_rest - math.log(draws)).unsqueeze(-1).expand(drawn.shape)
     return Candidates(torch.cat([tokens, drawn], -1), torch.cat([mass, share.to(mass.dtype)], -1), None)
 
 
@@ -77,6 +78,8 @@ class Teacher(NamedTuple):
     """``[...]``: the factor of the reference's own distribution."""
     log_normaliser: Tensor
     """``[...]``: log of ``sum_i mass_i W_i`` (and of the rest): the state's own W as the candidates have it."""
+    tilt: Tensor
+    """``[...]``: ``E_t[log(t / ref)]`` in nats, the KL of the teacher to the reference at the state."""
 
 
 @torch.no_grad()
@@ -100,16 +103,21 @@ def candidate_teacher(candidates: Candidates, log_values: Tensor, state_log_valu
     check_float("log_values", log_values)
     check_same_shape("log_values", log_values, "candidates.log_mass", candidates.log_mass)
     weighted = candidates.log_mass + log_values
+    remaining: Tensor | float = 0.0
     if candidates.log_rest is None:
         normaliser = weighted.logsumexp(-1)
         scale = torch.ones_like(normaliser)
     else:
         check_float("state_log_values", state_log_values)
+        check_same_shape("state_log_values", state_log_values, "candidates.log_rest", candidates.log_rest)
         rest = candidates.log_rest + state_log_values
         normaliser = torch.logaddexp(weighted.logsumexp(-1), rest)
         scale = (state_log_values - normaliser).exp()
-    correction = (weighted - normaliser.unsqueeze(-1)).exp() - scale.unsqueeze(-1) * candidates.log_mass.exp()
-    return Teacher(correction, scale, normaliser)
+        remaining = (rest - normaliser).exp() * (state_log_values - normaliser)
+    share = (weighted - normaliser.unsqueeze(-1)).exp()
+    correction = share - scale.unsqueeze(-1) * candidates.log_mass.exp()
+    tilt = (share * (log_values - normaliser.unsqueeze(-1))).sum(-1) + remaining
+    return Teacher(correction, scale, normaliser, tilt)
 
 
 @torch.no_grad()

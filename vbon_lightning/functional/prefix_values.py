@@ -87,7 +87,8 @@ def value_advantages(
 
     Args:
         target: score ``[B, G]`` and KL coefficient, > 0.
-        log_values: ``[B, G, T + 1]``, log W after 0, 1, ... T tokens; from the end of a response on it is not read.
+        log_values: ``[B, G, T + 1]``, log W after 0, 1, ... T tokens, with the constant that ``score / kl_coef`` has;
+            from the end of a response on it is not read.
         token_kl: ``[B, G, T]``, exact KL(policy || reference) over the vocabulary at each position.
         mask: ``[B, G, T]`` bool, True on response tokens.
         lam: lambda, in [0, 1].

@@ -38,23 +38,24 @@ class RewardBins(NamedTuple):
 def reward_bins(rewards: Tensor, *, bins: int, atoms: int = 16) -> RewardBins:
     """Cut pooled rewards into bins of about equal weight; rewards that are equal share a bin.
 
-    Where rewards tie there are fewer bins than asked for: a reward of 0 and 1 has two.
+    Where rewards tie there are fewer bins than asked for (a reward of 0 and 1 has two), or more: a long run of equal
+    rewards that a cut falls into gets a bin of its own.
 
     Args:
         rewards: any shape, at least two different values, finite.
-        bins: K, the most bins, at least 2.
-        atoms: Q, quantiles kept of each bin.
+        bins: about how many, at least 2; never as many as twice that.
+        atoms: Q, quantiles kept of each bin, at least 2.
 
     Returns:
         :class:`RewardBins` on the CPU.
 
     Raises:
         TypeError: on a wrong dtype.
-        ValueError: if ``bins < 2`` or ``atoms < 1``, a reward is not finite, or all rewards are the same.
+        ValueError: if ``bins < 2`` or ``atoms < 2``, a reward is not finite, or all rewards are the same.
     """
     check_float("rewards", rewards)
     check_real("bins", bins, at_least=2)
-    check_real("atoms", atoms, at_least=1)
+    check_real("atoms", atoms, at_least=2)
     ordered = rewards.detach().double().flatten().cpu().sort().values
     if not len(ordered) or not bool(ordered.isfinite().all()):
         raise ValueError("rewards must be finite numbers, at least one")
@@ -68,7 +69,9 @@ def reward_bins(rewards: Tensor, *, bins: int, atoms: int = 16) -> RewardBins:
     nearer = torch.where((cuts - low) <= (high - cuts), low, high)
     cuts = torch.cat([torch.where(long, low, nearer), torch.where(long, high, nearer)])
     cuts = cuts[(cuts > 0) & (cuts < len(ordered))].unique()
-    edges = (ordered[cuts - 1] + ordered[cuts]) / 2
+    low_side, high_side = ordered[cuts - 1], ordered[cuts]
+    middle = low_side + (high_side - low_side) / 2
+    edges = torch.where(middle < high_side, middle, low_side)  # neighbouring doubles have nothing between them
     bounds = [0, *cuts.tolist(), len(ordered)]
     middles = (torch.arange(atoms, dtype=torch.float64) + 0.5) / atoms
     quantiles = [torch.quantile(ordered[start:stop], middles) for start, stop in pairwise(bounds)]
@@ -146,17 +149,17 @@ def bon_bin_log_weights(log_cdf: Tensor, *, n: float) -> Tensor:
 
     Args:
         log_cdf: ``[..., K + 1]``, log of the CDF at the edges, from ``-inf`` to 0.
-        n: number of samples of Best-of-N, any real > 0.
+        n: number of samples of Best-of-N, any real >= 1.
 
     Returns:
         ``[..., K]`` float64.
 
     Raises:
         TypeError: on a wrong dtype or an ``n`` that is not a number.
-        ValueError: if ``n <= 0``.
+        ValueError: if ``n < 1``.
     """
     check_float("log_cdf", log_cdf)
-    check_real("n", n, above=0.0)
+    check_real("n", n, at_least=1.0)
     below, above = log_cdf[..., :-1].to(working_dtype(log_cdf)), log_cdf[..., 1:].to(working_dtype(log_cdf))
     empty = above == -torch.inf
     step = torch.where(empty, above, (below - above).clamp(max=0.0))
@@ -225,14 +228,19 @@ def binned_reward_cdf(rewards: Tensor, log_cdf: Tensor, bins: RewardBins) -> Rew
     middle = ((below + at_or_below) / 2).clamp(room, 1 - room)
     start = torch.where(atomic, torch.zeros_like(middle), middle)
     stop = torch.where(atomic, torch.ones_like(middle), middle)
-    logs = [(low + (high - low) * share).log().clamp(max=0.0).to(rewards.dtype) for share in (start, stop)]
+    unknown = rewards.isnan()
+    logs = [
+        (low + (high - low) * share).log().clamp(max=0.0).masked_fill(unknown, torch.nan).to(rewards.dtype)
+        for share in (start, stop)
+    ]
     return RewardCDF(log_below=logs[0], log_at_or_below=logs[1])
 
 
 HEAD_EXTRA = 2
 """Outputs of a value model's head besides one a bin: the location and the log-scale of the reward."""
 
-_NARROWEST = -7.0
+_SHARPEST = 7.0
+"""How far log s may go from 0."""
 
 
 def forecast_log_probs(outputs: Tensor, bins: RewardBins) -> Tensor:
@@ -262,9 +270,9 @@ def forecast_log_probs(outputs: Tensor, bins: RewardBins) -> Tensor:
     centre, spread = _units(bins)
     edges = ((bins.edges - centre) / spread).to(wide)
     free, location, log_scale = wide[..., : bins.size], wide[..., bins.size, None], wide[..., bins.size + 1, None]
-    log_scale = log_scale.clamp(min=_NARROWEST)
+    log_scale = log_scale.clamp(-_SHARPEST, _SHARPEST)
     passed = (edges - location) * (-log_scale).exp()  # [..., K - 1]
-    gaps = edges.diff() * (-log_scale).exp()
+    gaps = edges.diff().clamp(min=1e-6) * (-log_scale).exp()
     # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)); at the ends a = -inf, b = inf.
     below = torch.nn.functional.pad(torch.nn.functional.logsigmoid(passed), (0, 1))
     above = torch.nn.functional.pad(torch.nn.functional.logsigmoid(-passed), (1, 0))

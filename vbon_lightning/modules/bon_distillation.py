@@ -138,11 +138,11 @@ class BoNDistillation(OfflineBestOfN):
         if self.states == "best_of_n":
             weights = weights * log_values[..., :-1].exp()
         loss = (weights * result.divergence).sum(-1).mean()
-        share = weights / weights.sum().clamp(min=1e-12)
+        # Of a whole response, visited as the states are.
+        visits = weights / weights.sum(-1).sum().clamp(min=1e-12) * responses.mask.sum() / responses.mask[..., 0].sum()
         logs = {
-            "teacher_kl": (share * result.teacher_kl.detach()).sum(),
-            "consistency": (responses.mask * (result.log_normaliser - log_values[..., :-1]).abs()).sum()
-            / responses.mask.sum(),
+            "teacher_kl": (visits * result.teacher_kl.detach()).sum(),
+            "teacher_tilt": (visits * result.tilt).sum(),
         }
         return loss, logs
 

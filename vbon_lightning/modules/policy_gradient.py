@@ -71,6 +71,9 @@ class PolicyGradient(AlignmentModule):
         lr_scheduler: Builds a learning-rate scheduler from the optimizer, stepped once an update.
     """
 
+    normalised_weights = False
+    """Whether the weight of a response, ``exp(score / kl_coef)``, has mean 1 under the reference."""
+
     def __init__(
         self,
         actors: ActorSpec,
@@ -326,7 +329,12 @@ class PolicyGradient(AlignmentModule):
         elif self.uses_value_model:
             scorer = self.loaded.value
             assert scorer is not None
-            log_values = scorer.log_values(rollout.prompts, rollout.completions, self.bin_log_weights(rollout))
+            log_values = scorer.log_values(
+                rollout.prompts,
+                rollout.completions,
+                self.bin_log_weights(rollout),
+                normalised=self.normalised_weights,
+            )
             advantages = value_advantages(
                 target,
                 log_values,

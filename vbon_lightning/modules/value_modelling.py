@@ -80,7 +80,7 @@ class ValueModelling(SupervisedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        for name, count, least in (("bins", bins, 2), ("atoms", atoms, 1), ("probe", probe, 0)):
+        for name, count, least in (("bins", bins, 2), ("atoms", atoms, 2), ("probe", probe, 0)):
             if count < least:
                 raise ValueError(f"model.{name} must be at least {least}, got {count}")
         check_at_least_one("responses_per_prompt", responses_per_prompt)

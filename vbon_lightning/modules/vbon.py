@@ -46,6 +46,8 @@ class VBoN(PolicyGradient):
         **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
     """
 
+    normalised_weights = True
+
     def __init__(
         self,
         actors: ActorSpec,

@@ -58,6 +58,8 @@ class Distilled(NamedTuple):
     """``[B, G, T]``: KL between policy and teacher in nats, as far as the candidates tell; without gradient."""
     log_normaliser: Tensor
     """``[B, G, T]``: log W of each state as its candidates have it."""
+    tilt: Tensor
+    """``[B, G, T]``: KL(teacher || reference) at each state, in nats."""
 
 
 def distil(
@@ -138,6 +140,7 @@ def distil(
         spread(torch.cat([divergence for divergence, _ in done])),
         spread(torch.cat([kl for _, kl in done])),
         spread(teacher.log_normaliser),
+        spread(teacher.tilt),
     )
 
 
@@ -167,14 +170,13 @@ def _chunk(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        reference = _reference_log_probs(theirs, rows, temperature).exp()
-        target = teacher_probs(reference, tokens, teacher.correction[part], teacher.scale[part])
+        log_reference = _reference_log_probs(theirs, rows, temperature)
+        target = teacher_probs(log_reference.exp(), tokens, teacher.correction[part], teacher.scale[part])
     forget_casts(states.device)
     logits = scaled_logits(states if ours.head is None else ours.head(states), temperature)
     if reverse:
         divergence = reverse_divergence(logits, target)
         return divergence, divergence.detach()
     divergence = forward_divergence(logits, target)
-    with torch.no_grad():
-        entropy = -torch.where(target > 0, target * target.clamp(min=torch.finfo(target.dtype).tiny).log(), 0.0).sum(-1)
-    return divergence, divergence.detach() - entropy
+    # KL(teacher || policy) = E_t[log t/ref] + E_t[log ref/pi], each as the candidates have it.
+    return divergence, divergence.detach() + (target * log_reference).sum(-1) + teacher.tilt[part]

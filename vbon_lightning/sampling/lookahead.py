@@ -24,7 +24,7 @@ from vbon_lightning.types import Completions, PromptBatch, Responses
 
 _ATTENTION = "vbon_lookahead"
 
-MAX_TOKENS = 2**15
+MAX_TOKENS = 2**12
 """Candidate tokens that live at once."""
 
 

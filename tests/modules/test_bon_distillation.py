@@ -1,0 +1,394 @@
+"""Distillation of Best-of-N: the gradient by hand, what each option does, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from tests.modules.setting import (
+    KillAt,
+    Killed,
+    VowelReward,
+    make_data,
+    make_files,
+    make_module,
+    make_table,
+    make_trainer,
+    weights,
+)
+from tests.modules.test_offline import assert_gradients_equal, prepared
+from tests.sampling.test_distilling import teacher_by_hand, worth
+from tests.test_value_models import save_value_model
+from vbon_lightning import BoNDistillation, TextSource
+from vbon_lightning.actors import Actors
+from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable
+from vbon_lightning.checks import ConfigMismatchError
+from vbon_lightning.models import ModelSpec
+from vbon_lightning.modules import bon_distillation
+from vbon_lightning.reference_table import FingerprintMismatch
+from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
+from vbon_lightning.sampling.distilling import CandidateRequest
+from vbon_lightning.types import Responses, TableBatch
+
+TEMPERATURE = 0.7
+ALL = {"top": 11, "draws": 0}
+"""Every token is a candidate."""
+STATES = ("reference", "best_of_n", "policy")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_files(tmp_path_factory.mktemp("files"))
+    make_table(directory, temperature=TEMPERATURE)
+    data = table_data(directory, value_model=None)
+    save_value_model(data, directory / "value")
+    save_value_model(data, directory / "other", seed=1)
+    save_value_model(make_data(directory), directory / "hotter")
+    return directory
+
+
+def table_data(files: Path, **changes: Any) -> Any:
+    named = {
+        "temperature": TEMPERATURE,
+        "reference_table": str(files / "table"),
+        "value_model": str(files / "value"),
+    }
+    return make_data(files, **(named | changes))
+
+
+def table_batch(data: Any) -> TableBatch:
+    return data.table_batch(data.prompts("train")[:4])
+
+
+def learn(files: Path, step: int = 3, data: Any = None, **model: Any) -> tuple[Any, TableBatch, Tensor, dict]:
+    """Return a module away from its reference, a batch, and its loss and logs there."""
+    brought = table_data(files, **(data or {}))
+    module, batch = prepared("distillation", brought, **model), table_batch(brought)
+    loss, logs = module.learn(batch, batch.prompts.reference_rewards, step)
+    return module, batch, loss, logs
+
+
+# -- the loss --
+
+
+def log_weights_by_hand(module: Any, batch: TableBatch) -> Tensor:
+    """Return what Best-of-N makes of each bin of each prompt, from the table's rewards."""
+    rewards, edges = batch.prompts.reference_rewards, module.loaded.value.bins.edges
+    assert rewards is not None
+    below = (rewards[:, None].double() <= edges[None, :, None]).sum(-1)
+    inner = (below + 0.5) / (rewards.shape[1] + 1)
+    cdf = torch.cat([torch.zeros(len(rewards), 1), inner, torch.ones(len(rewards), 1)], dim=1).double()
+    above, width, n = cdf[:, 1:], cdf.diff(dim=-1), module.n
+    return torch.where(width > 0, (cdf**n).diff(dim=-1) / width, n * above ** (n - 1)).log()
+
+
+def responses_by_hand(module: Any, batch: TableBatch, step: int) -> Responses:
+    """Return the responses that a step learns from."""
+    if module.states == "policy":
+        options: dict[str, Any] = {"num_samples": 3, "seed": 0, "stream": "train", "step": step}
+        found = module.loaded.sample(module.policy, batch.prompts, **options)
+        return Responses(found.tokens, found.mask)
+    index = pick_some(batch.prompts.index.tolist(), among=16, count=3, seed=0, stream="pick", step=step)
+    rows = torch.arange(len(index))[:, None]
+    return Responses(batch.responses.tokens[rows, index], batch.responses.mask[rows, index])
+
+
+@pytest.mark.parametrize(
+    ("states", "divergence", "n", "draws"),
+    [
+        ("reference", "forward", 4, 0),
+        ("best_of_n", "forward", 3.5, 0),
+        ("policy", "forward", 4, 0),
+        ("best_of_n", "reverse", 4, 0),
+        ("policy", "reverse", 3.5, 0),
+        ("best_of_n", "forward", 4, 3),
+        ("policy", "forward", 4, 3),
+    ],
+)
+def test_the_loss_by_hand(states: str, divergence: str, n: float, draws: int, files: Path) -> None:
+    request = CandidateRequest(top=2 if draws else 11, draws=draws)
+    module, batch, loss, logs = learn(files, **request._asdict(), states=states, divergence=divergence, n=n)
+    reference, scorer = module.loaded.reference, module.loaded.value
+    weights, responses = log_weights_by_hand(module, batch), responses_by_hand(module, batch, 3)
+    assert not responses.mask.all()
+    noise = prompt_noise(
+        batch.prompts.index.tolist(),
+        num_samples=3,
+        length=responses.mask.shape[-1] * max(draws, 1),
+        seed=noise_seed(0, "candidates"),
+        stream="candidates",
+        step=3,
+    ).view(*responses.mask.shape, -1)
+    terms, shares, kls = [], [], []
+    for place in range(4):
+        prompt = batch.prompts.tokens[place][batch.prompts.mask[place]].tolist()
+        at_start = worth(scorer, torch.tensor([prompt]), 0, weights[place])
+        for sample in range(3):
+            response = responses.tokens[place, sample][responses.mask[place, sample]].tolist()
+            for length in range(len(response)):
+                before = response[:length]
+                teacher = teacher_by_hand(
+                    reference,
+                    scorer,
+                    prompt,
+                    before,
+                    weights[place],
+                    request,
+                    uniforms=noise[place, sample, length],
+                    temperature=TEMPERATURE,
+                ).teacher
+                logits = module.policy(input_ids=torch.tensor([prompt + before]), use_cache=False).logits[0, -1]
+                ours = (logits.double() / TEMPERATURE).log_softmax(-1)
+                visits = worth(scorer, torch.tensor([prompt + before]), length, weights[place]) / at_start
+                shares.append(float(visits) if states == "best_of_n" else 1.0)
+                if divergence == "reverse":
+                    terms.append((ours.exp() * (ours - teacher.log())).sum())
+                    kls.append(float(terms[-1]))
+                else:
+                    terms.append(-(teacher * ours).sum())
+                    positive = teacher[teacher > 0]
+                    kls.append(float(terms[-1] + (positive * positive.log()).sum()))
+    hand = torch.stack([share * term for share, term in zip(shares, terms, strict=True)]).sum() / 12
+    assert_gradients_equal(module, loss, hand.float())
+    expected = sum(share * kl for share, kl in zip(shares, kls, strict=True)) / sum(shares)
+    assert logs["teacher_kl"].item() == pytest.approx(expected, rel=1e-3)
+    assert set(logs) == {"teacher_kl", "consistency"}
+
+
+def test_draws_are_on_average_the_whole_vocabulary(files: Path) -> None:
+    module, batch, exact, _ = learn(files, step=0, states="reference", responses_per_prompt=16, **ALL)
+    rewards = batch.prompts.reference_rewards
+    module.request = CandidateRequest(top=2, draws=8)
+    with torch.no_grad():
+        # The picks are all responses, in another order: only the draws differ between steps.
+        losses = torch.stack([module.learn(batch, rewards, step)[0] for step in range(60)])
+    assert losses.std() > 1e-3
+    # The bias of a ratio is of the order of 1 in the number of draws.
+    assert losses.mean().item() == pytest.approx(exact.item(), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 3.5},
+        {"top": 3},
+        {"draws": 3},
+        {"top": 4, "draws": 0},
+        {"responses_per_prompt": 4},
+        {"seed": 1},
+        {"states": "reference"},
+        {"states": "policy"},
+        {**ALL, "divergence": "reverse"},
+        {"step": 4},
+        {"data": {"value_model": "other"}},
+        {"data": {"table_samples": 8}},
+    ],
+    ids=str,
+)
+def test_options_change_the_loss(change: dict[str, Any], files: Path) -> None:
+    if "value_model" in change.get("data", {}):
+        change = {"data": {"value_model": str(files / change["data"]["value_model"])}}
+    assert abs(learn(files, **change)[2].item() - learn(files)[2].item()) > 1e-4
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_chunks_change_nothing(states: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, whole, _ = learn(files, states=states)
+    monkeypatch.setattr(bon_distillation, "distil", functools.partial(bon_distillation.distil, max_logits=11))
+    other, _, parts, _ = learn(files, states=states)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    expected = torch.autograd.grad(whole, list(module.policy.parameters()))
+    for ours, theirs in zip(torch.autograd.grad(parts, list(other.policy.parameters())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+# -- training --
+
+
+class Record(Callback):
+    """Keep what each training step logs."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        metrics = trainer.callback_metrics
+        self.logged.append({name.removeprefix("train/"): float(metrics[name]) for name in metrics})
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_no_reward_is_called_and_only_the_policys_states_are_sampled(
+    states: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"sample": 0, "reward": 0}
+
+    def count(kind: str, called: Any) -> Any:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            calls[kind] += 1
+            return called(*arguments, **options)
+
+        return counting
+
+    monkeypatch.setattr(Actors, "sample", count("sample", Actors.sample))
+    monkeypatch.setattr(VowelReward, "__call__", count("reward", VowelReward.__call__))
+    data, record = table_data(files), Record()
+    module = make_module("distillation", data, states=states)
+    make_trainer(tmp_path, record, steps=3, limit_val_batches=0).fit(module, data)
+    assert calls == {"sample": 3 if states == "policy" else 0, "reward": 0}
+    assert set(record.logged[0]) == {"loss", "teacher_kl", "consistency"}
+    make_trainer(tmp_path).validate(module, data, verbose=False)
+    assert calls["reward"] == 2, "two batches"
+
+
+def test_every_callback_works(files: Path, tmp_path: Path) -> None:
+    data = table_data(files)
+    callbacks = [KLMonitor(), RewardMonitor(), BestOfNWinRate(), SampleTable(directory=str(tmp_path / "samples"))]
+    callbacks.append(PolicyExport(directory=str(tmp_path / "export")))
+    trainer = make_trainer(tmp_path, *callbacks, steps=2)
+    trainer.fit(make_module("distillation", data), data)
+    assert {"val/kl", "val/reward", "val/win_rate", "val/win_rate_vs_bon4"} <= set(trainer.callback_metrics)
+    assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+def test_low_rank_adapters(files: Path, tmp_path: Path) -> None:
+    policy = ModelSpec(str(files / "llama"), lora={"r": 2, "lora_alpha": 8})
+    data, record = table_data(files, policy=policy, reference=str(files / "llama")), Record()
+    plain, first = table_data(files), Record()
+    make_trainer(tmp_path / "plain", first, steps=1).fit(make_module("distillation", plain), plain)
+    make_trainer(tmp_path / "lora", record, steps=3).fit(make_module("distillation", data), data)
+    assert record.logged[0] == pytest.approx(first.logged[0], rel=1e-4), "both start at the reference"
+    assert record.logged[0]["loss"] != record.logged[2]["loss"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Train a value model; return the files, with a table of 32 responses, and its export."""
+    directory = make_files(tmp_path_factory.mktemp("trained"))
+    make_table(directory, samples=32)
+    data = make_data(directory, reference_table=str(directory / "table"), val=None)
+    module = make_module("valuemodelling", data, bins=8, responses_per_prompt=16, lr_scheduler=None)
+    export = PolicyExport(str(directory / "export"))
+    make_trainer(directory, steps=120, callbacks=[export], enable_checkpointing=False).fit(module, data)
+    return directory, directory / "export"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ALL, {"top": 3, "draws": 4}, {**ALL, "states": "policy", "divergence": "reverse"}],
+    ids=["all", "drawn", "its own states"],
+)
+def test_it_learns_to_win(options: dict[str, Any], trained: tuple[Path, Path], tmp_path: Path) -> None:
+    files, value_model = trained
+    seen = TextSource(path=str(files / "train.txt"))
+    data = make_data(files, reference_table=str(files / "table"), value_model=str(value_model), val=None, test=seen)
+    module = make_module("distillation", data, lr_scheduler=None, eval_samples=64, responses_per_prompt=8, **options)
+    record = Record()
+    trainer = make_trainer(tmp_path, steps=100, callbacks=[record, BestOfNWinRate(n=[4])], enable_checkpointing=False)
+    trainer.fit(module, data)
+    (found,) = trainer.test(module, data, verbose=False)
+    assert 0.65 < found["test/win_rate"] < 0.85, "Best-of-4 has 0.8, the reference 0.5"
+    kl = [logged["teacher_kl"] for logged in record.logged]
+    assert sum(kl[-10:]) < 0.3 * sum(kl[:10])
+
+
+# -- what is refused --
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 1}, r"model.n must be a number > 1 \(Best-of-1 is the reference itself\), got 1"),
+        ({"n": math.inf}, "model.n must be a number > 1"),
+        ({"n": math.nan}, "model.n must be a number > 1"),
+        ({"n": True}, "model.n must be a number > 1"),
+        ({"responses_per_prompt": 0}, "model.responses_per_prompt must be an integer >= 1, got 0"),
+        ({"top": 1, "draws": 0}, "must together name at least 2 candidates, got 1, 0"),
+        ({"top": -1, "draws": 8}, "must together name at least 2 candidates, got -1, 8"),
+        ({"states": "bon"}, "model.states must be one of reference, best_of_n, policy; got 'bon'"),
+        ({"divergence": "jeffreys"}, "model.divergence must be one of forward, reverse; got 'jeffreys'"),
+        ({"divergence": "reverse"}, "model.divergence=reverse needs a teacher that is a distribution: set model.draws"),
+        ({"eval_samples": 0}, "model.eval_samples must be an integer >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        BoNDistillation(table_data(files).actors, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({}, {"value_model": None}, "BoNDistillation learns from a value model: train one with `ValueModelling`"),
+        ({}, {"reference_table": None}, "BoNDistillation learns from cached responses: name a table"),
+        ({}, {"reward": None}, "needs a reward: set `data.reward`"),
+        ({"n": 16.5}, {}, "M = 16 responses a prompt, fewer than the 17 that model.responses_per_prompt = 3 and"),
+        ({"responses_per_prompt": 6}, {"table_samples": 5}, "M = 5 responses a prompt, as data.table_samples says"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_learn_from(
+    model: dict[str, Any], data: dict[str, Any], message: str, files: Path, tmp_path: Path
+) -> None:
+    brought = table_data(files, **data)
+    module = make_module("distillation", brought, **model)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path).fit(module, brought)
+    assert module.actors is None, "no model was loaded"
+
+
+def test_a_value_model_of_another_temperature_is_refused(files: Path, tmp_path: Path) -> None:
+    data = table_data(files, value_model=str(files / "hotter"))
+    with pytest.raises(FingerprintMismatch, match="temperature: the table has 1.0, this run has 0.7"):
+        make_trainer(tmp_path).fit(make_module("distillation", data), data)
+
+
+# -- resuming --
+
+
+def fit(files: Path, directory: Path, *callbacks: Any, steps: int = 5, data: Any = None, **model: Any) -> Any:
+    brought = table_data(files, **(data or {}))
+    module = make_module("distillation", brought, **model)
+    resume = directory / "last.ckpt"
+    make_trainer(directory, *callbacks, steps=steps).fit(module, brought, ckpt_path=resume if resume.exists() else None)
+    return module
+
+
+@pytest.mark.parametrize(("states", "kill"), [("best_of_n", 1), ("best_of_n", 3), ("policy", 2)])
+def test_killed_and_resumed(states: str, kill: int, files: Path, tmp_path: Path) -> None:
+    expected = weights(fit(files, tmp_path / "whole", states=states))
+    with pytest.raises(Killed):
+        fit(files, tmp_path / "killed", KillAt(kill), states=states)
+    found = weights(fit(files, tmp_path / "killed", states=states))
+    assert list(found) == list(expected)
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n": 3.5}, "n: checkpoint has 4.0, this run has 3.5"),
+        ({"top": 5}, "top"),
+        ({"draws": 5}, "draws"),
+        ({"states": "policy"}, "states"),
+        ({"responses_per_prompt": 4}, "responses_per_prompt"),
+        ({"draws": 0, "divergence": "reverse"}, "divergence"),
+        ({"data": {"value_model": "other"}}, "value_model.weights"),
+    ],
+    ids=str,
+)
+def test_a_resume_that_disagrees_is_refused(change: dict[str, Any], named: str, files: Path, tmp_path: Path) -> None:
+    fit(files, tmp_path, steps=1)
+    if "data" in change:
+        change = {"data": {"value_model": str(files / change["data"]["value_model"])}}
+    with pytest.raises(ConfigMismatchError, match=named):
+        fit(files, tmp_path, steps=2, **change)
