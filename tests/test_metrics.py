@@ -10,9 +10,19 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from torchmetrics.classification import BinaryCalibrationError
 
 from tests.rollouts import make_rollout
-from vbon_lightning.metrics import PromptMean, RewardStatistics, SequenceKL, WinRate
+from vbon_lightning.metrics import (
+    PREFIX_PLACES,
+    PrefixForecast,
+    PromptMean,
+    RewardStatistics,
+    SequenceKL,
+    WinRate,
+    calibration_error,
+    prefix_places,
+)
 from vbon_lightning.types import Rollout
 
 # Uneven on purpose: sizes differ, one batch ends in fillers, and the second process sees fewer batches.
@@ -32,6 +42,15 @@ def valid_rows(rollouts: list[Rollout], get) -> list[np.ndarray]:
     ]
 
 
+def forecasts(rollout: Rollout, bins: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make up predictions after each prefix, and what came of them; NaN where a row is not valid."""
+    noise = torch.Generator().manual_seed(int(rollout.prompts.index[0]))
+    rows, samples, length = rollout.completions.mask.shape
+    log_probs = torch.randn(rows, samples, length + 1, bins, generator=noise).mul(2).log_softmax(-1)
+    log_probs[~rollout.prompts.valid] = torch.nan
+    return log_probs, torch.randint(0, bins, (rows, samples), generator=noise)
+
+
 def update_all(metrics: dict, rollout: Rollout) -> None:
     valid, mask = rollout.prompts.valid, rollout.completions.mask
     metrics["kl"].update(rollout.token_kl, rollout.log_probs, rollout.reference_log_probs, mask, valid)
@@ -39,6 +58,7 @@ def update_all(metrics: dict, rollout: Rollout) -> None:
     metrics["mean"].update(rollout.rewards, valid)
     metrics["win"].update(rollout.rewards, rollout.reference_rewards, valid)
     metrics["win3"].update(rollout.rewards, rollout.reference_rewards, valid)
+    metrics["forecast"].update(*forecasts(rollout), mask, valid)
 
 
 def make_metrics() -> dict:
@@ -48,6 +68,7 @@ def make_metrics() -> dict:
         "mean": PromptMean(),
         "win": WinRate(),
         "win3": WinRate(n=3),
+        "forecast": PrefixForecast(),
     }
 
 
@@ -156,8 +177,8 @@ def test_sums_do_not_lose_small_batches() -> None:
 def test_nothing_counted_is_said_by_the_count(recwarn: pytest.WarningsRecorder) -> None:
     for metric in make_metrics().values():
         summary = metric.compute()
-        assert summary[-1] == 0
-        assert summary[0].isnan()
+        assert not summary[-1].any()
+        assert summary[0].isnan().all()
     assert not [warning for warning in recwarn if "compute" in str(warning.message)]
 
 
@@ -220,3 +241,94 @@ def test_two_processes_agree_with_one(tmp_path: Path, rollouts: list[Rollout]) -
         for name, metric in metrics.items():
             expected = torch.stack(list(metric.compute()))
             torch.testing.assert_close(results[name], expected, rtol=1e-12, atol=1e-12)
+
+
+# -- forecasts --
+
+
+def test_prefix_places() -> None:
+    mask = torch.arange(7) < torch.tensor([1, 2, 3, 4, 7])[:, None]
+    found = [
+        [PREFIX_PLACES[place] for place in row[: length + 1]]
+        for row, length in zip(prefix_places(mask[None])[0].tolist(), mask.sum(-1).tolist(), strict=True)
+    ]
+    assert found == [
+        ["prompt", "end"],
+        ["prompt", "early", "end"],
+        ["prompt", "early", "middle", "end"],
+        ["prompt", "early", "early", "middle", "end"],
+        ["prompt", "early", "early", "early", "middle", "middle", "late", "end"],
+    ]
+
+
+@pytest.mark.parametrize("bins", [1, 4, 10])
+@pytest.mark.parametrize("count", [1, 30, 2000])
+def test_calibration_error_is_torchmetrics(bins: int, count: int) -> None:
+    noise = torch.Generator().manual_seed(count)
+    probs = torch.rand(count, generator=noise).square()
+    happened = torch.rand(count, generator=noise) < probs.sqrt()
+    reference = BinaryCalibrationError(n_bins=bins, norm="l1")
+    found = calibration_error(probs.view(-1, 1), happened.view(-1, 1), bins=bins)
+    assert found.item() == pytest.approx(reference(probs, happened.long()).item(), abs=1e-5)
+
+
+def test_calibration_error_of_simple_predictions() -> None:
+    sure = torch.tensor([0.0, 1.0, 1.0])
+    assert calibration_error(sure, sure.bool()) == 0
+    assert calibration_error(sure, ~sure.bool()) == 1
+    # The bins from 0.9 to 1 and from 0.8 to 0.9, in which it is a little too high and much too low.
+    assert calibration_error(torch.tensor([1.0, 0.9, 0.85]), torch.tensor([True, True, False])) == pytest.approx(
+        (0.1 + 0.85) / 3
+    )
+    assert calibration_error(torch.zeros(0), torch.zeros(0, dtype=torch.bool)).isnan()
+
+
+def test_prefix_forecast(rollouts: list[Rollout]) -> None:
+    metric, bins = PrefixForecast(), 5
+    losses: dict[str, list[float]] = {place: [] for place in PREFIX_PLACES}
+    scores: dict[str, list[float]] = {place: [] for place in PREFIX_PLACES}
+    upper: dict[str, list[tuple[float, int]]] = {place: [] for place in PREFIX_PLACES}
+    for rollout in rollouts:
+        mask, valid = rollout.completions.mask, rollout.prompts.valid
+        log_probs, labels = forecasts(rollout, bins)
+        metric.update(log_probs, labels, mask, valid)
+        for row, sample in itertools.product(range(len(mask)), range(mask.shape[1])):
+            length, label = int(mask[row, sample].sum()), int(labels[row, sample])
+            for tokens in range(length + 1 if valid[row] else 0):
+                inner = ("early", "middle", "late")[3 * (tokens - 1) // length]
+                place = "prompt" if tokens == 0 else "end" if tokens == length else inner
+                probs = log_probs[row, sample, tokens].double().exp().numpy()
+                losses[place].append(-np.log(probs[label]))
+                scores[place].append(np.mean((np.cumsum(probs) - (np.arange(bins) >= label)) ** 2))
+                upper[place].append((probs[2:].sum(), int(label >= 2)))
+    summary = metric.compute()
+    for number, place in enumerate(PREFIX_PLACES):
+        assert summary.prefixes[number] == len(losses[place]) > 3
+        assert summary.nll[number].item() == pytest.approx(np.mean(losses[place]), rel=1e-6)
+        assert summary.crps[number].item() == pytest.approx(np.mean(scores[place]), rel=1e-6)
+        reference = BinaryCalibrationError(n_bins=10, norm="l1")
+        said, happened = (torch.tensor(column) for column in zip(*upper[place], strict=True))
+        expected = reference(said.float(), happened).item()
+        assert summary.calibration_error[number].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_place_without_prefixes_has_no_numbers() -> None:
+    rollout = make_rollout(length=1)
+    metric = PrefixForecast()
+    metric.update(*forecasts(rollout), rollout.completions.mask)
+    summary = metric.compute()
+    assert summary.prefixes.tolist() == [12, 0, 0, 0, 12]
+    for values in summary[:3]:
+        assert values.isnan().tolist() == [False, True, True, True, False]
+
+
+def test_what_lies_behind_the_end_is_no_forecast() -> None:
+    rollout = make_rollout()
+    mask, (log_probs, labels) = rollout.completions.mask, forecasts(rollout)
+    behind = ~torch.nn.functional.pad(mask, (1, 0), value=True)
+    dirty, clean = PrefixForecast(), PrefixForecast()
+    dirty.update(log_probs.masked_fill(behind[..., None], torch.nan).requires_grad_(), labels, mask)
+    clean.update(log_probs, labels, mask)
+    assert behind.any()
+    assert torch.equal(dirty.sums, clean.sums)
+    assert not dirty.compute().nll.requires_grad

@@ -25,6 +25,7 @@ from vbon_lightning.models import (
     model_identity,
 )
 from vbon_lightning.prefix_scorer import PrefixScorer
+from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
 from vbon_lightning.reference_table.fingerprint import check as check_fingerprint
 from vbon_lightning.rewards import RewardModel, check_rewards
 from vbon_lightning.sampling import (
@@ -193,8 +194,8 @@ class Actors:
             value: Whether to load the value model, where one is named.
 
         Raises:
-            ModelError: If policy and reference differ in vocabulary, or in the tokens that end a response.
-            FingerprintMismatch: If the value model is one of another reference, reward or length.
+            ModelError: If policy and reference differ in vocabulary, or in the tokens that end a response; or if the
+                value model is one of another reference, reward or length.
             SamplerError: If the sampler is not installed.
         """
         # What is not installed is to be known before a model is loaded.
@@ -416,9 +417,20 @@ def _load_scorer(spec: ActorSpec, tokenizer: PreTrainedTokenizerBase, *, seed: i
     check_same_vocabulary(tokenizer, load_tokenizer(named))
     scorer = PrefixScorer.load(named)
     if spec.reward is not None:
-        made_of = scorer.fingerprint
+        made_of = {"missing_eos_penalty": 0.0} | scorer.fingerprint  # older ones were trained without, and do not say
         wanted = spec.table_fingerprint(seed=made_of.get("seed", 0), model_seed=seed)
-        check_fingerprint(Path(str(named.name)), made_of, wanted)
+        wanted["missing_eos_penalty"] = spec.missing_eos_penalty
+        try:
+            check_fingerprint(Path(str(named.name)), made_of, wanted)
+        except FingerprintMismatch as problem:
+            lines = "".join(
+                f"\n  {name}: the value model has {its!r}, this run has {ours!r}"
+                for name, (its, ours) in problem.differences.items()
+            )
+            raise ModelError(
+                f"the value model {named.name!r} was trained on other rewards than this run's:{lines}\n"
+                "Train one on this run's reference table with `ValueModelling`, or use the settings it was trained with"
+            ) from None
     return scorer
 
 

@@ -1,4 +1,4 @@
-"""Metrics over rollouts, kept as float64 sums that add up over batches and processes.
+"""Metrics over rollouts and forecasts, kept as float64 sums that add up over batches and processes.
 
 Rows that only even out the processes (``valid`` False) count nowhere. A process without any rows may still
 call ``compute``: counts are part of every result, and a count of 0 comes with NaN means.
@@ -12,17 +12,28 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vbon_lightning.functional import bon_win_rate
+from vbon_lightning.functional import bon_win_rate, ranked_probability_score
 
 __all__ = [
+    "PREFIX_PLACES",
+    "ForecastSummary",
     "KLSummary",
     "MeanSummary",
+    "PrefixForecast",
     "PromptMean",
     "RewardStatistics",
     "RewardSummary",
     "SequenceKL",
     "WinRate",
+    "calibration_error",
+    "prefix_nll",
+    "prefix_places",
 ]
+
+PREFIX_PLACES = ("prompt", "early", "middle", "late", "end")
+"""Where in a response a prediction is made: before it, in its first, second or last third, or at its end."""
+
+_CALIBRATION_BINS = 10
 
 
 class MeanSummary(NamedTuple):
@@ -64,6 +75,74 @@ class RewardSummary(NamedTuple):
     """Share of responses that ended with an EOS."""
     responses: Tensor
     """Number of responses."""
+
+
+class ForecastSummary(NamedTuple):
+    """How good predictions of the final reward are, at each of :data:`PREFIX_PLACES`."""
+
+    nll: Tensor
+    """``[5]`` mean cross-entropy of the reward's bin, in nats."""
+    crps: Tensor
+    """``[5]`` mean CRPS, in ranks (:func:`vbon_lightning.functional.ranked_probability_score`)."""
+    calibration_error: Tensor
+    """``[5]`` :func:`calibration_error` of the event that the reward is in the upper half of the bins."""
+    prefixes: Tensor
+    """``[5]`` number of prefixes; where there is none, the others are NaN."""
+
+
+def calibration_error(probs: Tensor, happened: Tensor, *, bins: int = 10) -> Tensor:
+    """Compute the expected calibration error of predictions of an event, with bins of equal width.
+
+    Predictions that are alike form a bin; what they say on average is compared with how often the event happens, and
+    the absolute differences are averaged over all predictions.
+
+    Args:
+        probs: Any shape: predicted probabilities of the event.
+        happened: The same shape, bool: whether it did happen.
+        bins: Number of bins.
+
+    Returns:
+        A scalar; NaN without predictions.
+    """
+    gaps = _calibration_gaps(probs.flatten(), happened.flatten(), bins=bins).sum(0)
+    return gaps.abs().sum() / probs.numel()
+
+
+def _calibration_gaps(probs: Tensor, happened: Tensor, *, bins: int) -> Tensor:
+    """Return prediction minus event, in the column of the prediction's bin: ``[..., bins]``, which add up."""
+    bounds = torch.linspace(0, 1, bins + 1, dtype=probs.dtype, device=probs.device)[1:-1]
+    place = torch.bucketize(probs.contiguous(), bounds, right=True)
+    gaps = probs.double() - happened.double()
+    return torch.nn.functional.one_hot(place, bins) * gaps.unsqueeze(-1)
+
+
+def prefix_nll(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each prefix in nats; every prefix has its response's label.
+
+    Args:
+        log_probs: ``[B, G, T + 1, K]`` log-probabilities of the bins after 0, 1, ... T tokens.
+        labels: ``[B, G]`` long: the bin of each response's reward.
+
+    Returns:
+        ``[B, G, T + 1]``, differentiable.
+    """
+    index = labels[..., None, None].expand(*log_probs.shape[:-1], 1)
+    return -log_probs.gather(-1, index).squeeze(-1)
+
+
+def prefix_places(mask: Tensor) -> Tensor:
+    """Return which of :data:`PREFIX_PLACES` each prefix is at.
+
+    Args:
+        mask: ``[B, G, T]`` bool: True on response tokens.
+
+    Returns:
+        ``[B, G, T + 1]`` long, of the prefixes of 0, 1, ... T tokens; what is after the end means nothing.
+    """
+    tokens = torch.arange(mask.shape[-1] + 1, device=mask.device)
+    length = mask.sum(-1, keepdim=True)
+    third = (3 * (tokens - 1) // length.clamp(min=1)).clamp(0, 2)
+    return torch.where(tokens == 0, 0, torch.where(tokens == length, 4, 1 + third))
 
 
 def _variance_of(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
@@ -244,3 +323,38 @@ class RewardStatistics(_Sums):
             finished=finished / count,
             responses=count,
         )
+
+
+class PrefixForecast(_Sums):
+    """Say how well the final reward is predicted from the prompt, within the response and at its end."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(len(PREFIX_PLACES) * (3 + _CALIBRATION_BINS), **kwargs)
+
+    def update(self, log_probs: Tensor, labels: Tensor, mask: Tensor, valid: Tensor | None = None) -> None:
+        """Add responses.
+
+        Args:
+            log_probs: ``[B, G, T + 1, K]`` log-probabilities of the reward's bins after 0, 1, ... T tokens.
+            labels: ``[B, G]`` long: the bins that the rewards are in.
+            mask: ``[B, G, T]`` bool: True on response tokens.
+            valid: ``[B]`` bool: rows to count; all by default.
+        """
+        log_probs = log_probs.detach().double()
+        every = labels[..., None].expand(log_probs.shape[:-1])
+        half = log_probs.shape[-1] // 2
+        upper = log_probs[..., half:].logsumexp(-1).exp().clamp(0, 1)
+        scores = [prefix_nll(log_probs, labels), ranked_probability_score(log_probs, every), torch.ones_like(upper)]
+        gaps = _calibration_gaps(upper, every >= half, bins=_CALIBRATION_BINS)
+        values = torch.cat([torch.stack(scores, dim=-1), gaps], dim=-1)
+        kept = torch.nn.functional.pad(mask, (1, 0), value=True) & _rows(mask, valid)[:, None, None]
+        values = torch.where(kept[..., None], values, 0.0).flatten(0, -2)
+        # A product with zeros and ones: no selection, and the same sum in every run.
+        places = torch.nn.functional.one_hot(prefix_places(mask).flatten(), len(PREFIX_PLACES))
+        self.sums += (places.to(values).T @ values).flatten().to(self.sums)
+
+    def compute(self) -> ForecastSummary:
+        """Return the means over all prefixes of all processes."""
+        sums = self.sums.view(len(PREFIX_PLACES), -1)
+        nll, crps, count = sums[:, 0], sums[:, 1], sums[:, 2]
+        return ForecastSummary(nll / count, crps / count, sums[:, 3:].abs().sum(-1) / count, count)

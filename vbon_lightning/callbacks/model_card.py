@@ -7,19 +7,19 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning.models import ValueModel
 
 _PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers", "datasets")
 
 _CARD = """---
 library_name: transformers
-pipeline_tag: {task}
-{base_entry}tags:
+{task_entry}{base_entry}tags:
 - vbon-lightning
 - {tag}
 ---
@@ -32,7 +32,7 @@ A {kind} trained with {method} by `vbon_lightning`.
 - **Base model:** {base}
 - **Reward:** {reward}
 - **Optimizer steps:** {steps}
-
+{weights}
 {usage}
 ## Hyper-parameters
 
@@ -82,23 +82,79 @@ data:
 """
 
 
-def model_card(trainer: Trainer, pl_module: LightningModule) -> str:
+_FORECASTS = """## How to load it
+
+It predicts, for a prompt and each prefix of a response, which reward the response will end with.
+
+```python
+from vbon_lightning.models import load_value_model
+
+model = load_value_model("path/to/this/directory")
+```
+
+`AutoModel.from_pretrained` loads it too, after `import vbon_lightning.models`.
+
+As the value model of a run, in its YAML:
+
+```yaml
+data:
+  value_model: path/to/this/directory
+```
+"""
+
+
+class _Kind(NamedTuple):
+    """What a card says about a kind of model."""
+
+    name: str
+    task: str | None
+    """Which of the hub's pipelines runs it."""
+    usage: str
+
+
+_KINDS = {
+    "generates": _Kind("language model", "text-generation", _GENERATES),
+    "classifies": _Kind("sequence classifier", "text-classification", _CLASSIFIES),
+    "forecasts": _Kind("value model", None, _FORECASTS),
+}
+
+
+class BestWeights(NamedTuple):
+    """The checkpoint whose weights are exported, where these are not the last ones."""
+
+    step: int
+    """Optimizer steps it was made after."""
+    monitor: str
+    """The metric that it is the best by."""
+    score: float
+    """The metric's value."""
+
+
+def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights | None = None) -> str:
     """Write a model card: method, base, reward, hyper-parameters, metrics, versions and how to load it.
 
     Args:
         trainer: For the metrics and the number of steps.
         pl_module: For the method, its hyper-parameters and, as far as it has them, the names of its models.
+        best: Whose weights are exported; the last ones by default.
     """
     method = type(pl_module).__name__
     actors = getattr(pl_module, "actor_spec", None)
-    base, is_hub_name = _base(actors)
-    generates = getattr(getattr(pl_module, "policy", None), "can_generate", lambda: True)()
+    base, is_hub_name = _base(getattr(pl_module, "body", None) or getattr(actors, "policy_spec", None))
+    policy = getattr(pl_module, "policy", None)
+    if isinstance(policy, ValueModel):
+        kind = _KINDS["forecasts"]
+    else:
+        kind = _KINDS["generates" if getattr(policy, "can_generate", lambda: True)() else "classifies"]
     return _CARD.format(
         base_entry=f"base_model: {json.dumps(base)}\n" if is_hub_name else "",
         tag=method.lower(),
-        task="text-generation" if generates else "text-classification",
-        kind="language model" if generates else "sequence classifier",
-        usage=_GENERATES if generates else _CLASSIFIES,
+        task_entry="" if kind.task is None else f"pipeline_tag: {kind.task}\n",
+        kind=kind.name,
+        usage=kind.usage,
+        weights=""
+        if best is None
+        else f"- **Weights:** after step {best.step}, the best `{best.monitor}` ({_number(best.score)})\n",
         title=f"{base} after {method}" if actors is not None else f"A policy after {method}",
         method=method,
         base=base,
@@ -110,8 +166,7 @@ def model_card(trainer: Trainer, pl_module: LightningModule) -> str:
     )
 
 
-def _base(actors: Any) -> tuple[str, bool]:
-    spec = getattr(actors, "policy_spec", None)
+def _base(spec: Any) -> tuple[str, bool]:
     name = getattr(spec, "name", None)
     if name is None:
         config = getattr(spec, "config", None)

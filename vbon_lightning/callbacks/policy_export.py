@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vbon_lightning.callbacks.model_card import model_card
+from vbon_lightning.callbacks.model_card import BestWeights, model_card
 from vbon_lightning.models import save_pretrained
 
 
@@ -28,16 +32,29 @@ class PolicyExport(Callback):
         directory: Where to; ``export`` in the trainer's ``default_root_dir`` by default.
         every_validation: Also after each validation, replacing the export before.
         dtype: Precision of the exported weights, such as ``bfloat16``; the policy's own by default.
+        best: At the end of training, export the weights of the best checkpoint instead of the last ones: of the first
+            ``ModelCheckpoint`` that has a ``monitor``. The policy itself stays as it is.
     """
 
-    def __init__(self, directory: str | None = None, every_validation: bool = False, dtype: str | None = None) -> None:
-        self.directory, self.every_validation, self.dtype = directory, every_validation, dtype
+    def __init__(
+        self,
+        directory: str | None = None,
+        every_validation: bool = False,
+        dtype: str | None = None,
+        best: bool = False,
+    ) -> None:
+        self.directory, self.every_validation, self.dtype, self.best = directory, every_validation, dtype, best
         self._target: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle where to, before anything expensive."""
+        """Settle where to and, if asked for the best, that there will be one, before anything expensive."""
         fast: int = trainer.fast_dev_run  # type: ignore[attr-defined]
         self._target = None if fast else Path(self.directory or Path(trainer.default_root_dir, "export"))
+        if self.best and stage == "fit" and not fast and _monitor_of(trainer) is None:
+            raise ValueError(
+                "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add one with a "
+                "`monitor`, such as val/loss"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, where asked to, after a validation within training."""
@@ -47,28 +64,55 @@ class PolicyExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export; once all callbacks have ended training, so that averaged weights are exported as such."""
-        self._export(trainer, pl_module)
+        checkpoint = _monitor_of(trainer) if self.best else None
+        if checkpoint is not None and not checkpoint.best_model_path:
+            rank_zero_warn(f"no checkpoint was kept by {checkpoint.monitor!r}: the last weights are exported")
+            checkpoint = None
+        self._export(trainer, pl_module, checkpoint)
 
-    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        target = self._target
-        if target is None:
+    def _export(self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint | None = None) -> None:
+        if self._target is None:
             return
         if trainer.is_global_zero:
-            policy = cast(PreTrainedModel, pl_module.policy)
-            tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
-            settings = getattr(pl_module, "generation_settings", None) if policy.can_generate() else None
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.staged")
-            try:
-                save_pretrained(
-                    policy, tokenizer, staged, generation=settings() if callable(settings) else None, dtype=self.dtype
-                )
-                Path(staged, "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")
-                replace_directory(staged, target)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
-            rank_zero_info(f"The policy was exported to {target}")
+            with nullcontext() if checkpoint is None else _weights_of(checkpoint, pl_module) as best:
+                self._write(trainer, pl_module, self._target, best)
         trainer.strategy.barrier("policy export")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, target: Path, best: BestWeights | None) -> None:
+        policy = cast(PreTrainedModel, pl_module.policy)
+        tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
+        settings = getattr(pl_module, "generation_settings", None) if policy.can_generate() else None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.staged")
+        try:
+            save_pretrained(
+                policy, tokenizer, staged, generation=settings() if callable(settings) else None, dtype=self.dtype
+            )
+            Path(staged, "README.md").write_text(model_card(trainer, pl_module, best), encoding="utf-8")
+            replace_directory(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        rank_zero_info(f"The policy was exported to {target}")
+
+
+def _monitor_of(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the callback that knows the best checkpoint, if there is one."""
+    kept = [part for part in trainer.checkpoint_callbacks if isinstance(part, ModelCheckpoint)]
+    return next((part for part in kept if part.monitor is not None and part.save_top_k != 0), None)
+
+
+@contextmanager
+def _weights_of(checkpoint: ModelCheckpoint, pl_module: LightningModule) -> Iterator[BestWeights]:
+    """Give the module the weights of the best checkpoint for a while."""
+    # Written by this run, and may hold whatever its callbacks keep.
+    content: dict[str, Any] = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=False)
+    own = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.state_dict().items()}
+    score = checkpoint.best_model_score
+    try:
+        pl_module.load_state_dict(content["state_dict"])
+        yield BestWeights(content["global_step"], str(checkpoint.monitor), float("nan" if score is None else score))
+    finally:
+        pl_module.load_state_dict(own)
 
 
 def replace_directory(staged: Path, target: Path) -> None:

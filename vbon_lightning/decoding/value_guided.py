@@ -11,11 +11,17 @@ from transformers import Cache
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
-from vbon_lightning.functional import candidate_teacher, draw_candidates, prefix_log_values, teacher_probs
+from vbon_lightning.functional import (
+    candidate_teacher,
+    draw_candidates,
+    predicted_log_cdf,
+    prefix_log_values,
+    teacher_probs,
+)
 from vbon_lightning.functional.sequences import scaled_logits
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.decode import caching, check_request, choose_tokens, prefill
-from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, trunk_cache
+from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, prompt_trunk
 from vbon_lightning.types import PromptBatch
 
 
@@ -68,8 +74,11 @@ class ValueGuided(Decoder):
         rewards = None if self.amortised else prompts.reference_rewards
         batch, samples, length = noise.shape
         rows, device = batch * samples, prompts.tokens.device
-        log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=self.n)
-        log_weights = log_weights.to(device).repeat_interleave(samples, dim=0)
+        trunk, states = prompt_trunk(scorer.model, prompts, samples)
+        at_start = scorer.model.forecast(states, torch.tensor(0, device=device))
+        log_cdf = predicted_log_cdf(at_start) if rewards is None else scorer.log_cdf(prompts, rewards)
+        log_weights = scorer.bon_log_weights(log_cdf, n=self.n).to(device).repeat_interleave(samples, dim=0)
+        state = prefix_log_values(at_start.repeat_interleave(samples, dim=0), log_weights)
         noise = noise.to(device).view(rows, length)
         ends = torch.as_tensor(list(actors.end_ids), device=device)
         tokens = torch.full((rows, length), actors.end_ids[0], dtype=torch.long, device=device)
@@ -82,8 +91,6 @@ class ValueGuided(Decoder):
         cache, logits = prefill(model, prompts.tokens, prompts.mask, padded)
         cache.batch_repeat_interleave(samples)
         logits = logits.repeat_interleave(samples, dim=0)
-        trunk = trunk_cache(scorer.model, prompts, tokens.view(batch, samples, length)[..., :0])
-        state = prefix_log_values(scorer.prompt_log_probs(prompts).repeat_interleave(samples, dim=0), log_weights)
         attended = prompts.mask.long().repeat_interleave(samples, dim=0)
         active = torch.arange(rows, device=device)
         for place in range(length):
@@ -100,7 +107,7 @@ class ValueGuided(Decoder):
             token_kl[active, place] = (guided * (log_guided - log_reference)).sum(-1).clamp(min=0)
             finished[active] = torch.isin(chosen, ends)
             cost[0] += len(active)
-            cost[1] += candidates.tokens.numel() + len(active)
+            cost[1] += candidates.tokens.numel()
             keep = (~finished[active]).nonzero().squeeze(-1)
             if place + 1 == length or not len(keep):
                 break
@@ -110,6 +117,7 @@ class ValueGuided(Decoder):
                 active, chosen, attended = active[keep], chosen[keep], attended[keep]
             logits = _next_logits(model, cache, attended, chosen, padded)
             states = extend_trunk(scorer.model, trunk, attended, chosen[:, None])
+            cost[1] += len(active)
             attended = torch.nn.functional.pad(attended, (0, 1), value=1)
             state = prefix_log_values(scorer.model.forecast(states[:, 0], seen + 1), log_weights[active])
         width = place + 1

@@ -2,6 +2,7 @@
 
 from vbon_lightning.models.causal import load_causal_lm
 from vbon_lightning.models.classifiers import load_classifier
+from vbon_lightning.models.dial import add_dial, dialled, dialled_n, has_dial, set_dial
 from vbon_lightning.models.errors import ModelError
 from vbon_lightning.models.export import save_pretrained
 from vbon_lightning.models.files import locate
@@ -16,11 +17,15 @@ __all__ = [
     "ModelSpec",
     "ValueModel",
     "ValueModelConfig",
+    "add_dial",
     "as_spec",
     "check_no_missing_weights",
     "check_same_vocabulary",
+    "dialled",
+    "dialled_n",
     "disable_dropout",
     "end_token_ids",
+    "has_dial",
     "load_causal_lm",
     "load_classifier",
     "load_tokenizer",
@@ -30,4 +35,5 @@ __all__ = [
     "new_value_model",
     "parse_dtype",
     "save_pretrained",
+    "set_dial",
 ]

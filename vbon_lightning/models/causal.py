@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vbon_lightning.adapters import AdapterError, add_lora
+from vbon_lightning.models.dial import DIRECTORY, turn
 from vbon_lightning.models.errors import ModelError
+from vbon_lightning.models.files import locate
 from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout, new_model, pretrained_model
 from vbon_lightning.models.spec import ModelSpec, as_spec
 
@@ -38,6 +41,9 @@ def load_causal_lm(
     else:
         model, info = pretrained_model(AutoModelForCausalLM, spec)
         check_no_missing_weights(str(spec.name), info)
+        if spec.dial is not None:
+            name, _ = locate("name", str(spec.name))
+            turn(model, Path(name, DIRECTORY), spec.dial)
     if not dropout:
         disable_dropout(model)
     model.train(trainable)

@@ -29,6 +29,8 @@ def model_identity(spec: str | Mapping[str, Any] | ModelSpec, *, seed: int = 0) 
     """
     spec = as_spec(spec)
     identity = {"dtype": spec.dtype or "float32"}
+    if spec.dial is not None:
+        identity["dial"] = f"{spec.dial:g}"
     if spec.lora is not None:
         identity |= {"lora": _canonical(spec.lora), "lora_seed": str(seed)}
     if spec.config is not None:

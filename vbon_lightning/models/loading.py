@@ -51,9 +51,10 @@ def check_body(spec: ModelSpec, model: PreTrainedModel, info: Mapping[str, Any])
     Raises:
         ModelError: If weights of the body are missing.
     """
-    body = model.base_model_prefix
-    missing = sorted(str(key) for key in info.get("missing_keys", ()) if str(key).startswith(f"{body}."))
-    missing = [key for key in missing if ".pooler." not in key]
+    # A model that is a body (AutoModel's) names its weights without the prefix.
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    missing = sorted(str(key) for key in info.get("missing_keys", ()) if str(key).startswith(prefix))
+    missing = [key for key in missing if "pooler" not in key.split(".")]
     if missing:
         raise ModelError(
             f"the checkpoint {spec.name!r} lacks {len(missing)} weights of the model's body, such as "

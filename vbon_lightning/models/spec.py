@@ -34,6 +34,8 @@ class ModelSpec:
         lora: Train low-rank adapters instead of the weights: entries of peft's ``LoraConfig``, such as ``r`` and
             ``lora_alpha``. The base then is the reference, unless another is named. Needs the ``lora`` extra.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        dial: The N to turn a dialled policy to (one that ``BoNDistillation`` trained with ``n_range``); by default the
+            N that it was exported at.
     """
 
     name: str | None = None
@@ -46,6 +48,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     lora: dict[str, Any] | None = None
     gradient_checkpointing: bool = False
+    dial: float | None = None
 
     def base(self) -> ModelSpec:
         """Return the model without what only training needs: what it is at the start."""

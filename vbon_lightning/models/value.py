@@ -34,7 +34,8 @@ class ValueModelConfig(PreTrainedConfig):
         edges: K - 1 inner edges of the bins.
         atoms: K lists of Q quantiles of the reward within each bin.
         longest: Response tokens that the head tells apart.
-        table: What the rewards are of: the fingerprint of the reference table.
+        table: What the rewards are of: the fingerprint of the reference table, and the missing-EOS penalty that was
+            subtracted from its rewards.
     """
 
     model_type = "vbon_value_model"
@@ -158,7 +159,7 @@ def new_value_model(
         spec: A language model, a reward model or a value model whose body to start from.
         bins: The bins.
         longest: Tokens of the longest response.
-        fingerprint: What the rewards are of, in plain values: the reference table's.
+        fingerprint: What the rewards are of, in plain values: the config's ``table``.
         seed: Seed of a new body; the global random state is left as it was.
         dropout: Keep the dropout that the model's config asks for.
 
@@ -171,30 +172,36 @@ def new_value_model(
     spec = as_spec(spec)
     if spec.lora is not None:
         raise ModelError("a value model is trained whole: leave `lora` out")
-    if spec.config is not None:
-        body = new_model(AutoModel, "model", spec, seed=seed)
-    elif is_value_model(spec):
-        body = load_value_model(spec).body
-    else:
-        with new_weights(seed):
-            body, info = pretrained_model(AutoModel, spec)
-        check_body(spec, body, info)
-    attention = body.config._attn_implementation  # a config that takes it in resets it
-    config = ValueModelConfig(
-        text_config=body.config,
-        edges=bins.edges.tolist(),
-        atoms=bins.atoms.tolist(),
-        longest=longest,
-        table=dict(fingerprint),
-    )
-    model = ValueModel(config, body)
+    with new_weights(seed):
+        body = _body(spec, seed)
+        attention = body.config._attn_implementation  # a config that takes it in resets it
+        config = ValueModelConfig(
+            text_config=body.config,
+            edges=bins.edges.tolist(),
+            atoms=bins.atoms.tolist(),
+            longest=longest,
+            table=dict(fingerprint),
+        )
+        model = ValueModel(config, body)
     body.config._attn_implementation = attention
+    body.config._name_or_path = ""  # it would be saved: where the body came from is no part of what it is
     nn.Module.to(model, dtype=next(body.parameters()).dtype)
     if not dropout:
         disable_dropout(model)
     if spec.gradient_checkpointing:
         model.body.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train().requires_grad_(True)
+
+
+def _body(spec: ModelSpec, seed: int) -> PreTrainedModel:
+    """Load or make the body of a new value model."""
+    if spec.config is not None:
+        return new_model(AutoModel, "model", spec, seed=seed)
+    if is_value_model(spec):
+        return _trained(spec).body
+    body, info = pretrained_model(AutoModel, spec)
+    check_body(spec, body, info)
+    return body
 
 
 def load_value_model(spec: str | Mapping[str, Any] | ModelSpec) -> ValueModel:
@@ -209,7 +216,14 @@ def load_value_model(spec: str | Mapping[str, Any] | ModelSpec) -> ValueModel:
     Raises:
         ModelError: If there is no such model, or it is none of the reward to come.
     """
-    spec = as_spec(spec)
+    model = _trained(as_spec(spec))
+    disable_dropout(model)
+    frozen: ValueModel = model.eval().requires_grad_(False)
+    return frozen
+
+
+def _trained(spec: ModelSpec) -> ValueModel:
+    """Load a trained value model as it was saved, with the dropout that its config asks for."""
     if spec.name is None:
         raise ModelError("a value model is trained first: give its directory as `name`")
     name, _ = locate("name", spec.name)
@@ -229,9 +243,8 @@ def load_value_model(spec: str | Mapping[str, Any] | ModelSpec) -> ValueModel:
     except Exception as error:  # transformers raises many types here; every one means the same to a user
         raise cannot_load("value model", "name", name, error) from error
     check_no_missing_weights(name, info)
-    disable_dropout(model)
-    frozen: ValueModel = model.eval().requires_grad_(False)
-    return frozen
+    trained: ValueModel = model
+    return trained
 
 
 def is_value_model(spec: ModelSpec) -> bool:

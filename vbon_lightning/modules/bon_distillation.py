@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.functional import reward_cdf, with_exact_end
+from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
+from vbon_lightning.models import add_dial, dialled, has_dial, set_dial
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
@@ -18,6 +20,8 @@ from vbon_lightning.types import PromptBatch, Responses, TableBatch
 
 States = Literal["reference", "best_of_n", "policy"]
 Divergence = Literal["forward", "reverse"]
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class BoNDistillation(OfflineBestOfN):
@@ -37,6 +41,9 @@ class BoNDistillation(OfflineBestOfN):
         draws: And this many drawn from its other tokens; 0 takes these as one, worth what the prefix is.
         states: Whose prefixes: ``reference`` (the table's, each alike), ``best_of_n`` (the table's, weighted by W, as
             often as Best-of-N visits them) or ``policy`` (the policy samples its own; no reward is called).
+        n_range: Train one policy for every N between these two, of which each step draws one; n then is the N that is
+            evaluated and exported, and an export can be turned to any other (``vbon dial``, or ``dial`` of a model).
+        dial_degree: Degree of the polynomial in log N that the weights of such a policy follow.
         divergence: At each prefix ``forward``, KL(teacher || policy), or ``reverse``, KL(policy || teacher), which
             needs ``draws: 0``.
         **kwargs: What :class:`~vbon_lightning.modules.offline.OfflineBestOfN` takes.
@@ -52,10 +59,15 @@ class BoNDistillation(OfflineBestOfN):
         top: int = 8,
         draws: int = 8,
         states: States = "best_of_n",
+        n_range: list[float] | None = None,
+        dial_degree: int = 2,
         divergence: Divergence = "forward",
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, n=n, **kwargs)
+        if n_range is not None and not (len(n_range) == 2 and 1 < n_range[0] < n_range[1] < math.inf):
+            raise ValueError(f"model.n_range must be two numbers, 1 < least < most, got {n_range}")
+        check_at_least_one("dial_degree", dial_degree)
         check_at_least_one("responses_per_prompt", responses_per_prompt)
         if top < 0 or draws < 0 or top + draws < 2:
             raise ValueError(f"model.top and model.draws must together name at least 2 candidates, got {top}, {draws}")
@@ -70,8 +82,11 @@ class BoNDistillation(OfflineBestOfN):
             )
         self.responses_per_prompt, self.states, self.divergence = responses_per_prompt, states, divergence
         self.request = CandidateRequest(top=top, draws=draws)
+        self.n_range, self.dial_degree = n_range, dial_degree
         self.record_settings(
             n=n,
+            n_range=n_range,
+            dial_degree=dial_degree,
             responses_per_prompt=responses_per_prompt,
             top=top,
             draws=draws,
@@ -99,12 +114,37 @@ class BoNDistillation(OfflineBestOfN):
                 "data.value_model"
             )
 
+    def configure_model(self) -> None:
+        """Load the models, and give a policy for every N its dial."""
+        super().configure_model()
+        policy = self.loaded.policy
+        if self.n_range is not None and not has_dial(policy):
+            if self.actor_spec.policy_spec.lora is not None:
+                raise ValueError(
+                    "a policy for every N moves its own weights: leave `lora` out, or set model.n_range to null"
+                )
+            add_dial(policy, degree=self.dial_degree)
+            set_dial(policy, self.n)
+
+    def drawn_n(self, step: int) -> float:
+        """Return the N of a step: log N evenly spread over the range, however few the steps."""
+        if self.n_range is None:
+            return self.n
+        least, most = (math.log(n) for n in self.n_range)
+        share = (noise_seed(self.seed, "dial") / 2**63 + step * _GOLDEN) % 1.0
+        return math.exp(least + share * (most - least))
+
     def learn(self, batch: TableBatch, rewards: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean divergence of the picked responses' prefixes, summed over tokens, in nats."""
+        n, policy = self.drawn_n(step), self.loaded.policy
+        with nullcontext() if self.n_range is None else dialled(policy, n):
+            return self._learn(batch, rewards, step, n)
+
+    def _learn(self, batch: TableBatch, rewards: Tensor, step: int, n: float) -> tuple[Tensor, dict[str, Tensor]]:
         actors, prompts = self.loaded, batch.prompts
         scorer = actors.value
         assert scorer is not None
-        log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=self.n)
+        log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=n)
         if self.states == "policy":
             found = actors.sample(
                 actors.policy,
@@ -116,11 +156,9 @@ class BoNDistillation(OfflineBestOfN):
             )
             responses, ends = Responses(found.tokens, found.mask), None
         else:
-            responses, ends = self._picked(batch, rewards, step)
-        log_values = scorer.log_values(prompts, responses, log_weights)
-        if ends is not None:
-            log_values = with_exact_end(log_values, ends, responses.mask)
-        uniforms = self._uniforms(prompts, responses, step)
+            responses, ends = self._picked(batch, rewards, step, n)
+        log_values = scorer.log_values(prompts, responses, log_weights, normalised=False)
+        at_prompt = log_values[..., :1]
         result = distil(
             actors.policy,
             actors.as_reference,
@@ -130,23 +168,24 @@ class BoNDistillation(OfflineBestOfN):
             log_weights,
             log_values,
             self.request,
-            uniforms=uniforms,
+            ends=None if ends is None else ends + at_prompt.squeeze(-1),
+            uniforms=self._uniforms(prompts, responses, step),
             temperature=actors.temperature,
             reverse=self.divergence == "reverse",
         )
         weights = responses.mask.to(result.divergence.dtype)
         if self.states == "best_of_n":
-            weights = weights * log_values[..., :-1].exp()
+            weights = weights * (log_values - at_prompt)[..., :-1].exp()
         loss = (weights * result.divergence).sum(-1).mean()
-        # Of a whole response, visited as the states are.
-        visits = weights / weights.sum(-1).sum().clamp(min=1e-12) * responses.mask.sum() / responses.mask[..., 0].sum()
+        # Summed over a response whose states are visited as the loss weighs them.
+        visits = weights / weights.sum().clamp(min=1e-12) * responses.mask.sum() / responses.mask[..., 0].sum()
         logs = {
             "teacher_kl": (visits * result.teacher_kl.detach()).sum(),
             "teacher_tilt": (visits * result.tilt).sum(),
         }
         return loss, logs
 
-    def _picked(self, batch: TableBatch, rewards: Tensor, step: int) -> tuple[Responses, Tensor]:
+    def _picked(self, batch: TableBatch, rewards: Tensor, step: int, n: float) -> tuple[Responses, Tensor]:
         """Return some of the table's responses, and the log-weights that Best-of-N gives them."""
         index = pick_some(
             batch.prompts.index.tolist(),
@@ -159,7 +198,7 @@ class BoNDistillation(OfflineBestOfN):
         cdf = reward_cdf(rewards.gather(1, index).double(), rewards.double())
         # Of sampled responses the table's share of the probability is all that is known.
         none = torch.full_like(cdf.log_below, -torch.inf)
-        log_ratio = bon_log_ratio(none, cdf.log_below, n=self.n, log_at_or_below=cdf.log_at_or_below)
+        log_ratio = bon_log_ratio(none, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)
         return select_responses(batch.responses, index), log_ratio.float()
 
     def _uniforms(self, prompts: PromptBatch, responses: Responses, step: int) -> Tensor | None:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import BinaryCalibrationError
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.functional import (
-    RewardBins,
-    bin_labels,
-    forecast_head,
-    ranked_probability_score,
-    reward_bins,
-)
+from vbon_lightning.functional import RewardBins, bin_labels, forecast_head, reward_bins
+from vbon_lightning.metrics import PREFIX_PLACES, ForecastSummary, PrefixForecast, prefix_nll
 from vbon_lightning.models import (
     ValueModel,
     check_same_vocabulary,
@@ -28,15 +19,13 @@ from vbon_lightning.models import (
     new_value_model,
 )
 from vbon_lightning.models.spec import ModelSpec, as_spec
+from vbon_lightning.models.value import is_value_model
 from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.modules.offline import check_at_least_one, select_responses
 from vbon_lightning.modules.supervised import SupervisedModule
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.sampling import pick_some
 from vbon_lightning.types import TableBatch
-
-STAGES = ("prompt", "early", "middle", "late", "end")
-"""Where in a response a prediction is made: before it, in its first, second or last third, or at its end."""
 
 
 class ValueModelling(SupervisedModule):
@@ -46,7 +35,9 @@ class ValueModelling(SupervisedModule):
     of K bins the final reward lies, :math:`p(k \mid x, y_{\le t})`, by plain cross-entropy: every response of the table
     labels each of its prefixes, the prompt alone included. The bins are quantiles of all rewards of the table. From it
     :class:`~vbon_lightning.prefix_scorer.PrefixScorer` computes Best-of-N's next-token distribution for every N. The
-    export is a Hugging Face token classifier; name it as ``data.value_model``.
+    export is a Hugging Face directory; name it as ``data.value_model``.
+
+    Where validation says when to stop, give ``PolicyExport`` its ``best``: the last weights are not the best ones.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
@@ -91,12 +82,7 @@ class ValueModelling(SupervisedModule):
         self._bins: RewardBins | None = None
         self._fingerprint: dict[str, Any] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        kinds: dict[str, Callable[[], Metric]] = {
-            "nll": MeanMetric,
-            "crps": MeanMetric,
-            "calibration_error": partial(BinaryCalibrationError, n_bins=10),
-        }
-        self.metrics = torch.nn.ModuleDict({f"{kind}/{stage}": kinds[kind]() for kind in kinds for stage in STAGES})
+        self.forecast = PrefixForecast()
         self.record_settings(
             bins=bins, atoms=atoms, responses_per_prompt=responses_per_prompt, probe=probe, dropout=dropout
         )
@@ -132,37 +118,49 @@ class ValueModelling(SupervisedModule):
                     f"{data.reference_table} brings {data.reference_rewards} responses a prompt: lower it"
                 )
             self._bins = reward_bins(data.table_rewards(data.prompts("train")), bins=self.bin_count, atoms=self.atoms)
-            self._fingerprint = data.fingerprint()
+            # The penalty is no part of what made the table, but of the rewards that are learnt from it.
+            self._fingerprint = data.fingerprint() | {"missing_eos_penalty": self.actor_spec.missing_eos_penalty}
         check_same_vocabulary(self.tokenizer, load_tokenizer(self.body))
 
     def configure_model(self) -> None:
         """Load the body and put a head of bins on it, once."""
         if self.policy is not None:
             return
-        if self._bins is None:
-            # Evaluated on its own: the body is a trained value model.
-            self.policy = load_value_model(self.body)
-        else:
-            model = new_value_model(
-                self.body,
-                self._bins,
-                longest=self.actor_spec.max_new_tokens,
-                fingerprint=self._fingerprint,
-                seed=self.seed,
-                dropout=self.dropout,
-            )
+        if self._bins is not None:
+            model = self._new_model(self._bins, self.actor_spec.max_new_tokens, self._fingerprint)
             if self.probe:
-                self._start_head(model)
-            self.policy = model
-        self.scorer = PrefixScorer(cast(ValueModel, self.policy))
+                self._start_head(model, self._bins)
+            self._take(model)
+        elif is_value_model(self.body):
+            self._take(load_value_model(self.body))  # evaluated on its own, by its own bins
+        # Otherwise a checkpoint has to follow, which says its bins.
+
+    def check_lengths(self, response_tokens: int) -> None:
+        """Refuse to evaluate what is no value model, and texts that do not fit its context.
+
+        Raises:
+            ModelError: If there is neither a checkpoint nor a value model to evaluate.
+        """
+        if self.policy is None:
+            self._take(load_value_model(self.body))  # which says what is wrong with it
+        super().check_lengths(response_tokens)
+
+    def _new_model(self, bins: RewardBins, longest: int, fingerprint: dict[str, Any]) -> ValueModel:
+        return new_value_model(
+            self.body, bins, longest=longest, fingerprint=fingerprint, seed=self.seed, dropout=self.dropout
+        )
+
+    def _take(self, model: ValueModel) -> None:
+        self.policy, self.scorer = model, PrefixScorer(model)
 
     @torch.no_grad()
-    def _start_head(self, model: ValueModel) -> None:
+    def _start_head(self, model: ValueModel, bins: RewardBins) -> None:
         """Fit the head to whole responses."""
         data: Any = getattr(self.trainer, "datamodule", None)
         prompts = data.prompts("train")
         step = max(1, len(prompts) * data.reference_rewards // self.probe)
         features, rewards, whole = [], [], []
+        model.eval()  # without dropout
         for some in torch.arange(0, len(prompts), step).split(32):
             batch = data.table_batch([prompts[row] for row in some.tolist()])
             states = PrefixScorer(model).states(batch.prompts, batch.responses)
@@ -171,10 +169,42 @@ class ValueModelling(SupervisedModule):
             features.append(states[mask])
             rewards.append(_rewards(batch)[..., None].expand(mask.shape)[mask])
             whole.append((place == batch.responses.mask.sum(-1, keepdim=True))[mask])
-        assert self._bins is not None
-        weight, bias = forecast_head(torch.cat(features), torch.cat(rewards), self._bins, fit=torch.cat(whole))
+        model.train()
+        weight, bias = forecast_head(torch.cat(features), torch.cat(rewards), bins, fit=torch.cat(whole))
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the bins, without which the weights mean nothing."""
+        super().on_save_checkpoint(checkpoint)
+        config = cast(ValueModel, self.policy).config
+        checkpoint["vbon_lightning"]["value_model"] = {name: getattr(config, name) for name in _OF_THE_HEAD}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume a checkpoint of another run; one that is evaluated says itself what its bins are.
+
+        Raises:
+            ConfigMismatchError: Naming what differs.
+            ValueError: If the checkpoint was not written by this package, or does not say its bins.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self.resuming:
+            return
+        made_of = checkpoint["vbon_lightning"].get("value_model")
+        if made_of is None:
+            raise ValueError(
+                "this checkpoint does not say which bins its value model has (it is an older one): evaluate the "
+                "export instead, as `model.body`"
+            )
+        if self.policy is None or any(getattr(self.policy.config, name) != made_of[name] for name in _OF_THE_HEAD):
+            bins = RewardBins(*(torch.tensor(made_of[name], dtype=torch.float64) for name in ("edges", "atoms")))
+            model = self._new_model(bins, made_of["longest"], made_of["table"])
+            torch.nn.Module.to(model, self.device)
+            self._take(model)
+
+    # -- training ----------------------------------------------------------------------------------
 
     def training_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean cross-entropy of the picked responses' prefixes, in nats."""
@@ -193,55 +223,48 @@ class ValueModelling(SupervisedModule):
             prompts=batch.prompts._replace(reference_rewards=rewards.gather(1, index)),
             responses=select_responses(batch.responses, index),
         )
-        log_probs, labels, mask = self._predict(picked)
+        log_probs, labels = self._predict(picked)
+        mask = torch.nn.functional.pad(picked.responses.mask, (1, 0), value=True)
         # A mean over tokens would weigh responses differently on each rank: the mean of each response first.
-        losses = _cross_entropy(log_probs, labels)
+        losses = prefix_nll(log_probs, labels)
         loss = (torch.where(mask, losses, 0.0).sum(-1) / mask.sum(-1)).mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         return {"loss": loss}
 
-    def _predict(self, batch: TableBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the bins' log-probabilities ``[B, G, T + 1, K]``, labels ``[B, G]`` and which prefixes there are."""
+    def _predict(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
+        """Return the bins' log-probabilities ``[B, G, T + 1, K]`` and the labels ``[B, G]``."""
         assert self.scorer is not None
         self.scorer.to(self.device)
         log_probs = self.scorer.bin_log_probs(batch.prompts, batch.responses)
-        labels = bin_labels(_rewards(batch), self.scorer.bins.edges)
-        mask = torch.nn.functional.pad(batch.responses.mask, (1, 0), value=True)
-        return log_probs, labels, mask
+        return log_probs, bin_labels(_rewards(batch), self.scorer.bins.edges)
+
+    # -- evaluation --------------------------------------------------------------------------------
 
     def count(self, batch: TableBatch) -> None:
         """Add up the cross-entropy, the CRPS and the calibration by place in the response."""
-        log_probs, labels, mask = self._predict(batch)
-        losses = _cross_entropy(log_probs, labels)
-        every = labels[..., None].expand(losses.shape)
-        scores = ranked_probability_score(log_probs, every)
-        # The event that the reward is in the upper half of the bins.
-        half = log_probs.shape[-1] // 2
-        upper = log_probs[..., half:].logsumexp(-1).exp().clamp(0, 1)
-        mask = mask & batch.prompts.valid[:, None, None]
-        length = batch.responses.mask.sum(-1, keepdim=True)
-        place = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-        third = (3 * (place - 1) // length.clamp(min=1)).clamp(0, 2)
-        stages = torch.where(place == 0, 0, torch.where(place == length, 4, 1 + third))
-        for number, stage in enumerate(STAGES):
-            here = mask & (stages == number)
-            if bool(here.any()):
-                self._metric(f"nll/{stage}").update(losses[here])
-                self._metric(f"crps/{stage}").update(scores[here])
-                self._metric(f"calibration_error/{stage}").update(upper[here], (every[here] >= half).long())
-
-    def _metric(self, name: str) -> Metric:
-        return cast(Metric, self.metrics[name])
+        log_probs, labels = self._predict(batch)
+        self.forecast.update(log_probs, labels, batch.responses.mask, batch.prompts.valid)
 
     def counted(self) -> dict[str, Tensor]:
-        """Return cross-entropy (nats), CRPS (in ranks) and calibration error by place, and the mean cross-entropy."""
-        found = {name: self._metric(name).compute() for name in self.metrics if self._metric(name).update_count}
-        places = [value for name, value in found.items() if name.startswith("nll/")]
-        return {"loss": torch.stack(places).mean(), **found}
+        """Return cross-entropy (nats), CRPS (in ranks) and calibration error by place, and the mean cross-entropy.
 
-    def _start_counting(self) -> None:
-        for name in self.metrics:
-            self._metric(name).reset()
+        Places that no rank has seen are left out.
+        """
+        summary: ForecastSummary = self.forecast.compute()
+        seen = summary.prefixes > 0
+        if not bool(seen.any()):
+            return {}
+        found = {"loss": summary.nll[seen].mean()}
+        for number, place in enumerate(PREFIX_PLACES):
+            if seen[number]:
+                found[f"nll/{place}"] = summary.nll[number]
+                found[f"crps/{place}"] = summary.crps[number]
+                found[f"calibration_error/{place}"] = summary.calibration_error[number]
+        return found
+
+
+_OF_THE_HEAD = ("edges", "atoms", "longest", "table")
+"""Entries of a value model's config that its body does not bring."""
 
 
 def _rewards(batch: TableBatch) -> Tensor:
@@ -249,9 +272,3 @@ def _rewards(batch: TableBatch) -> Tensor:
     if rewards is None:
         raise ValueError("ValueModelling learns from cached responses, and the batch brings no rewards")
     return rewards
-
-
-def _cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Return ``[B, G, T + 1]`` nats: every prefix has its response's label."""
-    index = labels[..., None, None].expand(*log_probs.shape[:-1], 1)
-    return -log_probs.gather(-1, index).squeeze(-1)

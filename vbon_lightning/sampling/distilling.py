@@ -72,6 +72,7 @@ def distil(
     log_values: Tensor,
     request: CandidateRequest,
     *,
+    ends: Tensor | None = None,
     uniforms: Tensor | None = None,
     temperature: float = 1.0,
     reverse: bool = False,
@@ -86,8 +87,10 @@ def distil(
         prompts: ``[B, P]`` prompts.
         responses: ``[B, G, T]`` responses.
         log_weights: ``[B, K]``: log w of the bins.
-        log_values: ``[B, G, T + 1]``: log W of the responses' own prefixes.
+        log_values: ``[B, G, T + 1]``: log W of the responses' own prefixes, with the constant that the scorer's have.
         request: Which candidates.
+        ends: ``[B, G]``: log W of the whole responses, where their rewards are known: that of their last tokens among
+            the candidates.
         uniforms: ``[B, G, T, draws]`` on [0, 1).
         temperature: The sampling temperature, of policy and reference alike.
         reverse: KL(policy || teacher) instead of the teacher's cross-entropy.
@@ -113,7 +116,13 @@ def distil(
         everywhere[real] = candidates.tokens
         after = scorer.candidate_log_values(prompts, responses, everywhere.view(*mask.shape, -1), log_weights)
         before = log_values[..., :-1].reshape(-1)[real]
-        teacher = candidate_teacher(candidates, after.flatten(0, -2)[real], before)
+        after = after.flatten(0, -2)[real]
+        if ends is not None:
+            last = torch.arange(mask.shape[-1], device=mask.device) == mask.sum(-1, keepdim=True) - 1
+            known = last.reshape(-1)[real, None] & (candidates.tokens == responses.tokens.reshape(-1)[real, None])
+            whole = ends.unsqueeze(-1).expand(mask.shape).reshape(-1)[real, None]
+            after = torch.where(known, whole.to(after.dtype), after)
+        teacher = candidate_teacher(candidates, after, before)
     ours = response_states(policy, prompts, responses)
     again = len(pieces) > 1 and torch.is_grad_enabled()
     done, at = [], 0

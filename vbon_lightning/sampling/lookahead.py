@@ -151,10 +151,18 @@ def lookahead_states(
 def trunk_cache(model: PreTrainedModel, prompts: PromptBatch, tokens: Tensor) -> Cache:
     """Run prompts and the given tokens of their responses ``[B, G, t]`` and return the cache, a row a response."""
     _, samples, length = tokens.shape
+    cache, _ = prompt_trunk(model, prompts, samples)
+    if length:
+        extend_trunk(model, cache, prompts.mask.long().repeat_interleave(samples, dim=0), tokens.flatten(0, 1))
+    return cache
+
+
+def prompt_trunk(model: PreTrainedModel, prompts: PromptBatch, samples: int) -> tuple[Cache, Tensor]:
+    """Run prompts; return the cache, ``samples`` rows a prompt, and the prompts' last hidden states ``[B, H]``."""
     mask = prompts.mask.long()
     padded = not bool(prompts.mask.all())
     cache = DynamicCache(config=_body_config(model))
-    model.base_model(
+    output = model.base_model(
         input_ids=prompts.tokens,
         attention_mask=mask if padded else None,
         position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
@@ -162,9 +170,8 @@ def trunk_cache(model: PreTrainedModel, prompts: PromptBatch, tokens: Tensor) ->
         use_cache=True,
     )
     cache.batch_repeat_interleave(samples)
-    if length:
-        extend_trunk(model, cache, mask.repeat_interleave(samples, dim=0), tokens.flatten(0, 1))
-    return cache
+    states: Tensor = output.last_hidden_state
+    return cache, states[:, -1]
 
 
 def extend_trunk(model: PreTrainedModel, cache: Cache, attended: Tensor, tokens: Tensor) -> Tensor:
