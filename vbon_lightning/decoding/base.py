@@ -36,8 +36,8 @@ class Decoded(NamedTuple):
     finished: Tensor
     """``[B, G]`` bool: True where an EOS was chosen, False where the length limit cut the response."""
     token_kl: Tensor | None
-    """``[B, G, T]``: KL(decoder || reference) over the vocabulary at each token, 0 outside the mask; None where it is
-    not known token by token."""
+    """``[B, G, T]``: KL(decoder || reference) at each token, 0 outside the mask, or an upper bound of it where
+    candidates are drawn: that of candidates and choice together. None where it is not known token by token."""
     cost: DecodingCost
 
 

@@ -12,6 +12,8 @@ from transformers import Cache
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.functional import (
+    Candidates,
+    Teacher,
     candidate_teacher,
     draw_candidates,
     predicted_log_cdf,
@@ -33,19 +35,21 @@ class ValueGuided(Decoder):
 
     Args:
         n: N of Best-of-N.
-        top: Candidates a token, the reference's most likely; its other tokens are one, worth what the prefix is.
+        top: Candidates a token: this many of the reference's most likely tokens.
+        draws: And this many drawn from its other tokens, which stand for all of them. With 0 those are one, worth what
+            the prefix is: what they add is then left to chance.
         amortised: Predict the distribution of the prompt's rewards instead of reading it from the reference table; as
             is done where a batch brings no reference rewards.
     """
 
     needs_value_model = True
 
-    def __init__(self, n: float = 4.0, top: int = 16, amortised: bool = False) -> None:
+    def __init__(self, n: float = 4.0, top: int = 16, draws: int = 16, amortised: bool = False) -> None:
         if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
             raise ValueError(f"n must be a number > 1, got {n!r}")
-        if top < 2:
-            raise ValueError(f"top must be at least 2, got {top}")
-        self.n, self.top, self.amortised = n, top, amortised
+        if top < 0 or draws < 0 or top + draws < 2:
+            raise ValueError(f"top and draws must together name at least 2 candidates, got {top}, {draws}")
+        self.n, self.top, self.draws, self.amortised = n, top, draws, amortised
 
     @torch.no_grad()
     def __call__(
@@ -55,16 +59,17 @@ class ValueGuided(Decoder):
         if actors.value is None:
             raise ValueError("ValueGuided needs a value model: name one as data.value_model")
         actors.place()
+        # Of each token one uniform to choose with, and those that draw its candidates.
         noise = prompt_noise(
             prompts.index.tolist(),
             num_samples=num_samples,
-            length=actors.max_new_tokens,
+            length=actors.max_new_tokens * (1 + self.draws),
             seed=seed,
             stream=stream,
             step=step,
-        )
+        ).view(len(prompts.text), num_samples, actors.max_new_tokens, 1 + self.draws)
         with actors.as_reference() as model:
-            check_request(model, prompts.mask, noise, actors.end_ids, actors.temperature)
+            check_request(model, prompts.mask, noise[..., 0], actors.end_ids, actors.temperature)
             with caching(model):
                 return self._decode(actors, model, prompts, noise)
 
@@ -72,14 +77,14 @@ class ValueGuided(Decoder):
         scorer = actors.value
         assert scorer is not None
         rewards = None if self.amortised else prompts.reference_rewards
-        batch, samples, length = noise.shape
+        batch, samples, length, _ = noise.shape
         rows, device = batch * samples, prompts.tokens.device
         trunk, states = prompt_trunk(scorer.model, prompts, samples)
         at_start = scorer.model.forecast(states, torch.tensor(0, device=device))
         log_cdf = predicted_log_cdf(at_start) if rewards is None else scorer.log_cdf(prompts, rewards)
         log_weights = scorer.bon_log_weights(log_cdf, n=self.n).to(device).repeat_interleave(samples, dim=0)
         state = prefix_log_values(at_start.repeat_interleave(samples, dim=0), log_weights)
-        noise = noise.to(device).view(rows, length)
+        noise = noise.to(device).view(rows, length, -1)
         ends = torch.as_tensor(list(actors.end_ids), device=device)
         tokens = torch.full((rows, length), actors.end_ids[0], dtype=torch.long, device=device)
         mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
@@ -96,15 +101,16 @@ class ValueGuided(Decoder):
         for place in range(length):
             seen = torch.tensor(place, device=device)
             log_reference = scaled_logits(logits, actors.temperature).log_softmax(-1)
-            candidates = draw_candidates(log_reference, top=self.top)
+            uniforms = noise[active, place]
+            candidates = draw_candidates(
+                log_reference, top=self.top, draws=self.draws, uniforms=uniforms[:, 1:] if self.draws else None
+            )
             ahead = look_ahead_one(scorer.model, trunk, attended, candidates.tokens)
             values = prefix_log_values(scorer.model.forecast(ahead, seen + 1), log_weights[active, None])
             teacher = candidate_teacher(candidates, values, state)
-            guided = teacher_probs(log_reference.exp(), candidates.tokens, teacher.correction, teacher.scale)
-            log_guided = guided.clamp(min=torch.finfo(guided.dtype).tiny).log()
-            chosen = choose_tokens(log_guided, noise[active, place, None], 1.0)[0].squeeze(-1)
+            chosen = _choose(log_reference, candidates, teacher, uniforms[:, :1])
             tokens[active, place], mask[active, place] = chosen, True
-            token_kl[active, place] = (guided * (log_guided - log_reference)).sum(-1).clamp(min=0)
+            token_kl[active, place] = teacher.tilt.clamp(min=0)
             finished[active] = torch.isin(chosen, ends)
             cost[0] += len(active)
             cost[1] += candidates.tokens.numel()
@@ -129,6 +135,16 @@ class ValueGuided(Decoder):
             token_kl=token_kl[:, :width].view(shape),
             cost=DecodingCost(cost[0], cost[1], 0),
         )
+
+
+def _choose(log_reference: Tensor, candidates: Candidates, teacher: Teacher, uniforms: Tensor) -> Tensor:
+    """Draw a token of the teacher's distribution for each row."""
+    if candidates.log_rest is None:
+        share = teacher.correction + candidates.log_mass.exp()
+        place = choose_tokens(share.clamp(min=torch.finfo(share.dtype).tiny).log(), uniforms, 1.0)[0]
+        return candidates.tokens.gather(-1, place).squeeze(-1)
+    guided = teacher_probs(log_reference.exp(), candidates.tokens, teacher.correction, teacher.scale)
+    return choose_tokens(guided.clamp(min=torch.finfo(guided.dtype).tiny).log(), uniforms, 1.0)[0].squeeze(-1)
 
 
 def _next_logits(model: Any, cache: Cache, attended: Tensor, tokens: Tensor, padded: bool) -> Tensor:

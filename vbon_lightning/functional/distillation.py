@@ -159,22 +159,36 @@ def forward_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     return -(teacher * logits.log_softmax(-1)).sum(-1)
 
 
-def reverse_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Compute KL(policy || teacher), for a teacher that is a distribution: one without drawn candidates.
+def reverse_divergence(
+    logits: Tensor, log_reference: Tensor, candidates: Candidates, log_values: Tensor, state_log_values: Tensor
+) -> Tensor:
+    """Compute KL(policy || teacher) with the teacher ``ref(a | s) W(s a) / W(s)``, over candidates of the policy.
+
+        KL(pi || ref) - sum_i m_i (log W(s a_i) - log W(s)),
+
+    the first exact over the vocabulary, the masses m_i those of candidates drawn from the policy
+    (:func:`draw_candidates`). The gradient is unbiased over the draws: of each mass it is ``m_i grad log pi(a_i)``. It
+    is what an actor with the critic log W gets when many actions at each state are asked for instead of one.
 
     Args:
         logits: ``[..., V]`` of the policy, at the sampling temperature.
-        teacher: ``[..., V]``, positive, summing to 1.
+        log_reference: ``[..., V]`` normalised log-probabilities.
+        candidates: k candidates of the policy's own next-token distribution.
+        log_values: ``[..., k]``, log W after each.
+        state_log_values: ``[...]``, log W of the state; also what a rest that is left over is worth.
 
     Returns:
-        ``[...]``.
+        ``[...]``, differentiable in the logits.
 
     Raises:
         TypeError: on a wrong dtype.
         ValueError: if the shapes differ.
     """
     check_float("logits", logits)
-    check_same_shape("teacher", teacher, "logits", logits)
+    check_same_shape("log_reference", log_reference, "logits", logits)
+    check_same_shape("log_values", log_values, "candidates.tokens", candidates.tokens)
     log_policy = logits.log_softmax(-1)
-    floor = torch.finfo(teacher.dtype).tiny
-    return (log_policy.exp() * (log_policy - teacher.clamp(min=floor).log())).sum(-1)
+    kl = (log_policy.exp() * (log_policy - log_reference)).sum(-1)
+    chosen = log_policy.gather(-1, candidates.tokens)
+    mass = candidates.log_mass.exp() * (chosen - chosen.detach()).exp()
+    return kl - (mass * (log_values - state_log_values.unsqueeze(-1))).sum(-1)

@@ -44,8 +44,12 @@ class BoNDistillation(OfflineBestOfN):
         n_range: Train one policy for every N between these two, of which each step draws one; n then is the N that is
             evaluated and exported, and an export can be turned to any other (``vbon dial``, or ``dial`` of a model).
         dial_degree: Degree of the polynomial in log N that the weights of such a policy follow.
-        divergence: At each prefix ``forward``, KL(teacher || policy), or ``reverse``, KL(policy || teacher), which
-            needs ``draws: 0``.
+        divergence: At each prefix ``forward``, KL(teacher || policy), over candidates of the reference, or ``reverse``,
+            KL(policy || teacher), over candidates of the policy: what a policy gradient with the value model as critic
+            follows, with many actions at each prefix in place of one. On the policy's own prefixes the latter is the
+            gradient of KL(policy || Best-of-N) but for what an action does to later prefixes.
+        log_ratio_floor: Raise the log-weights of the reward's bins below this many nats (negative) to it, which spares
+            the gradient the noise of the worst responses; None for none.
         **kwargs: What :class:`~vbon_lightning.modules.offline.OfflineBestOfN` takes.
     """
 
@@ -62,6 +66,7 @@ class BoNDistillation(OfflineBestOfN):
         n_range: list[float] | None = None,
         dial_degree: int = 2,
         divergence: Divergence = "forward",
+        log_ratio_floor: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, n=n, **kwargs)
@@ -75,11 +80,9 @@ class BoNDistillation(OfflineBestOfN):
             raise ValueError(f"model.states must be one of {', '.join(known)}; got {states!r}")
         if divergence not in (known := get_args(Divergence)):
             raise ValueError(f"model.divergence must be one of {', '.join(known)}; got {divergence!r}")
-        if divergence == "reverse" and draws:
-            raise ValueError(
-                "model.divergence=reverse needs a teacher that is a distribution: set model.draws to 0 and raise "
-                "model.top"
-            )
+        if log_ratio_floor is not None and not log_ratio_floor < 0:
+            raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
+        self.log_ratio_floor = log_ratio_floor
         self.responses_per_prompt, self.states, self.divergence = responses_per_prompt, states, divergence
         self.request = CandidateRequest(top=top, draws=draws)
         self.n_range, self.dial_degree = n_range, dial_degree
@@ -92,6 +95,7 @@ class BoNDistillation(OfflineBestOfN):
             draws=draws,
             states=states,
             divergence=divergence,
+            log_ratio_floor=log_ratio_floor,
         )
 
     def check_n(self, n: float) -> None:
@@ -145,6 +149,8 @@ class BoNDistillation(OfflineBestOfN):
         scorer = actors.value
         assert scorer is not None
         log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=n)
+        if self.log_ratio_floor is not None:
+            log_weights = log_weights.clamp(min=self.log_ratio_floor)
         if self.states == "policy":
             found = actors.sample(
                 actors.policy,
@@ -179,10 +185,7 @@ class BoNDistillation(OfflineBestOfN):
         loss = (weights * result.divergence).sum(-1).mean()
         # Summed over a response whose states are visited as the loss weighs them.
         visits = weights / weights.sum().clamp(min=1e-12) * responses.mask.sum() / responses.mask[..., 0].sum()
-        logs = {
-            "teacher_kl": (visits * result.teacher_kl.detach()).sum(),
-            "teacher_tilt": (visits * result.tilt).sum(),
-        }
+        logs = {"teacher_kl": (visits * result.teacher_kl).sum()}
         return loss, logs
 
     def _picked(self, batch: TableBatch, rewards: Tensor, step: int, n: float) -> tuple[Responses, Tensor]:

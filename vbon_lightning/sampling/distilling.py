@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from vbon_lightning.types import Completions, PromptBatch, Responses
 
 
 class CandidateRequest(NamedTuple):
-    """Which candidates stand for the reference's next-token distribution."""
+    """Which candidates stand for a next-token distribution."""
 
     top: int
     """How many of its most likely tokens."""
@@ -55,11 +55,8 @@ class Distilled(NamedTuple):
     divergence: Tensor
     """``[B, G, T]``: what is to be minimised, differentiable: a cross-entropy, or KL(policy || teacher)."""
     teacher_kl: Tensor
-    """``[B, G, T]``: KL between policy and teacher in nats, as far as the candidates tell; without gradient."""
-    log_normaliser: Tensor
-    """``[B, G, T]``: log W of each state as its candidates have it."""
-    tilt: Tensor
-    """``[B, G, T]``: KL(teacher || reference) at each state, in nats."""
+    """``[B, G, T]``: the KL between policy and teacher that this is, in nats, without gradient. Drawn candidates are a
+    noisy teacher, and forward the noise is in it."""
 
 
 def distil(
@@ -93,54 +90,44 @@ def distil(
             the candidates.
         uniforms: ``[B, G, T, draws]`` on [0, 1).
         temperature: The sampling temperature, of policy and reference alike.
-        reverse: KL(policy || teacher) instead of the teacher's cross-entropy.
+        reverse: KL(policy || teacher), over candidates of the policy, instead of the teacher's cross-entropy, over
+            candidates of the reference.
         max_logits: Logits of each model that live at once.
     """
     with torch.no_grad(), reference() as model:
         theirs = response_states(model, prompts, responses)
+    ours = response_states(policy, prompts, responses)
     mask = responses.mask
     real = mask.reshape(-1).nonzero().squeeze(-1)
-    size = max(1, max_logits // theirs.vocabulary)
-    pieces = real.split(size)
+    pieces = real.split(max(1, max_logits // theirs.vocabulary))
     with torch.no_grad():
         flat = None if uniforms is None else uniforms.flatten(0, -2)
-        drawn = [_candidates(theirs, rows, request, flat, temperature) for rows in pieces]
-        candidates = Candidates(
-            torch.cat([part.tokens for part in drawn]),
-            torch.cat([part.log_mass for part in drawn]),
-            None
-            if drawn[0].log_rest is None
-            else torch.cat([part.log_rest for part in drawn if part.log_rest is not None]),
-        )
+        # Forward, the reference's tokens are weighed; in reverse, those that the policy would take.
+        source = ours if reverse else theirs
+        candidates = _join([_candidates(source, rows, request, flat, temperature) for rows in pieces])
         everywhere = candidates.tokens.new_zeros(mask.numel(), candidates.tokens.shape[-1])
         everywhere[real] = candidates.tokens
         after = scorer.candidate_log_values(prompts, responses, everywhere.view(*mask.shape, -1), log_weights)
-        before = log_values[..., :-1].reshape(-1)[real]
         after = after.flatten(0, -2)[real]
+        before = log_values[..., :-1].reshape(-1)[real]
         if ends is not None:
             last = torch.arange(mask.shape[-1], device=mask.device) == mask.sum(-1, keepdim=True) - 1
             known = last.reshape(-1)[real, None] & (candidates.tokens == responses.tokens.reshape(-1)[real, None])
             whole = ends.unsqueeze(-1).expand(mask.shape).reshape(-1)[real, None]
             after = torch.where(known, whole.to(after.dtype), after)
-        teacher = candidate_teacher(candidates, after, before)
-    ours = response_states(policy, prompts, responses)
+        teacher = None if reverse else candidate_teacher(candidates, after, before)
     again = len(pieces) > 1 and torch.is_grad_enabled()
     done, at = [], 0
     for rows in pieces:
         part = slice(at, at + len(rows))
         at += len(rows)
-        arguments = (
-            ours,
-            ours.features[rows],
-            theirs,
-            rows,
-            candidates.tokens[part],
-            teacher,
-            part,
-            temperature,
-            reverse,
-        )
-        done.append(checkpoint(_chunk, *arguments, use_reentrant=False) if again else _chunk(*arguments))
+        if teacher is None:
+            chunk: Callable[..., tuple[Tensor, Tensor]] = _reverse_chunk
+            given: tuple[Any, ...] = (_part(candidates, part), after[part], before[part])
+        else:
+            chunk, given = _forward_chunk, (_part(candidates, part), _part(teacher, part))
+        arguments = (ours, ours.features[rows], theirs, rows, temperature, *given)
+        done.append(checkpoint(chunk, *arguments, use_reentrant=False) if again else chunk(*arguments))
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(mask.numel()).index_copy(0, real, values).view(mask.shape)
@@ -148,44 +135,70 @@ def distil(
     return Distilled(
         spread(torch.cat([divergence for divergence, _ in done])),
         spread(torch.cat([kl for _, kl in done])),
-        spread(teacher.log_normaliser),
-        spread(teacher.tilt),
     )
 
 
-def _reference_log_probs(theirs: States, rows: Tensor, temperature: float) -> Tensor:
-    states = theirs.features[rows]
-    logits = states if theirs.head is None else theirs.head(states)
+def _join(parts: list[Candidates]) -> Candidates:
+    rest = [part.log_rest for part in parts if part.log_rest is not None]
+    return Candidates(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.log_mass for part in parts]),
+        torch.cat(rest) if rest else None,
+    )
+
+
+def _part(record: Any, rows: slice) -> Any:
+    return type(record)(*(None if value is None else value[rows] for value in record))
+
+
+def _log_probs(states: States, rows: Tensor, temperature: float) -> Tensor:
+    features = states.features[rows]
+    logits = features if states.head is None else states.head(features)
     return scaled_logits(logits, temperature).log_softmax(-1)
 
 
 def _candidates(
-    theirs: States, rows: Tensor, request: CandidateRequest, uniforms: Tensor | None, temperature: float
+    source: States, rows: Tensor, request: CandidateRequest, uniforms: Tensor | None, temperature: float
 ) -> Candidates:
-    log_reference = _reference_log_probs(theirs, rows, temperature)
     chosen = None if uniforms is None else uniforms[rows]
-    return draw_candidates(log_reference, top=request.top, draws=request.draws, uniforms=chosen)
+    log_probs = _log_probs(source, rows, temperature)
+    return draw_candidates(log_probs, top=request.top, draws=request.draws, uniforms=chosen)
 
 
-def _chunk(
+def _policy_logits(ours: States, features: Tensor, temperature: float) -> Tensor:
+    forget_casts(features.device)
+    return scaled_logits(features if ours.head is None else ours.head(features), temperature)
+
+
+def _forward_chunk(
     ours: States,
-    states: Tensor,
+    features: Tensor,
     theirs: States,
     rows: Tensor,
-    tokens: Tensor,
-    teacher: Teacher,
-    part: slice,
     temperature: float,
-    reverse: bool,
+    candidates: Candidates,
+    teacher: Teacher,
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        log_reference = _reference_log_probs(theirs, rows, temperature)
-        target = teacher_probs(log_reference.exp(), tokens, teacher.correction[part], teacher.scale[part])
-    forget_casts(states.device)
-    logits = scaled_logits(states if ours.head is None else ours.head(states), temperature)
-    if reverse:
-        divergence = reverse_divergence(logits, target)
-        return divergence, divergence.detach()
-    divergence = forward_divergence(logits, target)
+        log_reference = _log_probs(theirs, rows, temperature)
+        target = teacher_probs(log_reference.exp(), candidates.tokens, teacher.correction, teacher.scale)
+    divergence = forward_divergence(_policy_logits(ours, features, temperature), target)
     # KL(teacher || policy) = E_t[log t/ref] + E_t[log ref/pi], each as the candidates have it.
-    return divergence, divergence.detach() + (target * log_reference).sum(-1) + teacher.tilt[part]
+    return divergence, divergence.detach() + (target * log_reference).sum(-1) + teacher.tilt
+
+
+def _reverse_chunk(
+    ours: States,
+    features: Tensor,
+    theirs: States,
+    rows: Tensor,
+    temperature: float,
+    candidates: Candidates,
+    after: Tensor,
+    before: Tensor,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        log_reference = _log_probs(theirs, rows, temperature)
+    logits = _policy_logits(ours, features, temperature)
+    divergence = reverse_divergence(logits, log_reference, candidates, after, before)
+    return divergence, divergence.detach()
