@@ -127,7 +127,8 @@ def run(args: ArgsType = None) -> VbonCLI:
         parser_class=_Parser,
         parser_kwargs={
             "prog": "vbon",
-            "description": "Align language models to Best-of-N. There is also `vbon compare` (see its --help).",
+            "description": "Align language models to Best-of-N. There are also `vbon compare` and `vbon dial` (see their "
+            "--help).",
         },
         args=args,
         subclass_mode_model=True,
@@ -154,13 +155,17 @@ def quiet() -> None:
 
 
 def main() -> None:
-    """Run the command line: LightningCLI's subcommands, and ``compare``."""
+    """Run the command line: LightningCLI's subcommands, ``compare`` and ``dial``."""
     quiet()
     try:
         if sys.argv[1:2] == ["compare"]:
             from vbon_lightning.evaluation.command import main as compare
 
             compare(sys.argv[2:])
+        elif sys.argv[1:2] == ["dial"]:
+            from vbon_lightning.dialling import main as dial
+
+            dial(sys.argv[2:])
         else:
             run()
     except _USER_ERRORS as problem:

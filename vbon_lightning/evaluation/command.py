@@ -30,7 +30,7 @@ from vbon_lightning.evaluation.reports import (
 from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_temperature, write_temperatures
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
-from vbon_lightning.models import as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
+from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
 from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel, check_rewards
 from vbon_lightning.types import PromptBatch, Rollout
@@ -41,7 +41,7 @@ Split = Literal["train", "val", "test"]
 @torch.no_grad()
 def compare(
     data: AlignmentDataModule,
-    policies: dict[str, str] = {},  # noqa: B006 (never mutated)
+    policies: dict[str, str | ModelSpec] = {},  # noqa: B006 (never mutated)
     decoders: dict[str, Decoder] = {},  # noqa: B006 (never mutated)
     output: str = "runs/comparison",
     n: list[int] = [2, 4, 8],  # noqa: B006 (never mutated)
@@ -64,8 +64,8 @@ def compare(
 
     Args:
         data: The prompts, the reference, the reward, and the table that holds the prompts' reference responses.
-        policies: Directory (or hub name) of each policy, by the name to show. The first word of a name is its
-            method: policies of one method look alike in the picture.
+        policies: Directory (or hub name) of each policy, or a mapping as for ``data.policy``, by the name to show. The
+            first word of a name is its method: policies of one method look alike in the picture.
         decoders: Ways to decode from the reference to compare with, by the name to show.
         output: Directory to write to.
         n: Which Best-of-N to show and to compare with.

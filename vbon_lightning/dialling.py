@@ -1,0 +1,32 @@
+"""The ``vbon dial`` command: a dialled policy as a plain model for one N."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from vbon_lightning.models import ModelSpec, load_causal_lm, load_tokenizer, save_pretrained
+
+
+def dial(policy: str, n: float, output: str) -> None:
+    """Write a dialled policy as a plain Hugging Face model for one N, which transformers alone can load.
+
+    Args:
+        policy: The export of a policy that was trained for every N (``BoNDistillation`` with ``n_range``).
+        n: The N, any real number >= 1.
+        output: Directory to write to; replaced if it exists.
+    """
+    spec = ModelSpec(name=policy, dial=n, dtype="auto")
+    save_pretrained(load_causal_lm(spec, trainable=False), load_tokenizer(spec), output)
+    print(f"wrote the policy for N = {n:g} to {output}")
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the arguments of ``vbon dial`` and run it."""
+    parser = ArgumentParser(prog="vbon dial", description=dial.__doc__)
+    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser.add_function_arguments(dial)
+    values = parser.parse_args(list(args)).as_dict()
+    values.pop("config", None)
+    dial(**values)
