@@ -2,7 +2,8 @@
 
 python benchmarks/kl_estimators.py --config configs/demo/data.yaml
 
-All three estimators are unbiased (tests/functional/test_targets.py shows it by enumeration), so they differ in their
+With `data.value_model` also advantages from a value model, at several lambdas. All but those with a lambda below 1 are
+unbiased (tests/functional/test_targets.py and test_prefix_values.py show it by enumeration), so they differ in their
 variance alone. At several points of a run, K batches of the same rollouts are turned into gradients by each of
 them; what is reported is the total variance of the gradient (the trace of its covariance), the squared norm of its
 mean (less the part that is noise), and their ratio.
@@ -20,6 +21,12 @@ from vbon_lightning import AlignmentDataModule, VBoN
 from vbon_lightning.functional import kl_penalty, reinforce_loss
 
 ESTIMATORS = ("rao_blackwell", "prefix_baseline", "sampled")
+LAMBDAS = {"value, lambda 1": 1.0, "value, lambda .95": 0.95, "value, lambda .5": 0.5, "value, lambda 0": 0.0}
+
+
+def estimators(module: VBoN) -> tuple[str, ...]:
+    """Return the estimators to compare: those of a value model where one is loaded."""
+    return ESTIMATORS if module.loaded.value is None else (*ESTIMATORS, *LAMBDAS)
 
 
 def gradients(module: VBoN, batch: object, number: int, parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -28,8 +35,10 @@ def gradients(module: VBoN, batch: object, number: int, parameters: list[torch.T
     mask = live.completions.mask
     fixed = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach())
     target, found = module.target(fixed), {}
-    for name in ESTIMATORS:
-        module.kl_estimator = name
+    for name in estimators(module):
+        module.uses_value_model = name in LAMBDAS
+        module.kl_estimator = "rao_blackwell" if name in LAMBDAS else name
+        module.value_lambda = LAMBDAS.get(name, 1.0)
         advantages, _ = module._advantages(target, fixed, None)
         loss = reinforce_loss(live.log_probs, advantages, mask)
         if name != "sampled":
@@ -41,14 +50,14 @@ def gradients(module: VBoN, batch: object, number: int, parameters: list[torch.T
 
 def measure(module: VBoN, batches: list[object], parameters: list[torch.Tensor], start: int) -> dict[str, dict]:
     """Return variance and squared mean of the gradient under each estimator, over the batches."""
-    sums = {name: torch.zeros(sum(p.numel() for p in parameters)) for name in ESTIMATORS}
-    squares = dict.fromkeys(ESTIMATORS, 0.0)
+    sums = {name: torch.zeros(sum(p.numel() for p in parameters)) for name in estimators(module)}
+    squares = dict.fromkeys(estimators(module), 0.0)
     for number, batch in enumerate(batches):
         for name, gradient in gradients(module, batch, start + number, parameters).items():
             sums[name] += gradient
             squares[name] += float(gradient.square().sum())
     count, found = len(batches), {}
-    for name in ESTIMATORS:
+    for name in estimators(module):
         mean = sums[name] / count
         variance = (squares[name] / count - float(mean.square().sum())) * count / (count - 1)
         signal = float(mean.square().sum()) - variance / count
@@ -92,14 +101,15 @@ def main(
             kl = module.loaded.rollout(prompts[0], num_samples=32, seed=1, stream="measure", step=0).token_kl
             rows.append({"step": step, "kl": float(kl.sum(-1).mean()), "estimators": found})
             print(json.dumps(rows[-1]), flush=True)
-        module.kl_estimator = "rao_blackwell"
+        module.kl_estimator, module.uses_value_model = "rao_blackwell", False
         loss, _, _ = module._on_policy_update(module._sample(prompts[step % len(prompts)], step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    lines = ["| step | KL (nats) | " + " | ".join(ESTIMATORS) + " |", "| ---: " * (2 + len(ESTIMATORS)) + "|"]
+    names = estimators(module)
+    lines = ["| step | KL (nats) | " + " | ".join(names) + " |", "| ---: " * (2 + len(names)) + "|"]
     for row in rows:
-        cells = [f"{row['estimators'][name]['variance']:.3g}" for name in ESTIMATORS]
+        cells = [f"{row['estimators'][name]['variance']:.3g}" for name in names]
         lines.append(f"| {row['step']} | {row['kl']:.2f} | " + " | ".join(cells) + " |")
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -127,8 +127,8 @@ def run(args: ArgsType = None) -> VbonCLI:
         parser_class=_Parser,
         parser_kwargs={
             "prog": "vbon",
-            "description": "Align language models to Best-of-N. There are also `vbon compare` and `vbon dial` (see their "
-            "--help).",
+            "description": "Align language models to Best-of-N. There are also `vbon compare` and `vbon dial`; each "
+            "has a --help of its own.",
         },
         args=args,
         subclass_mode_model=True,
