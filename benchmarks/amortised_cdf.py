@@ -1,0 +1,88 @@
+"""Measure what it costs to predict a prompt's reward distribution instead of sampling it.
+
+python -m benchmarks.amortised_cdf --config configs/sentiment/data.yaml --data.value_model runs/sentiment/value/export
+
+The optimum of vBoN is the reference times w_N(y), with w_N from the distribution F of the prompt's rewards. Half of
+each prompt's responses stand for the reference and are weighted; F is that of the other half (of its first M), or
+predicted from the prompt. Reported are the optimum's win rate over the reference and its KL to it, and the KL from
+Best-of-N's own weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from vbon_lightning import AlignmentDataModule
+from vbon_lightning.data import Split
+from vbon_lightning.functional import RewardCDF, bon_win_rate, reward_cdf
+from vbon_lightning.functional.best_of_n import bon_log_ratio
+from vbon_lightning.prefix_scorer import PrefixScorer
+
+
+def log_weights(cdf: RewardCDF, n: float) -> Tensor:
+    """Return normalised log-weights ``[B, M]`` of the optimum over M equally likely responses."""
+    nothing = torch.full_like(cdf.log_below, -torch.inf)  # a response's own probability is negligible
+    return bon_log_ratio(nothing, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below).log_softmax(-1)
+
+
+def main(
+    data: AlignmentDataModule,
+    n: list[float] = [2.0, 4.0, 8.0, 16.0],  # noqa: B006 (never mutated)
+    samples: list[int] = [16, 64, 256],  # noqa: B006 (never mutated)
+    split: Split = "test",
+    output: str = "benchmarks/results/amortised_cdf",
+) -> None:
+    """Compare the optimum under several estimates of F.
+
+    Args:
+        data: Prompts, reward, reference table and value model.
+        n: Which Best-of-N.
+        samples: M of the tables to compare with, each at most half of what there is.
+        split: Which prompts.
+        output: Results go to this path, as .json and .md.
+    """
+    if data.actors.value_model is None:
+        raise ValueError("name the value model: --data.value_model")
+    scorer = PrefixScorer.load(data.actors.value_model)
+    loader = data.split_dataloader(split)
+    predicted = torch.cat([scorer.log_cdf(batch) for batch in loader])
+    rewards = data.table_rewards(data.prompts(split)).double()
+    half = rewards.shape[1] // 2
+    weighed, others = rewards[:, :half], rewards[:, half:]
+    win = bon_win_rate(weighed, others, n=1)
+    rows = []
+    for number in n:
+        exact = log_weights(reward_cdf(weighed, others), number)
+        estimates = {f"table, M = {m}": reward_cdf(weighed, others[:, :m]) for m in samples if m <= half}
+        estimates["predicted from the prompt"] = scorer.reward_cdf(weighed, predicted)
+        for name, cdf in estimates.items():
+            found = log_weights(cdf, number)
+            weights = found.exp()
+            rows.append(
+                {
+                    "n": number,
+                    "F": name,
+                    "win_rate": float((weights * win).sum(-1).mean()),
+                    "kl": float((weights * (found + torch.log(torch.tensor(float(half))))).sum(-1).mean()),
+                    "kl_to_best_of_n": float((weights * (found - exact)).sum(-1).mean()),
+                }
+            )
+    lines = ["| N | F | win rate | KL | KL to Best-of-N |", "| ---: | :--- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {row['n']:g} | {row['F']} | {row['win_rate']:.3f} | {row['kl']:.3f} | {row['kl_to_best_of_n']:.4f} |"
+        for row in rows
+    ]
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
+    target.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
