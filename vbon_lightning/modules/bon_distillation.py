@@ -98,20 +98,33 @@ class BoNDistillation(OfflineBestOfN):
             log_ratio_floor=log_ratio_floor,
         )
 
+    @property
+    def batch_kind(self) -> str:  # type: ignore[override]
+        """Return which batches the data module should bring: the policy's own prefixes need no cached responses."""
+        return "prompts" if self.states == "policy" else "responses"
+
     def check_n(self, n: float) -> None:
         """Refuse an n that is no number above 1."""
         if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
             raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n!r}")
 
     @property
+    def largest_n(self) -> float:
+        """Return the largest N that a step may ask for."""
+        return self.n if self.n_range is None else max(self.n, self.n_range[1])
+
+    @property
     def samples_needed(self) -> tuple[int, str]:
-        """Return how many responses a prompt a step picks."""
-        count = self.responses_per_prompt
-        return max(count, math.ceil(self.n)), f"model.responses_per_prompt = {count} and model.n = {self.n:g}"
+        """Return how many responses a prompt a step picks, or the table must have to tell what Best-of-N is."""
+        count, largest = 0 if self.states == "policy" else self.responses_per_prompt, self.largest_n
+        picks = "" if self.states == "policy" else f"model.responses_per_prompt = {count} and "
+        return max(count, math.ceil(largest)), f"{picks}Best-of-{largest:g}"
 
     def setup(self, stage: str) -> None:
-        """Refuse to start without a value model, before anything expensive."""
-        super().setup(stage)
+        """Refuse to start without a value model or what it is to teach from, before anything expensive."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.states != "policy" or getattr(data, "reference_table", None) is not None:
+            super().setup(stage)
         if self.actor_spec.value_model is None:
             raise ValueError(
                 "BoNDistillation learns from a value model: train one with `ValueModelling` and name its export as "
@@ -138,20 +151,38 @@ class BoNDistillation(OfflineBestOfN):
         share = (noise_seed(self.seed, "dial") / 2**63 + step * _GOLDEN) % 1.0
         return math.exp(least + share * (most - least))
 
+    def training_step(self, batch: TableBatch | PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Return the loss of a step; prompts alone are enough for the policy's own prefixes."""
+        if isinstance(batch, TableBatch):
+            return super().training_step(batch, batch_idx)
+        return self.log_step(*self.distil(batch, None, self.next_step()))
+
     def learn(self, batch: TableBatch, rewards: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean divergence of the picked responses' prefixes, summed over tokens, in nats."""
-        n, policy = self.drawn_n(step), self.loaded.policy
-        with nullcontext() if self.n_range is None else dialled(policy, n):
-            return self._learn(batch, rewards, step, n)
+        return self.distil(batch.prompts, batch.responses, step)
 
-    def _learn(self, batch: TableBatch, rewards: Tensor, step: int, n: float) -> tuple[Tensor, dict[str, Tensor]]:
-        actors, prompts = self.loaded, batch.prompts
+    def distil(self, prompts: PromptBatch, cached: Responses | None, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a step and what else to log.
+
+        Args:
+            prompts: B prompts; without reference rewards the value model predicts their distribution.
+            cached: The table's responses, where their prefixes are learnt from.
+            step: The number of the step, for the noise.
+        """
+        n = self.drawn_n(step)
+        with nullcontext() if self.n_range is None else dialled(self.loaded.policy, n):
+            return self._distil(prompts, cached, step, n)
+
+    def _distil(
+        self, prompts: PromptBatch, cached: Responses | None, step: int, n: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        actors, rewards = self.loaded, prompts.reference_rewards
         scorer = actors.value
         assert scorer is not None
         log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=n)
         if self.log_ratio_floor is not None:
             log_weights = log_weights.clamp(min=self.log_ratio_floor)
-        if self.states == "policy":
+        if cached is None or self.states == "policy":
             found = actors.sample(
                 actors.policy,
                 prompts,
@@ -162,7 +193,8 @@ class BoNDistillation(OfflineBestOfN):
             )
             responses, ends = Responses(found.tokens, found.mask), None
         else:
-            responses, ends = self._picked(batch, rewards, step, n)
+            assert rewards is not None
+            responses, ends = self._picked(prompts, cached, rewards, step, n)
         log_values = scorer.log_values(prompts, responses, log_weights, normalised=False)
         at_prompt = log_values[..., :1]
         result = distil(
@@ -188,10 +220,12 @@ class BoNDistillation(OfflineBestOfN):
         logs = {"teacher_kl": (visits * result.teacher_kl).sum()}
         return loss, logs
 
-    def _picked(self, batch: TableBatch, rewards: Tensor, step: int, n: float) -> tuple[Responses, Tensor]:
+    def _picked(
+        self, prompts: PromptBatch, cached: Responses, rewards: Tensor, step: int, n: float
+    ) -> tuple[Responses, Tensor]:
         """Return some of the table's responses, and the log-weights that Best-of-N gives them."""
         index = pick_some(
-            batch.prompts.index.tolist(),
+            prompts.index.tolist(),
             among=rewards.shape[1],
             count=self.responses_per_prompt,
             seed=self.seed,
@@ -202,7 +236,7 @@ class BoNDistillation(OfflineBestOfN):
         # Of sampled responses the table's share of the probability is all that is known.
         none = torch.full_like(cdf.log_below, -torch.inf)
         log_ratio = bon_log_ratio(none, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)
-        return select_responses(batch.responses, index), log_ratio.float()
+        return select_responses(cached, index), log_ratio.float()
 
     def _uniforms(self, prompts: PromptBatch, responses: Responses, step: int) -> Tensor | None:
         draws = self.request.draws

@@ -83,7 +83,7 @@ class OfflineBestOfN(AlignmentModule):
     def on_fit_start(self) -> None:
         """Check that prompts and responses, cached ones too, fit the model's context."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        cached = data.table().longest_response if hasattr(data, "table") else 0
+        cached = data.table().longest_response if self.batch_kind == "responses" and hasattr(data, "table") else 0
         self.check_lengths(max(cached, self.response_room))
 
     # -- steps -------------------------------------------------------------------------------------
@@ -93,10 +93,17 @@ class OfflineBestOfN(AlignmentModule):
         rewards = batch.prompts.reference_rewards
         if rewards is None:
             raise ValueError(f"{type(self).__name__} learns from cached responses, and the batch brings no rewards")
+        return self.log_step(*self.learn(batch, rewards, self.next_step()))
+
+    def next_step(self) -> int:
+        """Count a batch, see that the models are where they should be, and return the number of the step."""
         step = self.batches_seen
         self.batches_seen += 1
         self.loaded.place()
-        loss, logs = self.learn(batch, rewards, step)
+        return step
+
+    def log_step(self, loss: Tensor, logs: dict[str, Tensor]) -> dict[str, Any]:
+        """Log what a step found and return its loss as Lightning takes it."""
         self.log_dict({f"train/{name}": value for name, value in {"loss": loss.detach(), **logs}.items()})
         return {"loss": loss}
 
