@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from vbon_lightning import cli
+from vbon_lightning import cli, dialling
 from vbon_lightning.adapters import add_lora
 from vbon_lightning.evaluation import command
 
@@ -21,6 +21,8 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setenv("VBON_DATA", "/data")
     if words[0] == "compare":
         return command.build_parser().parse_args(words[1:])
+    if words[0] == "dial":
+        return dialling.build_parser().parse_args(words[1:])
     seen: dict[str, object] = {}
     monkeypatch.setattr("sys.argv", ["vbon"])  # LightningCLI warns where arguments come from both places
     monkeypatch.setattr(cli.VbonCLI, "_set_seed", lambda self: None)

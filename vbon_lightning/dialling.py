@@ -22,11 +22,16 @@ def dial(policy: str, n: float, output: str) -> None:
     print(f"wrote the policy for N = {n:g} to {output}")
 
 
-def main(args: Sequence[str]) -> None:
-    """Parse the arguments of ``vbon dial`` and run it."""
+def build_parser() -> ArgumentParser:
+    """Return the parser of ``vbon dial``."""
     parser = ArgumentParser(prog="vbon dial", description=dial.__doc__)
     parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
     parser.add_function_arguments(dial)
-    values = parser.parse_args(list(args)).as_dict()
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the arguments of ``vbon dial`` and run it."""
+    values = build_parser().parse_args(list(args)).as_dict()
     values.pop("config", None)
     dial(**values)
