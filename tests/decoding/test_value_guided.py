@@ -116,7 +116,9 @@ def decode_by_hand(
 @pytest.mark.parametrize(("top", "n", "amortised"), [(11, 4.0, False), (16, 2.5, True), (4, 4.0, False), (2, 8, True)])
 def test_equals_slow_decoding(value: str, top: int, n: float, amortised: bool, files: Path) -> None:
     actors = load(files, value)
-    found = ValueGuided(n=n, top=top, amortised=amortised)(actors, prompts_of(), num_samples=SAMPLES, **OPTIONS)
+    found = ValueGuided(n=n, top=top, draws=0, amortised=amortised)(
+        actors, prompts_of(), num_samples=SAMPLES, **OPTIONS
+    )
     noise = prompt_noise([0, 1, 2], num_samples=SAMPLES, length=LENGTH, **OPTIONS)
     for place, group in enumerate(rows_of(found)):
         weights = log_weights(actors, place, n, amortised)
@@ -134,7 +136,7 @@ def test_the_first_two_tokens_are_drawn_from_the_tilted_reference(top: int, acto
     samples, prompt = 4000, PROMPTS[2]
     actors.max_new_tokens = 2
     try:
-        found = ValueGuided(n=4, top=top)(actors, prompts_of([prompt]), num_samples=samples, **OPTIONS)
+        found = ValueGuided(n=4, top=top, draws=0)(actors, prompts_of([prompt]), num_samples=samples, **OPTIONS)
     finally:
         actors.max_new_tokens = LENGTH
     weights = log_weights(actors, 2, 4, False)
@@ -158,7 +160,7 @@ def test_the_first_two_tokens_are_drawn_from_the_tilted_reference(top: int, acto
 
 
 def test_near_one_it_is_the_reference(actors: Actors) -> None:
-    found = ValueGuided(n=1 + 1e-9)(actors, prompts_of(), num_samples=40, **OPTIONS)
+    found = ValueGuided(n=1 + 1e-9, draws=0)(actors, prompts_of(), num_samples=40, **OPTIONS)
     assert actors.reference is not None
     drawn = actors.sample(actors.reference, prompts_of(), num_samples=40, **OPTIONS)
     assert actors.token_ids(found) == actors.token_ids(drawn)
@@ -217,7 +219,7 @@ def test_finished_responses_leave_and_what_it_costs(files: Path) -> None:
         lambda _, arguments, options, out: reads.append(tuple(options["input_ids"].shape)), with_kwargs=True
     )
     actors.reference.get_input_embeddings().register_forward_hook(lambda _, arguments, out: rows.append(len(out)))
-    found = ValueGuided(n=4, top=7)(actors, prompts_of(), num_samples=SAMPLES, **OPTIONS)
+    found = ValueGuided(n=4, top=7, draws=0)(actors, prompts_of(), num_samples=SAMPLES, **OPTIONS)
     running = found.mask.sum((0, 1)).tolist()
     assert running[0] == 15 > running[-1] > 0
     assert rows == [3, *running[1:]], "prompts, then what still runs"
@@ -255,8 +257,9 @@ def test_an_n_that_makes_no_sense(n: Any) -> None:
 
 
 def test_one_candidate_is_none() -> None:
-    with pytest.raises(ValueError, match="top must be at least 2, got 1"):
-        ValueGuided(top=1)
+    for top, draws in ((1, 0), (0, 1), (-1, 5), (5, -1)):
+        with pytest.raises(ValueError, match=f"must together name at least 2 candidates, got {top}, {draws}"):
+            ValueGuided(top=top, draws=draws)
 
 
 def test_it_needs_a_value_model(files: Path) -> None:
@@ -268,3 +271,56 @@ def test_the_context_must_hold_the_response(files: Path) -> None:
     long = batch_of([[3] * 60])
     with pytest.raises(ValueError, match="exceed the model's context of 64 tokens"):
         ValueGuided()(load(files), long, num_samples=1, **OPTIONS)
+
+
+def test_drawn_candidates_are_on_average_what_the_teacher_by_hand_draws(files: Path) -> None:
+    """With drawn candidates the first token is the mean, over their draws, of the teachers that they make."""
+    actors = load(files)
+    scorer = actors.value
+    assert scorer is not None
+    prompt, top, draws, samples = PROMPTS[0], 2, 2, 4000
+    # At one token a response the first token is all there is.
+    actors.max_new_tokens = 1
+    decoder = ValueGuided(n=4, top=top, draws=draws)
+    found = decoder(actors, prompts_of([prompt]), num_samples=samples, **OPTIONS)
+    weights = bon_bin_log_weights(edge_log_cdf(REWARDS[:1], scorer.bins.edges), n=4)[0]
+    grid, request = 12, CandidateRequest(top=top, draws=draws)
+    expected: Any = 0.0
+    for first in range(grid):
+        for second in range(grid):
+            uniforms = (torch.tensor([first, second], dtype=torch.float64) + 0.5) / grid
+            hand = teacher_by_hand(
+                actors.reference, scorer, prompt, [], weights, request, uniforms=uniforms, temperature=TEMPERATURE
+            )
+            ref = reference_probs(actors, prompt)
+            expected = expected + chosen_by_hand(ref, hand.teacher, top) / grid**2
+    share = torch.bincount(found.tokens.flatten(), minlength=len(expected)).double() / samples
+    assert (share - expected).abs().sum() / 2 < 0.03
+    exact = teacher_by_hand(
+        actors.reference, scorer, prompt, [], weights, CandidateRequest(top=100, draws=0), temperature=TEMPERATURE
+    ).teacher
+    assert (share - exact).abs().sum() / 2 < 0.1, "and near Best-of-N's own"
+
+
+def reference_probs(actors: Actors, prompt: list[int]) -> Tensor:
+    assert actors.reference is not None
+    with torch.no_grad():
+        logits = actors.reference(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].double()
+    return (logits / TEMPERATURE).softmax(-1)
+
+
+def chosen_by_hand(ref: Tensor, teacher: Tensor, top: int) -> Tensor:
+    """Turn a teacher over drawn candidates into what is chosen among them: the untouched rest is taken off."""
+    likely = ref.argsort(descending=True)[:top]
+    rest = ref.clone().index_fill_(0, likely, 0.0)
+    moved = teacher - ref
+    # A drawn token carries the rest's mass; elsewhere the teacher is the reference itself, which nothing chooses.
+    drawn = (moved.abs() > 1e-12) & (rest > 0)
+    share = torch.zeros_like(ref)
+    share[likely] = teacher[likely]
+    count = int(drawn.sum())
+    if count:
+        mass = rest.sum() / 2  # two strata
+        hits = torch.full((count,), 2 / count, dtype=torch.float64)
+        share[drawn] = moved[drawn] + mass * hits
+    return share

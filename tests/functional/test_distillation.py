@@ -308,35 +308,74 @@ def test_forward_divergence_is_linear_in_the_teacher() -> None:
     torch.testing.assert_close(of_mean, mean_of, rtol=0, atol=1e-12)
 
 
+def all_tokens(log_policy: Tensor) -> Candidates:
+    tokens = torch.arange(V).expand(log_policy.shape)
+    return Candidates(tokens, log_policy.detach(), None)
+
+
 def test_reverse_divergence_is_the_kl_by_hand() -> None:
-    logits, teacher = random_rows(9, 2, 3, V).requires_grad_(), random_rows(10, 2, 3, V).softmax(-1)
-    found = reverse_divergence(logits, teacher)
-    for i, j in itertools.product(range(2), range(3)):
-        odds = [math.exp(x) for x in logits[i, j].tolist()]
-        policy = [o / sum(odds) for o in odds]
-        want = sum(p * math.log(p / t) for p, t in zip(policy, teacher[i, j].tolist(), strict=True))
-        assert found[i, j].item() == pytest.approx(want, abs=1e-13)
-    (gradient,) = torch.autograd.grad(found.sum(), logits)
-    policy = logits.softmax(-1)
-    want = policy * ((policy / teacher).log() - found[..., None])
-    torch.testing.assert_close(gradient, want, rtol=0, atol=1e-13)
+    logits, values, state = random_rows(9, 2, 3, V).requires_grad_(), random_rows(10, 2, 3, V), random_rows(13, 2, 3)
+    log_reference = random_rows(14, 2, 3, V).log_softmax(-1)
+    found = reverse_divergence(logits, log_reference, all_tokens(logits.log_softmax(-1)), values, state)
+    log_policy = logits.log_softmax(-1)
+    want = (log_policy.exp() * (log_policy - log_reference - values + state[..., None])).sum(-1)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-13)
+    weights = random_rows(15, 2, 3)
+    ours, theirs = (
+        torch.autograd.grad((weights * value).sum(), logits, retain_graph=True)[0] for value in (found, want)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_reverse_divergence_vanishes_at_the_teacher_only() -> None:
-    teacher = random_rows(11, 4, V).softmax(-1)
-    at_teacher = (teacher.log() + 3).requires_grad_()
-    found = reverse_divergence(at_teacher, teacher)
-    assert found.abs().max().item() < 1e-15
-    assert torch.autograd.grad(found.sum(), at_teacher)[0].abs().max().item() < 1e-15
-    assert (reverse_divergence(at_teacher + 0.1 * random_rows(12, 4, V), teacher) > 1e-4).all()
+    log_reference, values = random_rows(11, 4, V).log_softmax(-1), random_rows(12, 4, V)
+    state = (log_reference + values).logsumexp(-1)
+    teacher = (log_reference + values - state[..., None]).requires_grad_()
+    found = reverse_divergence(teacher, log_reference, all_tokens(teacher), values, state)
+    assert found.abs().max().item() < 1e-14
+    assert torch.autograd.grad(found.sum(), teacher)[0].abs().max().item() < 1e-14
+    other = (teacher + 0.1 * random_rows(16, 4, V)).log_softmax(-1)
+    assert (reverse_divergence(other, log_reference, all_tokens(other), values, state) > 1e-4).all()
 
 
-def test_reverse_divergence_is_finite_where_the_teacher_is_zero() -> None:
-    teacher = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
-    logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
-    found = reverse_divergence(logits, teacher)
-    assert found.isfinite().all() and found.item() > 100
-    assert torch.autograd.grad(found.sum(), logits)[0].isfinite().all()
+@pytest.mark.parametrize("top", [0, 2])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_reverse_gradient_is_unbiased_over_draws(top: int, draws: int) -> None:
+    # The policy is the distribution whose grid of uniforms is exact: see PARTS.
+    parts = PARTS if top == 2 else torch.tensor([[3.0, 4, 1, 2, 2, 0, 0, 0], [1, 6, 0, 1, 4, 0, 0, 0]]).double()
+    policy = (parts + 0.0) / parts.sum(-1, keepdim=True)
+    logits = policy.log().clamp(min=-745.0).requires_grad_()
+    log_reference, values, state = random_rows(17, 2, V).log_softmax(-1), random_rows(18, 2, V), random_rows(19, 2)
+    exact = reverse_divergence(logits, log_reference, all_tokens(policy.log().clamp(min=-745.0)), values, state)
+    (want,) = torch.autograd.grad(exact.sum(), logits)
+    mean = torch.zeros_like(want)
+    for cell in range(GRID):
+        uniforms = torch.full((2, draws), (cell + 0.5) / GRID, dtype=torch.float64)
+        drawn = draw_candidates(policy.log(), top=top, draws=draws, uniforms=uniforms)
+        found = reverse_divergence(logits, log_reference, drawn, values.gather(-1, drawn.tokens), state)
+        mean += torch.autograd.grad(found.sum(), logits)[0] / GRID
+    torch.testing.assert_close(mean, want, rtol=0, atol=1e-9)
+
+
+def test_a_rest_that_is_left_over_is_worth_the_state() -> None:
+    logits, values, state = random_rows(20, 2, V), random_rows(21, 2, V), random_rows(22, 2)
+    log_reference, log_policy = random_rows(23, 2, V).log_softmax(-1), logits.log_softmax(-1)
+    top = draw_candidates(log_policy, top=3)
+    found = reverse_divergence(logits, log_reference, top, values.gather(-1, top.tokens), state)
+    worth = state[:, None].expand(2, V).scatter(-1, top.tokens, values.gather(-1, top.tokens))
+    want = (log_policy.exp() * (log_policy - log_reference - worth + state[:, None])).sum(-1)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-13)
+
+
+def test_the_tilt_is_the_teachers_kl_to_the_reference() -> None:
+    values, state = random_rows(24, 2, V), random_rows(25, 2)
+    for top in (3, V):
+        found = draw_candidates(REFERENCE.log().clamp(min=-745.0), top=top)
+        teacher = candidate_teacher(found, values.gather(-1, found.tokens), state)
+        dense = teacher_probs(REFERENCE, found.tokens, teacher.correction, teacher.scale)
+        seen = dense > 0
+        want = torch.where(seen, dense * (dense / REFERENCE).log(), 0.0).sum(-1)
+        torch.testing.assert_close(teacher.tilt, want, rtol=0, atol=1e-12)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -380,11 +419,15 @@ ALL_OF_IT = Candidates(TWO.long(), TWO, None)
         ),
         (lambda: forward_divergence(ROW.long(), ROW), TypeError, "logits must have a floating-point dtype"),
         (
-            lambda: reverse_divergence(ROW, TWO),
+            lambda: reverse_divergence(ROW, TWO, ALL_OF_IT, TWO, TWO[:, 0]),
             ValueError,
-            r"teacher must have the shape of logits, \[1, 4\], got \[1, 2\]",
+            r"log_reference must have the shape of logits, \[1, 4\], got \[1, 2\]",
         ),
-        (lambda: reverse_divergence(ROW.long(), ROW), TypeError, "logits must have a floating-point dtype"),
+        (
+            lambda: reverse_divergence(ROW.long(), ROW, ALL_OF_IT, TWO, TWO[:, 0]),
+            TypeError,
+            "logits must have a floating-point dtype",
+        ),
     ],
 )
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:

@@ -24,7 +24,7 @@ from tests.modules.setting import (
     weights,
 )
 from tests.modules.test_offline import assert_gradients_equal, prepared
-from tests.sampling.test_distilling import teacher_by_hand, worth
+from tests.sampling.test_distilling import reverse_by_hand, teacher_by_hand, worth
 from tests.test_value_models import save_value_model
 from vbon_lightning import BoNDistillation, TextSource
 from vbon_lightning.actors import Actors
@@ -89,6 +89,15 @@ def log_weights_by_hand(module: Any, batch: TableBatch) -> Tensor:
     return torch.where(width > 0, (cdf**n).diff(dim=-1) / width, n * above ** (n - 1)).log()
 
 
+def exact_weight(batch: TableBatch, place: int, sample: Tensor, n: float) -> float:
+    """Return w_n of a response of the table, from the ranks of its reward."""
+    assert batch.prompts.reference_rewards is not None
+    rewards = batch.prompts.reference_rewards[place]
+    below, reached = (int((rewards < rewards[sample]).sum()), int((rewards <= rewards[sample]).sum()))
+    low, high = ((count + 0.5) / (len(rewards) + 1) for count in (below, reached))
+    return (high**n - low**n) / (high - low)
+
+
 def responses_by_hand(module: Any, batch: TableBatch, step: int) -> Responses:
     """Return the responses that a step learns from."""
     if module.states == "policy":
@@ -110,6 +119,7 @@ def responses_by_hand(module: Any, batch: TableBatch, step: int) -> Responses:
         ("policy", "reverse", 3.5, 0),
         ("best_of_n", "forward", 4, 3),
         ("policy", "forward", 4, 3),
+        ("policy", "reverse", 4, 3),
     ],
 )
 def test_the_loss_by_hand(states: str, divergence: str, n: float, draws: int, files: Path) -> None:
@@ -127,6 +137,7 @@ def test_the_loss_by_hand(states: str, divergence: str, n: float, draws: int, fi
         step=3,
     ).view(*responses.mask.shape, -1)
     terms, shares, kls = [], [], []
+    picked = pick_some(batch.prompts.index.tolist(), among=16, count=3, seed=0, stream="pick", step=3)
     for place in range(4):
         prompt = batch.prompts.tokens[place][batch.prompts.mask[place]].tolist()
         at_start = worth(scorer, torch.tensor([prompt]), 0, weights[place])
@@ -134,32 +145,31 @@ def test_the_loss_by_hand(states: str, divergence: str, n: float, draws: int, fi
             response = responses.tokens[place, sample][responses.mask[place, sample]].tolist()
             for length in range(len(response)):
                 before = response[:length]
-                teacher = teacher_by_hand(
-                    reference,
-                    scorer,
-                    prompt,
-                    before,
-                    weights[place],
-                    request,
-                    uniforms=noise[place, sample, length],
-                    temperature=TEMPERATURE,
-                ).teacher
                 logits = module.policy(input_ids=torch.tensor([prompt + before]), use_cache=False).logits[0, -1]
                 ours = (logits.double() / TEMPERATURE).log_softmax(-1)
                 visits = worth(scorer, torch.tensor([prompt + before]), length, weights[place]) / at_start
                 shares.append(float(visits) if states == "best_of_n" else 1.0)
+                state = (reference, scorer, prompt, before, weights[place], request)
+                end = None
+                if states != "policy" and length + 1 == len(response):
+                    exact = exact_weight(batch, place, picked[place, sample], n) * float(at_start)
+                    end = (response[length], exact)
+                given: dict[str, Any] = {"uniforms": noise[place, sample, length][:draws], "temperature": TEMPERATURE}
                 if divergence == "reverse":
-                    terms.append((ours.exp() * (ours - teacher.log())).sum())
+                    terms.append(reverse_by_hand(ours, *state, **given, end=end))
                     kls.append(float(terms[-1]))
                 else:
-                    terms.append(-(teacher * ours).sum())
-                    positive = teacher[teacher > 0]
-                    kls.append(float(terms[-1] + (positive * positive.log()).sum()))
+                    found = teacher_by_hand(*state, **given, end=end)
+                    reached = reference(input_ids=torch.tensor([prompt + before]), use_cache=False).logits[0, -1]
+                    reached = (reached.double() / TEMPERATURE).log_softmax(-1).detach()
+                    terms.append(-(found.teacher * ours).sum())
+                    kls.append(float(found.tilt + (found.teacher * (reached - ours.detach())).sum()))
     hand = torch.stack([share * term for share, term in zip(shares, terms, strict=True)]).sum() / 12
     assert_gradients_equal(module, loss, hand.float())
-    expected = sum(share * kl for share, kl in zip(shares, kls, strict=True)) / sum(shares)
+    # Summed over a response of mean length whose states are visited as they are weighed.
+    expected = sum(share * kl for share, kl in zip(shares, kls, strict=True)) / sum(shares) * len(kls) / 12
     assert logs["teacher_kl"].item() == pytest.approx(expected, rel=1e-3)
-    assert set(logs) == {"teacher_kl", "consistency"}
+    assert set(logs) == {"teacher_kl"}
 
 
 def test_draws_are_on_average_the_whole_vocabulary(files: Path) -> None:
@@ -186,6 +196,9 @@ def test_draws_are_on_average_the_whole_vocabulary(files: Path) -> None:
         {"states": "reference"},
         {"states": "policy"},
         {**ALL, "divergence": "reverse"},
+        {"divergence": "reverse", "draws": 3},
+        {"log_ratio_floor": -0.5},
+        {"n_range": [6.0, 9.0]},
         {"step": 4},
         {"data": {"value_model": "other"}},
         {"data": {"table_samples": 8}},
@@ -244,7 +257,7 @@ def test_no_reward_is_called_and_only_the_policys_states_are_sampled(
     module = make_module("distillation", data, states=states)
     make_trainer(tmp_path, record, steps=3, limit_val_batches=0).fit(module, data)
     assert calls == {"sample": 3 if states == "policy" else 0, "reward": 0}
-    assert set(record.logged[0]) == {"loss", "teacher_kl", "consistency"}
+    assert set(record.logged[0]) == {"loss", "teacher_kl"}
     make_trainer(tmp_path).validate(module, data, verbose=False)
     assert calls["reward"] == 2, "two batches"
 
@@ -315,7 +328,12 @@ def test_it_learns_to_win(options: dict[str, Any], trained: tuple[Path, Path], t
         ({"top": -1, "draws": 8}, "must together name at least 2 candidates, got -1, 8"),
         ({"states": "bon"}, "model.states must be one of reference, best_of_n, policy; got 'bon'"),
         ({"divergence": "jeffreys"}, "model.divergence must be one of forward, reverse; got 'jeffreys'"),
-        ({"divergence": "reverse"}, "model.divergence=reverse needs a teacher that is a distribution: set model.draws"),
+        ({"log_ratio_floor": 0.0}, "model.log_ratio_floor must be negative"),
+        ({"n_range": [4]}, r"model.n_range must be two numbers, 1 < least < most, got \[4\]"),
+        ({"n_range": [4, 2]}, "model.n_range must be two numbers"),
+        ({"n_range": [1, 4]}, "model.n_range must be two numbers"),
+        ({"n_range": [2, math.inf]}, "model.n_range must be two numbers"),
+        ({"dial_degree": 0}, "model.dial_degree must be an integer >= 1, got 0"),
         ({"eval_samples": 0}, "model.eval_samples must be an integer >= 1, got 0"),
     ],
     ids=str,
@@ -331,7 +349,12 @@ def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files
         ({}, {"value_model": None}, "BoNDistillation learns from a value model: train one with `ValueModelling`"),
         ({}, {"reference_table": None}, "BoNDistillation learns from cached responses: name a table"),
         ({}, {"reward": None}, "needs a reward: set `data.reward`"),
-        ({"n": 16.5}, {}, "M = 16 responses a prompt, fewer than the 17 that model.responses_per_prompt = 3 and"),
+        ({"n_range": [2, 20]}, {}, "M = 16 responses a prompt, fewer than the 20 that .* and Best-of-20 needs"),
+        (
+            {"n": 16.5},
+            {},
+            "M = 16 responses a prompt, fewer than the 17 that model.responses_per_prompt = 3 and Best-of-16.5",
+        ),
         ({"responses_per_prompt": 6}, {"table_samples": 5}, "M = 5 responses a prompt, as data.table_samples says"),
     ],
     ids=str,

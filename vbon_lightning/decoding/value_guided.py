@@ -108,7 +108,7 @@ class ValueGuided(Decoder):
             ahead = look_ahead_one(scorer.model, trunk, attended, candidates.tokens)
             values = prefix_log_values(scorer.model.forecast(ahead, seen + 1), log_weights[active, None])
             teacher = candidate_teacher(candidates, values, state)
-            chosen = _choose(log_reference, candidates, teacher, uniforms[:, :1])
+            chosen = _choose(log_reference, candidates, teacher, uniforms[:, :1], drawn=bool(self.draws))
             tokens[active, place], mask[active, place] = chosen, True
             token_kl[active, place] = teacher.tilt.clamp(min=0)
             finished[active] = torch.isin(chosen, ends)
@@ -137,9 +137,11 @@ class ValueGuided(Decoder):
         )
 
 
-def _choose(log_reference: Tensor, candidates: Candidates, teacher: Teacher, uniforms: Tensor) -> Tensor:
+def _choose(
+    log_reference: Tensor, candidates: Candidates, teacher: Teacher, uniforms: Tensor, *, drawn: bool
+) -> Tensor:
     """Draw a token of the teacher's distribution for each row."""
-    if candidates.log_rest is None:
+    if drawn:  # none but the candidates can be chosen
         share = teacher.correction + candidates.log_mass.exp()
         place = choose_tokens(share.clamp(min=torch.finfo(share.dtype).tiny).log(), uniforms, 1.0)[0]
         return candidates.tokens.gather(-1, place).squeeze(-1)

@@ -172,6 +172,9 @@ def evaluate_policy(
     )
 
 
+_DECODER_KL = "KL of the decoder's choice to the reference at each token, an upper bound where candidates are drawn"
+
+
 class DecodedBatch(NamedTuple):
     """What a decoder chose for a batch of prompts, and what it is worth."""
 
@@ -229,9 +232,7 @@ def evaluate_decoder(
         samples=samples,
         reward=columns.need("reward"),
         kl=columns.need("kl"),
-        kl_estimator="exact KL of the decoder's next-token distribution, summed over its responses"
-        if own
-        else KL_ESTIMATOR,
+        kl_estimator=_DECODER_KL if own else KL_ESTIMATOR,
         win_rate=columns.estimate("win_rate_1"),
         win_rate_vs_bon={
             other: value for other in sorted(n_values) if (value := columns.estimate(f"win_rate_{other}")) is not None
