@@ -10,7 +10,10 @@ from torch import Tensor
 
 from tests.helpers import save_tiny_model
 from tests.test_data import ALPHABET, Lengths, write_table
+from tests.test_value_models import save_value_model
+from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.sources import TextSource
 
@@ -56,3 +59,56 @@ def test_the_judge_of_the_table(tmp_path: Path, judge_table: bool, table_samples
     held = table_samples or 6
     assert reports[0].samples == held
     assert judge.scored == 3 * 5 + (3 * held if judge_table else 0)
+
+
+@pytest.fixture
+def decoded(tmp_path: Path) -> AlignmentDataModule:
+    """Return data whose table and value model stand."""
+    model = save_tiny_model(tmp_path / "model", alphabet=ALPHABET)
+    prompts = ["ab", "cde", "f"]
+    (tmp_path / "test.txt").write_text("".join(f"{text}\n" for text in prompts))
+    arguments: dict[str, Any] = {
+        "policy": model,
+        "reward": Lengths(),
+        "test": TextSource(path=str(tmp_path / "test.txt")),
+        "reference_table": str(tmp_path / "table"),
+        "max_new_tokens": 4,
+    }
+    plain = AlignmentDataModule(**arguments)
+    write_table(plain, prompts, samples=8)
+    save_value_model(plain, tmp_path / "value", body=model)
+    return AlignmentDataModule(**arguments, value_model=str(tmp_path / "value"))
+
+
+def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    decoders = {"Best-of-2 drawn": BestOfN(2), "Guided n=4": ValueGuided(4, top=3, draws=2)}
+    reports = compare(decoded, {}, decoders, output=str(tmp_path / "out"), n=[2], samples=5, device="cpu")
+    assert [report.name for report in reports] == ["reference", "Best-of-2", *decoders]
+    best, guided = reports[2:]
+    assert best.cost is not None
+    assert guided.cost is not None
+    assert best.kl.mean == pytest.approx(reports[1].kl.mean), "the table's, which knows it"
+    assert best.cost["reward_calls"] == 2
+    assert guided.length is not None
+    assert guided.cost["generated_tokens"] == pytest.approx(guided.length.mean)
+    assert best.cost["generated_tokens"] > guided.cost["generated_tokens"]
+    assert guided.cost["reward_calls"] == 0 < guided.cost["value_tokens"]
+    assert guided.kl.mean > 0
+    assert "| Guided n=4 |" in (tmp_path / "out" / "comparison.md").read_text()
+    actors = Actors.load(ActorSpec(decoded.actors.policy, reward=Lengths(), max_new_tokens=4), trainable=False)
+    (batch,) = decoded.split_dataloader("test")
+    drawn = actors.sample(actors.policy, batch, num_samples=10, seed=0, stream="compare", step=0)
+    ids = actors.token_ids(drawn)
+    rewards = actors.score(batch.text, actors.decode(ids, batch), ids, drawn.finished)
+    assert best.reward.mean == pytest.approx(float(rewards.view(3, 5, 2).amax(-1).mean()), rel=1e-6)
+
+
+def test_a_decoder_without_its_value_model(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    decoded.actors.value_model = None
+    with pytest.raises(ValueError, match="the decoder 'Guided' needs a value model: set data.value_model"):
+        compare(decoded, {}, {"Guided": ValueGuided()}, output=str(tmp_path / "out"), n=[2])
+
+
+def test_nothing_to_compare(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name at least one policy to compare"):
+        compare(decoded, output=str(tmp_path / "out"))

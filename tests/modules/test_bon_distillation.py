@@ -30,9 +30,8 @@ from vbon_lightning import BoNDistillation, TextSource
 from vbon_lightning.actors import Actors
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable
 from vbon_lightning.checks import ConfigMismatchError
-from vbon_lightning.models import ModelSpec
+from vbon_lightning.models import ModelError, ModelSpec, dialled, load_causal_lm
 from vbon_lightning.modules import bon_distillation
-from vbon_lightning.reference_table import FingerprintMismatch
 from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest
 from vbon_lightning.types import Responses, TableBatch
@@ -313,6 +312,61 @@ def test_it_learns_to_win(options: dict[str, Any], trained: tuple[Path, Path], t
     assert sum(kl[-10:]) < 0.3 * sum(kl[:10])
 
 
+# -- one policy for every N --
+
+
+def test_the_n_of_a_step_is_spread_evenly_in_its_logarithm(files: Path) -> None:
+    found = make_module("distillation", table_data(files), n_range=[2, 32])
+    drawn = sorted(found.drawn_n(step) for step in range(64))
+    assert 2 <= drawn[0] < drawn[-1] <= 32
+    for place, n in enumerate(drawn):
+        assert abs(math.log(n / 2) / math.log(16) - (place + 0.5) / 64) < 0.04
+    again = make_module("distillation", table_data(files), n_range=[2, 32])
+    other = make_module("distillation", table_data(files), n_range=[2, 32], seed=1)
+    assert found.drawn_n(3) == again.drawn_n(3) != other.drawn_n(3)
+    assert make_module("distillation", table_data(files), n=5).drawn_n(7) == 5
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_the_further_it_is_dialled_the_further_it_goes(degree: int, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    files, value_model = trained
+    # No table: the prompts' rewards are predicted.
+    data = make_data(files, value_model=str(value_model), val=None)
+    module = make_module(
+        "distillation",
+        data,
+        lr_scheduler=None,
+        responses_per_prompt=8,
+        states="policy",
+        divergence="reverse",
+        n_range=[1.5, 16],
+        dial_degree=degree,
+    )
+    export = PolicyExport(str(tmp_path / "export"))
+    make_trainer(tmp_path, steps=60, callbacks=[export], enable_checkpointing=False).fit(module, data)
+    reference = load_causal_lm(str(files / "llama"), trainable=False)
+    tokens = torch.tensor([[3, 4], [5, 6], [7, 8]])
+    log_reference = reference(input_ids=tokens).logits[:, -1].log_softmax(-1)
+    kls = []
+    for n in (1, 2, 4, 8, 16):
+        found = load_causal_lm({"name": str(tmp_path / "export"), "dial": n}, trainable=False)
+        log_policy = found(input_ids=tokens).logits[:, -1].log_softmax(-1)
+        kls.append(float((log_policy.exp() * (log_policy - log_reference)).sum(-1).mean()))
+        with dialled(module.policy, n):
+            live = module.policy(input_ids=tokens).logits[:, -1].log_softmax(-1)
+        torch.testing.assert_close(live, log_policy, atol=1e-4, rtol=1e-4)
+    assert kls[0] < 1e-6, "at N = 1 it is the reference"
+    assert kls[:4] == sorted(kls[:4])
+    assert kls[4] > max(2 * kls[1], 0.05)
+
+
+def test_adapters_have_no_dial(files: Path, tmp_path: Path) -> None:
+    policy = ModelSpec(str(files / "llama"), lora={"r": 2})
+    data = table_data(files, policy=policy, reference=str(files / "llama"))
+    with pytest.raises(ValueError, match="leave `lora` out, or set model.n_range to null"):
+        make_trainer(tmp_path, steps=1).fit(make_module("distillation", data, n_range=[2, 8]), data)
+
+
 # -- what is refused --
 
 
@@ -371,7 +425,7 @@ def test_what_it_cannot_learn_from(
 
 def test_a_value_model_of_another_temperature_is_refused(files: Path, tmp_path: Path) -> None:
     data = table_data(files, value_model=str(files / "hotter"))
-    with pytest.raises(FingerprintMismatch, match="temperature: the table has 1.0, this run has 0.7"):
+    with pytest.raises(ModelError, match="temperature: the value model has 1.0, this run has 0.7"):
         make_trainer(tmp_path).fit(make_module("distillation", data), data)
 
 
@@ -386,12 +440,21 @@ def fit(files: Path, directory: Path, *callbacks: Any, steps: int = 5, data: Any
     return module
 
 
-@pytest.mark.parametrize(("states", "kill"), [("best_of_n", 1), ("best_of_n", 3), ("policy", 2)])
-def test_killed_and_resumed(states: str, kill: int, files: Path, tmp_path: Path) -> None:
-    expected = weights(fit(files, tmp_path / "whole", states=states))
+@pytest.mark.parametrize(
+    ("options", "kill"),
+    [
+        ({"states": "best_of_n"}, 1),
+        ({"states": "best_of_n"}, 3),
+        ({"states": "policy"}, 2),
+        ({"states": "policy", "divergence": "reverse", "n_range": [2, 8]}, 2),
+    ],
+    ids=str,
+)
+def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp_path: Path) -> None:
+    expected = weights(fit(files, tmp_path / "whole", **options))
     with pytest.raises(Killed):
-        fit(files, tmp_path / "killed", KillAt(kill), states=states)
-    found = weights(fit(files, tmp_path / "killed", states=states))
+        fit(files, tmp_path / "killed", KillAt(kill), **options)
+    found = weights(fit(files, tmp_path / "killed", **options))
     assert list(found) == list(expected)
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
