@@ -19,7 +19,6 @@ from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.functional import RewardBins, forecast_log_probs, reward_bins
 from vbon_lightning.models import ModelError, ModelSpec, ValueModel, load_value_model, new_value_model, save_pretrained
 from vbon_lightning.prefix_scorer import PrefixScorer
-from vbon_lightning.reference_table import FingerprintMismatch
 from vbon_lightning.sampling.decode import recomputes
 
 BINS = reward_bins(torch.linspace(-0.4, 3.6, 41), bins=5, atoms=4)
@@ -236,16 +235,17 @@ def test_actors_load_what_is_named_and_only_where_it_is_used(files: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.7}, "temperature: the table has 1.0, this run has 0.7"),
-        ({"max_new_tokens": 5}, "max_new_tokens: the table has 4, this run has 5"),
-        ({"reward": VowelReward(2.0)}, "reward.scale: the table has '1.0', this run has '2.0'"),
-        ({"reference": "gpt2"}, "reference.weights: the table has"),
+        ({"temperature": 0.7}, "temperature: the value model has 1.0, this run has 0.7"),
+        ({"max_new_tokens": 5}, "max_new_tokens: the value model has 4, this run has 5"),
+        ({"reward": VowelReward(2.0)}, "reward.scale: the value model has '1.0', this run has '2.0'"),
+        ({"missing_eos_penalty": 1.0}, "missing_eos_penalty: the value model has 0.0, this run has 1.0"),
+        ({"reference": "gpt2"}, "reference.weights: the value model has"),
     ],
     ids=str,
 )
 def test_a_value_model_of_something_else_is_refused(changes: dict[str, Any], message: str, files: Path) -> None:
     changes = {key: str(files / value) if key == "reference" else value for key, value in changes.items()}
-    with pytest.raises(FingerprintMismatch, match=message):
+    with pytest.raises(ModelError, match=message):
         load(files, **changes)
 
 

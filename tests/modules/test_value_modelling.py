@@ -125,7 +125,7 @@ def test_the_bins_are_those_of_the_tables_rewards(files: Path, tmp_path: Path) -
     expected = reward_bins(data.table_rewards(data.prompts("train")), bins=5, atoms=3)
     assert torch.equal(module.scorer.bins.edges, expected.edges)
     assert torch.equal(module.scorer.bins.atoms, expected.atoms)
-    assert module.scorer.fingerprint == data.fingerprint()
+    assert module.scorer.fingerprint == data.fingerprint() | {"missing_eos_penalty": 0.25}
     assert module.policy.config.longest == LONG
 
 
@@ -251,7 +251,7 @@ def test_the_export_says_what_was_trained(files: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = module.scorer.bin_log_probs(batch.prompts, batch.responses)
     assert torch.equal(loaded.bin_log_probs(batch.prompts, batch.responses), expected)
-    assert loaded.fingerprint == trainer.datamodule.fingerprint()
+    assert loaded.fingerprint == trainer.datamodule.fingerprint() | {"missing_eos_penalty": 0.0}
     # And is evaluated on its own as it was in training.
     data = table_data(files)
     alone = make_module("valuemodelling", data, body=str(tmp_path / "export"))
@@ -274,7 +274,7 @@ def test_no_export_of_a_policy_is_one(files: Path, tmp_path: Path) -> None:
     ("model", "message"),
     [
         ({"bins": 1}, "model.bins must be at least 2, got 1"),
-        ({"atoms": 0}, "model.atoms must be at least 1, got 0"),
+        ({"atoms": 0}, "model.atoms must be at least 2, got 0"),
         ({"probe": -1}, "model.probe must be at least 0, got -1"),
         ({"responses_per_prompt": 0}, "model.responses_per_prompt must be an integer >= 1, got 0"),
     ],
