@@ -92,7 +92,7 @@ def test_the_card_says_what_it_is(files: Path, tmp_path: Path) -> None:
     card = (tmp_path / "export/README.md").read_text()
     assert "AutoModelForSequenceClassification" not in card
     assert "ClassifierReward" not in card
-    assert "data.value_model" in card
+    assert "value_model: path/to/this/directory" in card
 
 
 def test_a_checkpoint_is_evaluated(files: Path, tmp_path: Path) -> None:
