@@ -9,13 +9,13 @@ https://arxiv.org/abs/2402.05099).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 SHARE_FROM = 64
@@ -152,17 +152,28 @@ AttentionInterface.register(_ATTENTION, _attend)
 
 
 @contextmanager
-def shared_prompts(model: PreTrainedModel, cache: SamplingCache) -> Iterator[None]:
-    """Let a model attend to prompts that a cache holds once."""
-    config = model.config.get_text_config()
+def attending(config: PreTrainedConfig, implementation: str, running: list[Any], cache: Any) -> Iterator[None]:
+    """Let a model attend by another implementation for a while, which finds its cache on top of a stack.
+
+    Args:
+        config: The text config that the model's layers read.
+        implementation: A registered attention.
+        running: The stack.
+        cache: What to put on it.
+    """
     before = config._attn_implementation
-    _running.append(cache)
-    config._attn_implementation = _ATTENTION
+    running.append(cache)
+    config._attn_implementation = implementation
     try:
         yield
     finally:
         config._attn_implementation = before
-        _running.pop()
+        running.pop()
+
+
+def shared_prompts(model: PreTrainedModel, cache: SamplingCache) -> AbstractContextManager[None]:
+    """Let a model attend to prompts that a cache holds once."""
+    return attending(model.config.get_text_config(), _ATTENTION, _running, cache)
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:

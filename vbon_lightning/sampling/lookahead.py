@@ -7,8 +7,7 @@ follows, and to itself. The candidates never see each other, so that the pass is
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from vbon_lightning.sampling.cache import can_extend
+from vbon_lightning.sampling.cache import attending, can_extend
 from vbon_lightning.sampling.decode import forget_casts
 from vbon_lightning.sampling.scoring import body_outputs
 from vbon_lightning.types import Completions, PromptBatch, Responses
@@ -94,18 +93,9 @@ def _body_config(model: PreTrainedModel) -> PreTrainedConfig:
     return cast(PreTrainedModel, model.base_model).config
 
 
-@contextmanager
-def _looking_ahead(model: PreTrainedModel, trunk: _Trunk) -> Iterator[None]:
-    # The body's own: a model that wraps another may have a copy.
-    config = _body_config(model).get_text_config()
-    before = config._attn_implementation
-    _running.append(trunk)
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        _running.pop()
+def _looking_ahead(model: PreTrainedModel, trunk: _Trunk) -> AbstractContextManager[None]:
+    # The body's own config: a model that wraps another may have a copy.
+    return attending(_body_config(model).get_text_config(), _ATTENTION, _running, trunk)
 
 
 @torch.no_grad()
