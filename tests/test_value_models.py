@@ -107,6 +107,15 @@ def test_a_new_body_comes_from_its_seed(files: Path) -> None:
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("source", ["classifier", "value", "config"])
+def test_the_global_random_state_is_left_alone(source: str, files: Path) -> None:
+    config = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 16}
+    new = ModelSpec(config=config, tokenizer=str(files / "llama"))
+    before = torch.get_rng_state()
+    new_model(new if source == "config" else str(files / source))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_dropout_is_kept_where_asked_for(dropout: bool, files: Path) -> None:
     model = scramble(new_model(str(files / "gpt2"), dropout=dropout))
@@ -247,6 +256,30 @@ def test_a_value_model_of_something_else_is_refused(changes: dict[str, Any], mes
     changes = {key: str(files / value) if key == "reference" else value for key, value in changes.items()}
     with pytest.raises(ModelError, match=message):
         load(files, **changes)
+
+
+def test_the_missing_eos_penalty_is_part_of_what_it_was_trained_on(files: Path, tmp_path: Path) -> None:
+    data = make_data(files, missing_eos_penalty=1.0)
+    fingerprint = data.fingerprint() | {"missing_eos_penalty": 1.0}
+    value = save_value_model(data, tmp_path, fingerprint=fingerprint)
+    assert load(files, value_model=value, missing_eos_penalty=1.0).value is not None
+    with pytest.raises(ModelError, match=r"missing_eos_penalty: the value model has 1\.0, this run has 0\.5"):
+        load(files, value_model=value, missing_eos_penalty=0.5)
+    # One that does not say was trained without.
+    assert "missing_eos_penalty" not in make_data(files).fingerprint()
+    with pytest.raises(ModelError, match=r"missing_eos_penalty: the value model has 0\.0, this run has 0\.5"):
+        load(files, missing_eos_penalty=0.5)
+
+
+def test_what_is_said_of_a_value_model_of_something_else(files: Path) -> None:
+    with pytest.raises(ModelError) as found:
+        load(files, temperature=0.7, max_new_tokens=5)
+    assert str(found.value).splitlines() == [
+        f"the value model {str(files / 'value')!r} was trained on other rewards than this run's:",
+        "  max_new_tokens: the value model has 4, this run has 5",
+        "  temperature: the value model has 1.0, this run has 0.7",
+        "Train one on this run's reference table with `ValueModelling`, or use the settings it was trained with",
+    ]
 
 
 def test_a_value_model_of_another_vocabulary_is_refused(files: Path) -> None:

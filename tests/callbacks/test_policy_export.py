@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -165,3 +166,59 @@ def test_a_run_without_a_logger_exports_to_its_root(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, PolicyExport(), logger=False, default_root_dir=str(tmp_path))
     trainer.fit(Tiny())
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+# -- the best weights --
+
+
+class GetsWorse(Tiny):
+    """Log a score that is best after the first epoch of two steps."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/score", float(self.trainer.global_step))
+
+
+def keep_best(directory: Path, **changes: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(**({"dirpath": directory, "monitor": "val/score", "save_last": True} | changes))
+
+
+def fit_keeping(directory: Path, *callbacks: Any, **arguments: Any) -> GetsWorse:
+    module = GetsWorse()
+    options: dict[str, Any] = {"max_epochs": 3, "enable_checkpointing": True}
+    make_trainer(directory, *callbacks, **(options | arguments)).fit(module)
+    return module
+
+
+def test_the_best_weights_are_exported_and_the_policy_stays(tmp_path: Path) -> None:
+    kept, newest = keep_best(tmp_path), keep_best(tmp_path / "newest", monitor=None)
+    exports = [tmp_path / "last", tmp_path / "best"]
+    callbacks = [PolicyExport(str(path), best=path.name == "best") for path in exports]
+    module = fit_keeping(tmp_path, newest, kept, *callbacks)
+    last, best = (AutoModelForCausalLM.from_pretrained(path) for path in exports)
+    assert "step=2" in kept.best_model_path
+    expected = GetsWorse()
+    expected.load_state_dict(torch.load(kept.best_model_path, weights_only=True)["state_dict"])
+    assert torch.equal(logits(best), logits(expected.policy))
+    assert torch.equal(logits(last), logits(module.policy))
+    assert not torch.allclose(logits(last), logits(best))
+    at_the_end = torch.load(newest.last_model_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, at_the_end[name]) for name, value in module.state_dict().items())
+    cards = [(path / "README.md").read_text() for path in exports]
+    assert ["**Weights:**" in card for card in cards] == [False, True]
+    assert "- **Weights:** after step 2, the best `val/score` (2)\n" in cards[1]
+
+
+@pytest.mark.parametrize("kept", [None, {"monitor": None}, {"save_top_k": 0}], ids=str)
+def test_nothing_says_what_is_the_best(kept: dict[str, Any] | None, tmp_path: Path) -> None:
+    callbacks = [] if kept is None else [keep_best(tmp_path, **kept)]
+    with pytest.raises(ValueError, match="PolicyExport has `best`, but no ModelCheckpoint .* `monitor`"):
+        fit_keeping(tmp_path, PolicyExport(str(tmp_path / "out"), best=True), *callbacks)
+    assert not (tmp_path / "last.ckpt").exists()  # nothing was trained
+    fit_keeping(tmp_path, PolicyExport(str(tmp_path / "out"), best=True), *callbacks, fast_dev_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stopped_before_there_was_a_best(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no checkpoint was kept by 'val/score': the last weights are exported"):
+        module = fit_keeping(tmp_path, keep_best(tmp_path), PolicyExport(str(tmp_path / "out"), best=True), max_steps=1)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(module.policy))

@@ -231,6 +231,20 @@ def test_filler_rows_count_nowhere(files: Path, tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
+def test_places_that_do_not_occur_are_left_out(files: Path, tmp_path: Path) -> None:
+    module, trainer, _ = fit(files, tmp_path, optimizer=still)
+    batch = trainer.datamodule.table_batch(trainer.datamodule.prompts("train")[:2])
+    module._start_counting()
+    assert module.counted() == {}
+    tokens, mask = (part[..., :1] for part in batch.responses)
+    with torch.no_grad():
+        module.count(batch._replace(responses=batch.responses._replace(tokens=tokens, mask=mask)))
+    found = module.counted()
+    kinds = ("nll", "crps", "calibration_error")
+    assert set(found) == {"loss", *(f"{kind}/{place}" for kind in kinds for place in ("prompt", "end"))}
+    assert found["loss"].item() == pytest.approx((found["nll/prompt"] + found["nll/end"]).item() / 2)
+
+
 def test_early_stopping_and_the_best_checkpoint(files: Path, tmp_path: Path) -> None:
     stop = EarlyStopping(monitor="val/loss", patience=2)
     best = ModelCheckpoint(dirpath=tmp_path / "best", monitor="val/loss")
@@ -265,6 +279,48 @@ def test_no_export_of_a_policy_is_one(files: Path, tmp_path: Path) -> None:
         make_trainer(tmp_path).validate(make_module("valuemodelling", data), data, verbose=False)
     with pytest.raises(ModelError, match="is no value model"):
         load_value_model(str(files / "llama"))
+
+
+def test_the_export_of_the_best_weights(files: Path, tmp_path: Path) -> None:
+    # By what gets lower as it learns, the first is the best.
+    best = ModelCheckpoint(dirpath=tmp_path / "best", monitor="val/loss", mode="max")
+    module, _, _ = fit(files, tmp_path, best, PolicyExport(str(tmp_path / "export"), best=True), steps=8)
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    exported = load_value_model(str(tmp_path / "export")).state_dict()
+    assert all(torch.equal(value, state[f"policy.{name}"]) for name, value in exported.items())
+    last = weights(module)
+    assert any(not torch.equal(value, last[f"policy.{name}"]) for name, value in exported.items())
+
+
+# -- its checkpoints --
+
+
+def test_a_checkpoint_is_evaluated_as_in_training(files: Path, tmp_path: Path) -> None:
+    run, trainer, _ = fit(files, tmp_path / "run", steps=4, bins=5)
+    expected = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    other, _, _ = fit(files, tmp_path / "other")
+    loaded = type(other).load_from_checkpoint(tmp_path / "run" / "last.ckpt", actors=table_data(files).actors)
+    new = make_module("valuemodelling", table_data(files))
+    # One with bins of its own takes those of the checkpoint.
+    assert not torch.equal(other.scorer.bins.edges, run.scorer.bins.edges)
+    for number, module in enumerate((new, other, loaded)):
+        path = None if module is loaded else tmp_path / "run" / "last.ckpt"
+        trainer = make_trainer(tmp_path / str(number))
+        (found,) = trainer.validate(module, table_data(files), ckpt_path=path, weights_only=True, verbose=False)
+        assert found == pytest.approx(expected)
+        assert torch.equal(module.scorer.bins.edges, run.scorer.bins.edges)
+        assert torch.equal(module.scorer.bins.atoms, run.scorer.bins.atoms)
+        assert module.scorer.fingerprint == table_data(files).fingerprint() | {"missing_eos_penalty": 0.0}
+
+
+def test_a_checkpoint_that_does_not_say_its_bins(files: Path, tmp_path: Path) -> None:
+    fit(files, tmp_path)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del content["vbon_lightning"]["value_model"]
+    torch.save(content, tmp_path / "older.ckpt")
+    data = table_data(files)
+    with pytest.raises(ValueError, match=r"does not say which bins .* evaluate the export instead, as `model.body`"):
+        make_trainer(tmp_path / "v").validate(make_module("valuemodelling", data), data, tmp_path / "older.ckpt")
 
 
 # -- what is refused --
