@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tests.test_value_models import save_value_model
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import BestOfN, ValueGuided
+from vbon_lightning.evaluation import PolicyReport, command
 from vbon_lightning.evaluation.command import compare
+from vbon_lightning.functional import bon_win_rate
 from vbon_lightning.sources import TextSource
 
 
@@ -94,21 +97,94 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     assert best.cost["generated_tokens"] > guided.cost["generated_tokens"]
     assert guided.cost["reward_calls"] == 0 < guided.cost["value_tokens"]
     assert guided.kl.mean > 0
-    assert "| Guided n=4 |" in (tmp_path / "out" / "comparison.md").read_text()
-    actors = Actors.load(ActorSpec(decoded.actors.policy, reward=Lengths(), max_new_tokens=4), trainable=False)
+    assert [report.method for report in reports[2:]] == ["Best-of-2", "Guided"]
+    assert [(report.prompts, report.samples) for report in reports[2:]] == [(3, 5), (3, 5)]
+    assert reports[0].cost is reports[1].cost is None
+
+    # By hand: the best of each two of ten responses, and what the decoder itself returns.
+    spec = decoded.actors
+    actors = Actors.load(
+        ActorSpec(spec.policy, reference=spec.policy, reward=Lengths(), max_new_tokens=4, value_model=spec.value_model),
+        trainable=False,
+        value=True,
+    )
     (batch,) = decoded.split_dataloader("test")
-    drawn = actors.sample(actors.policy, batch, num_samples=10, seed=0, stream="compare", step=0)
+    options: dict[str, Any] = {"seed": 0, "stream": "compare", "step": 0}
+    drawn = actors.sample(actors.policy, batch, num_samples=10, **options)
     ids = actors.token_ids(drawn)
     rewards = actors.score(batch.text, actors.decode(ids, batch), ids, drawn.finished)
     assert best.reward.mean == pytest.approx(float(rewards.view(3, 5, 2).amax(-1).mean()), rel=1e-6)
+    assert best.cost == {
+        "generated_tokens": pytest.approx(float(drawn.mask.sum()) / 15),
+        "value_tokens": 0,
+        "reward_calls": 2,
+    }
+    chosen = decoders["Guided n=4"](actors, batch, num_samples=5, **options)
+    lengths = chosen.mask.sum(-1).float()
+    assert chosen.token_kl is not None
+    assert guided.reward.mean == pytest.approx(float(lengths.mean())), "which is what it rewards"
+    assert guided.kl.mean == pytest.approx(float(chosen.token_kl.sum() / 15), rel=1e-5)
+    assert guided.cost["value_tokens"] == pytest.approx(chosen.cost.value_tokens / 15)
+    assert batch.reference_rewards is not None
+    won = bon_win_rate(lengths.double(), batch.reference_rewards.double(), n=1)
+    assert guided.win_rate is not None
+    assert guided.win_rate.mean == pytest.approx(float(won.mean()))
+
+    # In the table of costs, and in the plain numbers.
+    head, costs = (tmp_path / "out" / "comparison.md").read_text().split("| a response |")
+    assert "| **Guided n=4** |" in head
+    assert costs.startswith(" generated tokens | value tokens | reward calls |")
+    rows = {cells[0]: cells[1:] for cells in map(cells_of, costs.splitlines()[2:])}
+    assert rows == {
+        report.name: [f"{report.cost[field]:,.1f}" for field in ("generated_tokens", "value_tokens", "reward_calls")]
+        for report in (best, guided)
+        if report.cost is not None
+    }
+    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    found = [report for report in json_reports(written) if report["name"] in decoders]
+    assert [PolicyReport.from_dict(report) for report in found] == [best, guided]
 
 
+def cells_of(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("| ").split("|")]
+
+
+def json_reports(written: Any) -> list[dict[str, Any]]:
+    return written["reports"] if isinstance(written, dict) else written
+
+
+def test_decoders_come_before_policies_and_need_no_value_model_unless_they_say(
+    decoded: AlignmentDataModule, tmp_path: Path
+) -> None:
+    policies: dict[str, Any] = {"mine": str(tmp_path / "model")}
+    decoded.actors.value_model = None
+    drawn = {"drawn": BestOfN(3)}
+    reports = compare(decoded, policies, drawn, output=str(tmp_path / "out"), n=[2], samples=2, device="cpu")
+    assert [report.name for report in reports] == ["reference", "Best-of-2", "drawn", "mine"]
+    assert [report.cost is not None for report in reports] == [False, False, True, False]
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no model be loaded."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Actors, "load", refuse)
+    monkeypatch.setattr(command, "load_causal_lm", refuse)
+
+
+@pytest.mark.usefixtures("nothing_loads")
 def test_a_decoder_without_its_value_model(decoded: AlignmentDataModule, tmp_path: Path) -> None:
     decoded.actors.value_model = None
+    decoders = {"drawn": BestOfN(2), "Guided": ValueGuided()}
     with pytest.raises(ValueError, match="the decoder 'Guided' needs a value model: set data.value_model"):
-        compare(decoded, {}, {"Guided": ValueGuided()}, output=str(tmp_path / "out"), n=[2])
+        compare(decoded, {}, decoders, output=str(tmp_path / "out"), n=[2])
+    assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("nothing_loads")
 def test_nothing_to_compare(decoded: AlignmentDataModule, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name at least one policy to compare"):
         compare(decoded, output=str(tmp_path / "out"))

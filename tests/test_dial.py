@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,54 @@ def test_a_copy_has_a_dial_of_its_own(pair: tuple[Any, Any]) -> None:
     assert not torch.allclose(logits(other), before, atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+def test_a_plain_copy_stands_alone(pair: tuple[Any, Any]) -> None:
+    _, policy = pair
+    moved(policy)
+    set_dial(policy, 3)
+    before, state = logits(policy), torch.get_rng_state()
+    found = plain_copy(policy, 9)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dialled_n(policy) == 3
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(policy), before)
+    tied = found.get_input_embeddings().weight is found.get_output_embeddings().weight
+    assert tied == bool(found.config.tie_word_embeddings)
+
+
+def test_gradients_are_those_of_the_powers(pair: tuple[Any, Any]) -> None:
+    model, policy = pair
+    moved(policy)
+    n = 5
+    plain = plain_copy(policy, n).requires_grad_()
+    logits(plain).square().sum().backward()
+    with dialled(policy, n):
+        loss = logits(policy).square().sum()
+    loss.backward()
+    assert {name for name, _ in plain.named_parameters()} == {name for name, _ in model.named_parameters()}
+    x = math.log(n) / math.log(8)
+    for name, parameter in plain.named_parameters():
+        place, _, weight = name.rpartition(".")
+        found: Any = policy.get_submodule(place).parametrizations[weight][0].deltas.grad
+        assert parameter.grad is not None
+        torch.testing.assert_close(found[0], x * parameter.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[1], x**2 * parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied llama": {"tie_word_embeddings": True},
+    "gpt2": {"kind": "gpt2"},
+    "tied gpt2": {"kind": "gpt2", "tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(scope="module", params=STARTS)
+def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
     """Return a live dialled policy, its export at N = 4, and what it started from."""
     directory = tmp_path_factory.mktemp("export")
-    start = save_tiny_model(directory / "start")
+    start = save_tiny_model(directory / "start", **STARTS[request.param])
     policy = load_causal_lm(start, trainable=True)
     add_dial(policy, degree=2)
     moved(policy)
@@ -175,30 +219,46 @@ def test_the_command_writes_a_plain_model(export: tuple[Any, Path, Path], tmp_pa
 
 def test_a_models_identity_is_that_of_its_n(export: tuple[Any, Path, Path]) -> None:
     _, directory, _ = export
-    found = [model_identity({"name": str(directory), "dial": n}) for n in (None, 2, 3)]
-    assert found[0] != found[1] != found[2]
+    none, two, three, again = (model_identity({"name": str(directory), "dial": n}) for n in (None, 2, 3, 2))
+    assert two == again
+    assert none != two != three != none
 
 
 def test_what_is_refused(export: tuple[Any, Path, Path], tmp_path: Path) -> None:
     policy, directory, start = export
     with pytest.raises(ModelError, match="is no dialled policy"):
         load_causal_lm({"name": str(start), "dial": 2}, trainable=False)
-    for n in (0.5, math.inf, math.nan):
+    for n in (0.5, 0, -2, math.inf, math.nan):
         with pytest.raises(ModelError, match="a policy is dialled to a finite N >= 1"):
             set_dial(policy, n)
+        with pytest.raises(ModelError, match="a policy is dialled to a finite N >= 1"):
+            load_causal_lm({"name": str(directory), "dial": n}, trainable=False)
+    assert dialled_n(policy) == 4
     with pytest.raises(ModelError, match="has a dial already"):
         add_dial(policy, degree=2)
     with pytest.raises(ModelError, match="degree must be at least 1"):
         add_dial(tiny_llama(40), degree=0)
     with pytest.raises(ModelError, match="the model has no dial"):
         set_dial(tiny_llama(40), 2)
-    other = save_tiny_model(tmp_path / "other", hidden_size=32)
-    (directory / "dial").rename(Path(other) / "dial")
-    try:
+    # One of other sizes, and one of other names.
+    ours = policy.config.model_type
+    size, another = ("n_embd", "llama") if ours == "gpt2" else ("hidden_size", "gpt2")
+    for other in (
+        save_tiny_model(tmp_path / "wide", ours, **{size: 32}),
+        save_tiny_model(tmp_path / "another", another),
+    ):
+        shutil.copytree(directory / "dial", Path(other) / "dial")
         with pytest.raises(ModelError, match="is another model's: it moves"):
             load_causal_lm({"name": other, "dial": 2}, trainable=False)
-    finally:
-        (Path(other) / "dial").rename(directory / "dial")
+
+
+def test_an_export_in_half_precision_turns_too(export: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    policy, directory, _ = export
+    save_pretrained(policy, load_tokenizer({"name": str(directory)}), tmp_path / "half", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    found = load_causal_lm({"name": str(tmp_path / "half"), "dial": 16}, trainable=False)
+    with dialled(policy, 16):
+        torch.testing.assert_close(logits(found), logits(policy), atol=0.05, rtol=0.05)
 
 
 def test_every_weight_has_its_deltas() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.helpers import EOS
 from tests.modules.setting import VowelReward, make_data, make_files
 from tests.sampling.test_decode import batch_of
-from tests.sampling.test_distilling import teacher_by_hand
+from tests.sampling.test_distilling import teacher_by_hand, worth
 from tests.test_value_models import save_value_model
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.decoding import Decoded, ValueGuided
@@ -247,6 +247,125 @@ def test_it_is_no_sample_of_a_policy(actors: Actors) -> None:
     assert ValueGuided.needs_value_model
 
 
+# -- drawn candidates --
+
+
+class Choice(NamedTuple):
+    """What is chosen among candidates, by hand."""
+
+    tokens: Tensor
+    """``[k]``."""
+    share: Tensor
+    """``[k]``: with which probability."""
+    tilt: float
+    """The KL of the choice to the candidates' own masses."""
+
+
+def choice_by_hand(ref: Tensor, after: Tensor, likely: Tensor, drawn: list[int]) -> Choice:
+    """Return the choice among the likely tokens and some of the rest, of worth ``after [V]``."""
+    rest = 1 - float(ref[likely].sum())
+    tokens = torch.cat([likely, torch.tensor(drawn)])
+    mass = torch.cat([ref[likely], torch.full((len(drawn),), rest / len(drawn), dtype=torch.float64)])
+    share = mass * after[tokens]
+    share = share / share.sum()
+    return Choice(tokens, share, float((share * (share / mass).log()).sum()))
+
+
+def values_by_hand(actors: Actors, prompt: list[int], response: list[int], weights: Tensor) -> Tensor:
+    """Return W ``[V]`` after each token."""
+    prefix = torch.tensor(prompt + response)
+    every = torch.cat([prefix.expand(11, -1), torch.arange(11)[:, None]], dim=1)
+    assert actors.value is not None
+    return worth(actors.value, every, len(response) + 1, weights)
+
+
+@pytest.mark.parametrize(
+    ("top", "draws", "n", "amortised"), [(2, 3, 4.0, False), (0, 4, 2.5, True), (11, 2, 4.0, False)]
+)
+def test_drawn_candidates_equal_slow_decoding(top: int, draws: int, n: float, amortised: bool, actors: Actors) -> None:
+    decoder = ValueGuided(n=n, top=top, draws=draws, amortised=amortised)
+    found = decoder(actors, prompts_of(), num_samples=SAMPLES, **OPTIONS)
+    noise = prompt_noise([0, 1, 2], num_samples=SAMPLES, length=LENGTH * (1 + draws), **OPTIONS)
+    noise = noise.view(3, SAMPLES, LENGTH, 1 + draws)
+    for place, group in enumerate(rows_of(found)):
+        weights = log_weights(actors, place, n, amortised)
+        for sample, (tokens, kl, finished) in enumerate(group):
+            for length, token in enumerate(tokens):
+                ref = plain(actors, PROMPTS[place] + tokens[:length])
+                after = values_by_hand(actors, PROMPTS[place], tokens[:length], weights)
+                likely = ref.argsort(descending=True)[:top]
+                rest = ref.index_fill(0, likely, 0.0)
+                first, *others = noise[place, sample, length].tolist()
+                strata = [(number + u) / draws * float(rest.sum()) for number, u in enumerate(others)]
+                drawn = [int((rest.cumsum(0) <= at).sum()) for at in strata] if top < 11 else []
+                hand = choice_by_hand(ref, after, likely, drawn) if drawn else exact_by_hand(ref, after, likely)
+                assert token == hand.tokens[int((hand.share.cumsum(0) <= first).sum())]
+                assert kl[length] == pytest.approx(hand.tilt, abs=1e-4)
+            assert finished == (tokens[-1] == EOS)
+            assert finished or len(tokens) == LENGTH
+
+
+def exact_by_hand(ref: Tensor, after: Tensor, tokens: Tensor) -> Choice:
+    share = (ref * after / (ref * after).sum())[tokens]
+    return Choice(tokens, share, float((share * (share / ref[tokens]).log()).sum()))
+
+
+def test_drawn_candidates_are_on_average_those_of_all_draws(actors: Actors) -> None:
+    """Of two draws each has one half of the rest: the probability of every pair of tokens is exact."""
+    samples, prompt, top = 6000, PROMPTS[0], 2
+    actors.max_new_tokens = 1
+    try:
+        found = ValueGuided(n=4, top=top, draws=2)(actors, prompts_of([prompt]), num_samples=samples, **OPTIONS)
+    finally:
+        actors.max_new_tokens = LENGTH
+    ref = plain(actors, prompt)
+    after = values_by_hand(actors, prompt, [], log_weights(actors, 0, 4, False))
+    likely = ref.argsort(descending=True)[:top]
+    rest = ref.index_fill(0, likely, 0.0)
+    rest = rest / rest.sum()
+    upto = rest.cumsum(0)
+    # How much of each token's piece of [0, 1) lies in the first half, and how much in the second.
+    first = 2 * (upto.clamp(max=0.5) - (upto - rest).clamp(max=0.5))
+    second = 2 * rest - first
+    expected, tilt = torch.zeros(11, dtype=torch.float64), 0.0
+    for one in range(11):
+        for other in range(11):
+            chance = float(first[one] * second[other])
+            if chance > 0:
+                hand = choice_by_hand(ref, after, likely, [one, other])
+                expected.index_add_(0, hand.tokens, chance * hand.share)
+                tilt += chance * hand.tilt
+    assert float(expected.sum()) == pytest.approx(1)
+    counts = torch.bincount(found.tokens.flatten(), minlength=11).double()
+    assert float((counts / samples - expected).abs().sum()) / 2 < 0.025
+    likely_enough = samples * expected > 5
+    statistic = ((counts - samples * expected).square() / (samples * expected))[likely_enough].sum()
+    assert float(statistic) < chi2.ppf(0.999, int(likely_enough.sum()))
+    # Near Best-of-N's own distribution, far from the reference's.
+    exact = ref * after / (ref * after).sum()
+    assert float((expected - exact).abs().sum()) < 0.5 * float((ref - exact).abs().sum())
+    # What it says of its KL is that of candidate and choice together: no less than the choice's own.
+    assert found.token_kl is not None
+    assert float(found.token_kl.double().mean()) == pytest.approx(tilt, rel=0.02)
+    assert tilt >= float((expected * (expected / ref).log()).sum())
+
+
+def test_draws_change_what_is_chosen(actors: Actors) -> None:
+    def decode(**options: int) -> tuple[Any, Tensor]:
+        found = ValueGuided(n=4, **options)(actors, prompts_of(), num_samples=SAMPLES, **OPTIONS)
+        assert found.token_kl is not None
+        return actors.token_ids(found), found.token_kl[..., 0]
+
+    few, more, none = (decode(top=2, draws=draws) for draws in (2, 5, 0))
+    for one, other in ((few, more), (few, none), (more, none)):
+        assert one[0] != other[0]
+        assert not torch.allclose(one[1], other[1], atol=1e-4)
+    # Where all tokens are candidates there is nothing to draw.
+    all_of_them, drawn = decode(top=11, draws=0), decode(top=11, draws=5)
+    torch.testing.assert_close(all_of_them[1], drawn[1], atol=1e-5, rtol=1e-5)
+    assert ValueGuided().draws == 16
+
+
 # -- what is refused --
 
 
@@ -271,56 +390,3 @@ def test_the_context_must_hold_the_response(files: Path) -> None:
     long = batch_of([[3] * 60])
     with pytest.raises(ValueError, match="exceed the model's context of 64 tokens"):
         ValueGuided()(load(files), long, num_samples=1, **OPTIONS)
-
-
-def test_drawn_candidates_are_on_average_what_the_teacher_by_hand_draws(files: Path) -> None:
-    """With drawn candidates the first token is the mean, over their draws, of the teachers that they make."""
-    actors = load(files)
-    scorer = actors.value
-    assert scorer is not None
-    prompt, top, draws, samples = PROMPTS[0], 2, 2, 4000
-    # At one token a response the first token is all there is.
-    actors.max_new_tokens = 1
-    decoder = ValueGuided(n=4, top=top, draws=draws)
-    found = decoder(actors, prompts_of([prompt]), num_samples=samples, **OPTIONS)
-    weights = bon_bin_log_weights(edge_log_cdf(REWARDS[:1], scorer.bins.edges), n=4)[0]
-    grid, request = 12, CandidateRequest(top=top, draws=draws)
-    expected: Any = 0.0
-    for first in range(grid):
-        for second in range(grid):
-            uniforms = (torch.tensor([first, second], dtype=torch.float64) + 0.5) / grid
-            hand = teacher_by_hand(
-                actors.reference, scorer, prompt, [], weights, request, uniforms=uniforms, temperature=TEMPERATURE
-            )
-            ref = reference_probs(actors, prompt)
-            expected = expected + chosen_by_hand(ref, hand.teacher, top) / grid**2
-    share = torch.bincount(found.tokens.flatten(), minlength=len(expected)).double() / samples
-    assert (share - expected).abs().sum() / 2 < 0.03
-    exact = teacher_by_hand(
-        actors.reference, scorer, prompt, [], weights, CandidateRequest(top=100, draws=0), temperature=TEMPERATURE
-    ).teacher
-    assert (share - exact).abs().sum() / 2 < 0.1, "and near Best-of-N's own"
-
-
-def reference_probs(actors: Actors, prompt: list[int]) -> Tensor:
-    assert actors.reference is not None
-    with torch.no_grad():
-        logits = actors.reference(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].double()
-    return (logits / TEMPERATURE).softmax(-1)
-
-
-def chosen_by_hand(ref: Tensor, teacher: Tensor, top: int) -> Tensor:
-    """Turn a teacher over drawn candidates into what is chosen among them: the untouched rest is taken off."""
-    likely = ref.argsort(descending=True)[:top]
-    rest = ref.clone().index_fill_(0, likely, 0.0)
-    moved = teacher - ref
-    # A drawn token carries the rest's mass; elsewhere the teacher is the reference itself, which nothing chooses.
-    drawn = (moved.abs() > 1e-12) & (rest > 0)
-    share = torch.zeros_like(ref)
-    share[likely] = teacher[likely]
-    count = int(drawn.sum())
-    if count:
-        mass = rest.sum() / 2  # two strata
-        hits = torch.full((count,), 2 / count, dtype=torch.float64)
-        share[drawn] = moved[drawn] + mass * hits
-    return share

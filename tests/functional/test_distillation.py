@@ -348,13 +348,17 @@ def test_the_reverse_gradient_is_unbiased_over_draws(top: int, draws: int) -> No
     log_reference, values, state = random_rows(17, 2, V).log_softmax(-1), random_rows(18, 2, V), random_rows(19, 2)
     exact = reverse_divergence(logits, log_reference, all_tokens(policy.log().clamp(min=-745.0)), values, state)
     (want,) = torch.autograd.grad(exact.sum(), logits)
-    mean = torch.zeros_like(want)
+    mean, mean_value, apart = torch.zeros_like(want), torch.zeros_like(exact), 0.0
     for cell in range(GRID):
         uniforms = torch.full((2, draws), (cell + 0.5) / GRID, dtype=torch.float64)
         drawn = draw_candidates(policy.log(), top=top, draws=draws, uniforms=uniforms)
         found = reverse_divergence(logits, log_reference, drawn, values.gather(-1, drawn.tokens), state)
-        mean += torch.autograd.grad(found.sum(), logits)[0] / GRID
+        (gradient,) = torch.autograd.grad(found.sum(), logits)
+        mean, mean_value = mean + gradient / GRID, mean_value + found.detach() / GRID
+        apart = max(apart, float((gradient - want).abs().max()))
+    assert apart > 0.01, "which no single draw has"
     torch.testing.assert_close(mean, want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(mean_value, exact.detach(), rtol=0, atol=1e-9)
 
 
 def test_a_rest_that_is_left_over_is_worth_the_state() -> None:
@@ -376,6 +380,22 @@ def test_the_tilt_is_the_teachers_kl_to_the_reference() -> None:
         seen = dense > 0
         want = torch.where(seen, dense * (dense / REFERENCE).log(), 0.0).sum(-1)
         torch.testing.assert_close(teacher.tilt, want, rtol=0, atol=1e-12)
+
+
+def test_the_tilt_of_drawn_candidates_is_the_kl_of_the_choice_among_them() -> None:
+    for candidates in on_the_grid(2, 5):
+        values = LOG_VALUES.gather(-1, candidates.tokens)
+        mass = candidates.log_mass.exp()
+        share = mass * values.exp()
+        share = share / share.sum(-1, keepdim=True)
+        want = (share * (share / mass).log()).sum(-1)
+        torch.testing.assert_close(candidate_teacher(candidates, values, STATE).tilt, want, rtol=0, atol=1e-12)
+        # Choosing a candidate says more than choosing a token, which may stand there twice.
+        chosen = spread(candidates, share)
+        stands = spread(candidates, mass)
+        seen = stands > 0
+        of_tokens = torch.where(seen, chosen * (chosen / stands).log(), 0.0).sum(-1)
+        assert (of_tokens <= want + 1e-12).all()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -406,6 +426,11 @@ ALL_OF_IT = Candidates(TWO.long(), TWO, None)
             ValueError,
             r"log_values must have the shape of candidates.log_mass, \[1, 2\], got \[1, 1\]",
         ),
+        (
+            lambda: candidate_teacher(ALL_OF_IT._replace(log_rest=TWO[:, 0]), TWO, TWO),
+            ValueError,
+            r"state_log_values must have the shape of candidates.log_rest, \[1\], got \[1, 2\]",
+        ),
         (lambda: candidate_teacher(ALL_OF_IT, TWO.long(), TWO[:, 0]), TypeError, "log_values must have a floating"),
         (
             lambda: candidate_teacher(ALL_OF_IT._replace(log_rest=TWO[:, 0]), TWO, TWO[:, 0].long()),
@@ -422,6 +447,11 @@ ALL_OF_IT = Candidates(TWO.long(), TWO, None)
             lambda: reverse_divergence(ROW, TWO, ALL_OF_IT, TWO, TWO[:, 0]),
             ValueError,
             r"log_reference must have the shape of logits, \[1, 4\], got \[1, 2\]",
+        ),
+        (
+            lambda: reverse_divergence(ROW, ROW, ALL_OF_IT, ROW, TWO[:, 0]),
+            ValueError,
+            r"log_values must have the shape of candidates.tokens, \[1, 2\], got \[1, 4\]",
         ),
         (
             lambda: reverse_divergence(ROW.long(), ROW, ALL_OF_IT, TWO, TWO[:, 0]),

@@ -23,14 +23,14 @@ from tests.modules.setting import (
     make_trainer,
     weights,
 )
-from tests.modules.test_offline import assert_gradients_equal, prepared
+from tests.modules.test_offline import prepared
 from tests.sampling.test_distilling import reverse_by_hand, teacher_by_hand, worth
 from tests.test_value_models import save_value_model
 from vbon_lightning import BoNDistillation, TextSource
 from vbon_lightning.actors import Actors
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable
 from vbon_lightning.checks import ConfigMismatchError
-from vbon_lightning.models import ModelError, ModelSpec, dialled, load_causal_lm
+from vbon_lightning.models import ModelError, ModelSpec, dialled, dialled_n, load_causal_lm, set_dial
 from vbon_lightning.modules import bon_distillation
 from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest
@@ -77,14 +77,14 @@ def learn(files: Path, step: int = 3, data: Any = None, **model: Any) -> tuple[A
 # -- the loss --
 
 
-def log_weights_by_hand(module: Any, batch: TableBatch) -> Tensor:
+def log_weights_by_hand(module: Any, batch: TableBatch, n: float) -> Tensor:
     """Return what Best-of-N makes of each bin of each prompt, from the table's rewards."""
     rewards, edges = batch.prompts.reference_rewards, module.loaded.value.bins.edges
     assert rewards is not None
     below = (rewards[:, None].double() <= edges[None, :, None]).sum(-1)
     inner = (below + 0.5) / (rewards.shape[1] + 1)
     cdf = torch.cat([torch.zeros(len(rewards), 1), inner, torch.ones(len(rewards), 1)], dim=1).double()
-    above, width, n = cdf[:, 1:], cdf.diff(dim=-1), module.n
+    above, width = cdf[:, 1:], cdf.diff(dim=-1)
     return torch.where(width > 0, (cdf**n).diff(dim=-1) / width, n * above ** (n - 1)).log()
 
 
@@ -109,23 +109,56 @@ def responses_by_hand(module: Any, batch: TableBatch, step: int) -> Responses:
 
 
 @pytest.mark.parametrize(
-    ("states", "divergence", "n", "draws"),
+    ("states", "divergence", "n", "draws", "options"),
     [
-        ("reference", "forward", 4, 0),
-        ("best_of_n", "forward", 3.5, 0),
-        ("policy", "forward", 4, 0),
-        ("best_of_n", "reverse", 4, 0),
-        ("policy", "reverse", 3.5, 0),
-        ("best_of_n", "forward", 4, 3),
-        ("policy", "forward", 4, 3),
-        ("policy", "reverse", 4, 3),
+        ("reference", "forward", 4, 0, {}),
+        ("best_of_n", "forward", 3.5, 0, {}),
+        ("policy", "forward", 4, 0, {}),
+        ("best_of_n", "reverse", 4, 0, {}),
+        ("policy", "reverse", 3.5, 0, {}),
+        ("best_of_n", "forward", 4, 3, {}),
+        ("policy", "forward", 4, 3, {}),
+        ("best_of_n", "reverse", 4, 3, {}),
+        ("policy", "reverse", 4, 3, {}),
+        ("policy", "reverse", 4, 3, {"log_ratio_floor": -0.5}),
+        ("best_of_n", "forward", 4, 3, {"n_range": [5.0, 9.0]}),
+        ("policy", "reverse", 4, 3, {"n_range": [5.0, 9.0], "dial_degree": 1}),
     ],
 )
-def test_the_loss_by_hand(states: str, divergence: str, n: float, draws: int, files: Path) -> None:
+def test_the_loss_by_hand(
+    states: str, divergence: str, n: float, draws: int, options: dict[str, Any], files: Path
+) -> None:
     request = CandidateRequest(top=2 if draws else 11, draws=draws)
-    module, batch, loss, logs = learn(files, **request._asdict(), states=states, divergence=divergence, n=n)
+    module, batch, loss, logs = learn(files, **request._asdict(), states=states, divergence=divergence, n=n, **options)
+    if "n_range" not in options:
+        check_by_hand(module, batch, loss, logs, n, request)
+        return
+    assert dialled_n(module.policy) == n, "which a step does not change"
+    n = module.drawn_n(3)
+    assert 5 <= n <= 9
+    with dialled(module.policy, n):
+        check_by_hand(module, batch, loss, logs, n, request)
+
+
+def assert_same_gradients(module: Any, loss: Tensor, hand: Tensor) -> None:
+    """Compare two losses and their gradients, of a policy for every N those of its deltas."""
+    assert loss.item() == pytest.approx(hand.item(), rel=1e-5)
+    trained = [parameter for parameter in module.policy.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(hand, trained)
+    assert max(float(part.abs().max()) for part in expected) > 1e-3
+    for ours, theirs in zip(torch.autograd.grad(loss, trained), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def check_by_hand(
+    module: Any, batch: TableBatch, loss: Tensor, logs: dict[str, Tensor], n: float, request: CandidateRequest
+) -> None:
+    states, divergence, draws = module.states, module.divergence, request.draws
     reference, scorer = module.loaded.reference, module.loaded.value
-    weights, responses = log_weights_by_hand(module, batch), responses_by_hand(module, batch, 3)
+    weights, responses = log_weights_by_hand(module, batch, n), responses_by_hand(module, batch, 3)
+    if module.log_ratio_floor is not None:
+        assert weights.min() < module.log_ratio_floor < weights.max()
+        weights = weights.clamp(min=module.log_ratio_floor)
     assert not responses.mask.all()
     noise = prompt_noise(
         batch.prompts.index.tolist(),
@@ -156,7 +189,7 @@ def test_the_loss_by_hand(states: str, divergence: str, n: float, draws: int, fi
                 given: dict[str, Any] = {"uniforms": noise[place, sample, length][:draws], "temperature": TEMPERATURE}
                 if divergence == "reverse":
                     terms.append(reverse_by_hand(ours, *state, **given, end=end))
-                    kls.append(float(terms[-1]))
+                    kls.append(float(terms[-1].detach()))
                 else:
                     found = teacher_by_hand(*state, **given, end=end)
                     reached = reference(input_ids=torch.tensor([prompt + before]), use_cache=False).logits[0, -1]
@@ -164,7 +197,7 @@ def test_the_loss_by_hand(states: str, divergence: str, n: float, draws: int, fi
                     terms.append(-(found.teacher * ours).sum())
                     kls.append(float(found.tilt + (found.teacher * (reached - ours.detach())).sum()))
     hand = torch.stack([share * term for share, term in zip(shares, terms, strict=True)]).sum() / 12
-    assert_gradients_equal(module, loss, hand.float())
+    assert_same_gradients(module, loss, hand.float())
     # Summed over a response of mean length whose states are visited as they are weighed.
     expected = sum(share * kl for share, kl in zip(shares, kls, strict=True)) / sum(shares) * len(kls) / 12
     assert logs["teacher_kl"].item() == pytest.approx(expected, rel=1e-3)
@@ -327,6 +360,32 @@ def test_the_n_of_a_step_is_spread_evenly_in_its_logarithm(files: Path) -> None:
     assert make_module("distillation", table_data(files), n=5).drawn_n(7) == 5
 
 
+def test_the_n_of_a_step_is_the_same_on_every_rank(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = make_module("distillation", table_data(files), n_range=[2, 32])
+    first = [found.drawn_n(step) for step in range(5)]
+    monkeypatch.setattr(BoNDistillation, "global_rank", 3)
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "3")
+    torch.manual_seed(7)
+    other = make_module("distillation", table_data(files), n_range=[2, 32])
+    assert [other.drawn_n(step) for step in range(5)] == first
+    assert len(set(first)) == 5
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_training_leaves_the_reference_where_it_is(divergence: str, files: Path, tmp_path: Path) -> None:
+    module = fit(files, tmp_path, steps=4, n_range=[2, 8], n=3.5, divergence=divergence)
+    reference, tokens = load_causal_lm(str(files / "llama"), trainable=False), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    assert dialled_n(module.policy) == 3.5, "the N that is evaluated and exported"
+    own = reference(input_ids=tokens).logits
+    assert not torch.allclose(module.policy(input_ids=tokens).logits, own, atol=1e-2)
+    set_dial(module.policy, 1)
+    assert torch.equal(module.policy(input_ids=tokens).logits, own)
+    trained = {name for name, parameter in module.policy.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(name.endswith(".deltas") for name in trained)
+
+
 @pytest.mark.parametrize("degree", [1, 3])
 def test_the_further_it_is_dialled_the_further_it_goes(degree: int, trained: tuple[Path, Path], tmp_path: Path) -> None:
     files, value_model = trained
@@ -356,6 +415,7 @@ def test_the_further_it_is_dialled_the_further_it_goes(degree: int, trained: tup
             live = module.policy(input_ids=tokens).logits[:, -1].log_softmax(-1)
         torch.testing.assert_close(live, log_policy, atol=1e-4, rtol=1e-4)
     assert kls[0] < 1e-6, "at N = 1 it is the reference"
+    assert dialled_n(module.policy) == module.n
     assert kls[:4] == sorted(kls[:4])
     assert kls[4] > max(2 * kls[1], 0.05)
 
@@ -382,10 +442,15 @@ def test_adapters_have_no_dial(files: Path, tmp_path: Path) -> None:
         ({"top": -1, "draws": 8}, "must together name at least 2 candidates, got -1, 8"),
         ({"states": "bon"}, "model.states must be one of reference, best_of_n, policy; got 'bon'"),
         ({"divergence": "jeffreys"}, "model.divergence must be one of forward, reverse; got 'jeffreys'"),
-        ({"log_ratio_floor": 0.0}, "model.log_ratio_floor must be negative"),
+        ({"log_ratio_floor": 0.0}, r"model.log_ratio_floor must be negative \(nats\), got 0.0"),
+        ({"log_ratio_floor": 2.0}, "model.log_ratio_floor must be negative"),
+        ({"log_ratio_floor": math.nan}, "model.log_ratio_floor must be negative"),
         ({"n_range": [4]}, r"model.n_range must be two numbers, 1 < least < most, got \[4\]"),
         ({"n_range": [4, 2]}, "model.n_range must be two numbers"),
         ({"n_range": [1, 4]}, "model.n_range must be two numbers"),
+        ({"n_range": [4, 4]}, "model.n_range must be two numbers"),
+        ({"n_range": [2, 4, 8]}, "model.n_range must be two numbers"),
+        ({"n_range": []}, "model.n_range must be two numbers"),
         ({"n_range": [2, math.inf]}, "model.n_range must be two numbers"),
         ({"dial_degree": 0}, "model.dial_degree must be an integer >= 1, got 0"),
         ({"eval_samples": 0}, "model.eval_samples must be an integer >= 1, got 0"),
@@ -447,6 +512,7 @@ def fit(files: Path, directory: Path, *callbacks: Any, steps: int = 5, data: Any
         ({"states": "best_of_n"}, 3),
         ({"states": "policy"}, 2),
         ({"states": "policy", "divergence": "reverse", "n_range": [2, 8]}, 2),
+        ({"states": "best_of_n", "n_range": [2, 8], "dial_degree": 1}, 3),
     ],
     ids=str,
 )
@@ -468,6 +534,9 @@ def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp
         ({"states": "policy"}, "states"),
         ({"responses_per_prompt": 4}, "responses_per_prompt"),
         ({"draws": 0, "divergence": "reverse"}, "divergence"),
+        ({"log_ratio_floor": -3.0}, "log_ratio_floor"),
+        ({"n_range": [2, 8]}, "n_range"),
+        ({"dial_degree": 1}, "dial_degree"),
         ({"data": {"value_model": "other"}}, "value_model.weights"),
     ],
     ids=str,

@@ -237,14 +237,16 @@ def test_nothing_outside_the_mask(scorer: PrefixScorer) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("max_logits", [1, 7 * VOCABULARY], ids=["one", "seven"])
 @pytest.mark.parametrize("name", ["rest", "drawn"])
-def test_chunks_change_nothing(kind: str, max_logits: int, name: str, scorer: PrefixScorer) -> None:
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_chunks_change_nothing(kind: str, max_logits: int, name: str, reverse: bool, scorer: PrefixScorer) -> None:
     policy, reference = (KINDS[kind](VOCABULARY, seed=seed) for seed in (4, 5))
     sizes: list[int] = []
-    whole = run(policy, reference, scorer, REQUESTS[name], temperature=0.7)
+    options: dict[str, Any] = {"temperature": 0.7, "reverse": reverse}
+    whole = run(policy, reference, scorer, REQUESTS[name], **options)
     if kind == "llama":
         for model in (policy, reference):
             model.get_output_embeddings().register_forward_hook(lambda _, arguments, out: sizes.append(out.numel()))
-    parts = run(policy, reference, scorer, REQUESTS[name], temperature=0.7, max_logits=max_logits)
+    parts = run(policy, reference, scorer, REQUESTS[name], **options, max_logits=max_logits)
     for ours, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     gradients = [
