@@ -17,6 +17,7 @@ from vbon_lightning.adapters import adapters_off
 from vbon_lightning.models import (
     ModelError,
     ModelSpec,
+    TiltedLM,
     as_spec,
     check_same_vocabulary,
     end_token_ids,
@@ -108,9 +109,9 @@ class ActorSpec:
 
     @property
     def shares_base(self) -> bool:
-        """Return whether the policy is low-rank adapters on the reference: one copy of the weights serves both."""
+        """Return whether the policy is adapters on the reference, or tilts it: one copy of the weights serves both."""
         policy = self.policy_spec
-        return policy.lora is not None and self.reference_spec == policy.base()
+        return not policy.trained_whole and self.reference_spec == policy.base()
 
     def identity(self) -> dict[str, Any]:
         """Describe the models by content, in plain values: what a checkpoint must agree with to be resumed."""
@@ -162,7 +163,7 @@ class Actors:
     temperature: float
     missing_eos_penalty: float = 0.0
     shares_base: bool = False
-    """Whether the reference is the policy with its adapters off; ``reference`` then is None."""
+    """Whether the reference is the policy with its adapters or its tilt off; ``reference`` then is None."""
     value: PrefixScorer | None = None
     """What prefixes of responses are worth, where a value model is named."""
     sampler: Sampler = field(default_factory=lambda: sample_completions, repr=False)
@@ -206,6 +207,8 @@ class Actors:
             check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
         scorer = None if spec.value_model is None or not value else _load_scorer(spec, tokenizer, seed=seed)
         policy = load_causal_lm(policy_spec, seed=seed, trainable=trainable, dropout=keep_dropout)
+        if isinstance(policy, TiltedLM) and spec.sampler != "eager":
+            raise ModelError(f"a tilted policy is two models: sample with data.sampler eager, not {spec.sampler}")
         frozen = None
         if reference and not spec.shares_base:
             frozen = load_causal_lm(reference_spec, seed=seed, trainable=False)
@@ -226,8 +229,10 @@ class Actors:
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:
-        """Give the reference for a while: its own model, or the policy with its adapters off."""
-        if self.shares_base:
+        """Give the reference for a while: its own model, or the policy with its adapters or its tilt off."""
+        if self.shares_base and isinstance(self.policy, TiltedLM):
+            yield self.policy.base
+        elif self.shares_base:
             with adapters_off(self.policy) as base:
                 yield base
         elif self.reference is not None:
@@ -414,7 +419,7 @@ class Actors:
 def _load_scorer(spec: ActorSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PrefixScorer:
     """Load the value model, refusing one of another vocabulary, or of rewards that are not this run's."""
     named = as_spec(spec.value_model or "")
-    check_same_vocabulary(tokenizer, load_tokenizer(named))
+    check_same_vocabulary(tokenizer, load_tokenizer(named), what="policy and value model")
     scorer = PrefixScorer.load(named)
     if spec.reward is not None:
         made_of = {"missing_eos_penalty": 0.0} | scorer.fingerprint  # older ones were trained without, and do not say

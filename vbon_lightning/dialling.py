@@ -1,4 +1,4 @@
-"""The ``vbon dial`` command: a dialled policy as a plain model for one N."""
+"""The ``vbon dial`` command: a tilted policy, turned to an N."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vbon_lightning.models import ModelSpec, load_causal_lm, load_tokenizer, sav
 
 
 def dial(policy: str, n: float, output: str) -> None:
-    """Write a dialled policy as a plain Hugging Face model for one N, which transformers alone can load.
+    """Write a tilted policy turned to an N; transformers alone can load it (trust_remote_code).
 
     Args:
-        policy: The export of a policy that was trained for every N (``BoNDistillation`` with ``n_range``).
+        policy: The export of a tilted policy, best one that was trained for every N (``n_range``).
         n: The N, any real number >= 1.
         output: Directory to write to; replaced if it exists.
     """

@@ -30,7 +30,7 @@ from vbon_lightning import BoNDistillation, TextSource
 from vbon_lightning.actors import Actors
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable
 from vbon_lightning.checks import ConfigMismatchError
-from vbon_lightning.models import ModelError, ModelSpec, dialled, dialled_n, load_causal_lm, set_dial
+from vbon_lightning.models import ModelError, ModelSpec, load_causal_lm
 from vbon_lightning.modules import bon_distillation
 from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest
@@ -97,13 +97,29 @@ def exact_weight(batch: TableBatch, place: int, sample: Tensor, n: float) -> flo
     return (high**n - low**n) / (high - low)
 
 
+def picked_by_hand(module: Any, batch: TableBatch, step: int) -> Tensor:
+    """Return which of the table's responses a step learns from, ``[4, 3]``."""
+    identities, rewards = batch.prompts.index.tolist(), batch.prompts.reference_rewards
+    if module.states != "best_of_n":
+        return pick_some(identities, among=16, count=3, seed=0, stream="pick", step=step)
+    assert rewards is not None
+    n, noise = module.drawn_n(step), prompt_noise(identities, num_samples=1, length=1, seed=0, stream="pick", step=step)
+    found = []
+    for place, row in enumerate(rewards):
+        order = row.argsort(stable=True)
+        upto = torch.tensor([exact_weight(batch, place, sample, n) for sample in order]).double().cumsum(0)
+        marks = [(number + float(noise[place])) / 3 * float(upto[-1]) for number in range(3)]
+        found.append([int(order[int((upto <= mark).sum())]) for mark in marks])
+    return torch.tensor(found)
+
+
 def responses_by_hand(module: Any, batch: TableBatch, step: int) -> Responses:
     """Return the responses that a step learns from."""
     if module.states == "policy":
         options: dict[str, Any] = {"num_samples": 3, "seed": 0, "stream": "train", "step": step}
         found = module.loaded.sample(module.policy, batch.prompts, **options)
         return Responses(found.tokens, found.mask)
-    index = pick_some(batch.prompts.index.tolist(), among=16, count=3, seed=0, stream="pick", step=step)
+    index = picked_by_hand(module, batch, step)
     rows = torch.arange(len(index))[:, None]
     return Responses(batch.responses.tokens[rows, index], batch.responses.mask[rows, index])
 
@@ -121,8 +137,6 @@ def responses_by_hand(module: Any, batch: TableBatch, step: int) -> Responses:
         ("best_of_n", "reverse", 4, 3, {}),
         ("policy", "reverse", 4, 3, {}),
         ("policy", "reverse", 4, 3, {"log_ratio_floor": -0.5}),
-        ("best_of_n", "forward", 4, 3, {"n_range": [5.0, 9.0]}),
-        ("policy", "reverse", 4, 3, {"n_range": [5.0, 9.0], "dial_degree": 1}),
     ],
 )
 def test_the_loss_by_hand(
@@ -130,18 +144,30 @@ def test_the_loss_by_hand(
 ) -> None:
     request = CandidateRequest(top=2 if draws else 11, draws=draws)
     module, batch, loss, logs = learn(files, **request._asdict(), states=states, divergence=divergence, n=n, **options)
-    if "n_range" not in options:
-        check_by_hand(module, batch, loss, logs, n, request)
-        return
-    assert dialled_n(module.policy) == n, "which a step does not change"
+    check_by_hand(module, batch, loss, logs, n, request)
+
+
+@pytest.mark.parametrize(("states", "divergence"), [("best_of_n", "forward"), ("policy", "reverse")])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_the_loss_of_a_step_is_that_of_its_n(states: str, divergence: str, degree: int, files: Path) -> None:
+    request = CandidateRequest(top=2, draws=3)
+    options = {"n_range": [5.0, 9.0], "dial_degree": degree, "states": states, "divergence": divergence}
+    module, batch, loss, logs = learn(files, data=tilted(files), **request._asdict(), **options, n=4)
     n = module.drawn_n(3)
     assert 5 <= n <= 9
-    with dialled(module.policy, n):
-        check_by_hand(module, batch, loss, logs, n, request)
+    assert module.policy.n == n, "until the backward pass is over"
+    assert len(module.policy.heads) == degree
+    check_by_hand(module, batch, loss, logs, n, request)
+    module.on_after_backward()
+    assert module.policy.n == 4, "the N that is evaluated and exported"
+
+
+def tilted(files: Path) -> dict[str, Any]:
+    return {"policy": ModelSpec(str(files / "llama"), tilt=str(files / "value"))}
 
 
 def assert_same_gradients(module: Any, loss: Tensor, hand: Tensor) -> None:
-    """Compare two losses and their gradients, of a policy for every N those of its deltas."""
+    """Compare two losses and their gradients."""
     assert loss.item() == pytest.approx(hand.item(), rel=1e-5)
     trained = [parameter for parameter in module.policy.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(hand, trained)
@@ -154,12 +180,13 @@ def check_by_hand(
     module: Any, batch: TableBatch, loss: Tensor, logs: dict[str, Tensor], n: float, request: CandidateRequest
 ) -> None:
     states, divergence, draws = module.states, module.divergence, request.draws
-    reference, scorer = module.loaded.reference, module.loaded.value
+    scorer = module.loaded.value
+    reference = module.loaded.reference or module.policy.base
     weights, responses = log_weights_by_hand(module, batch, n), responses_by_hand(module, batch, 3)
     if module.log_ratio_floor is not None:
         assert weights.min() < module.log_ratio_floor < weights.max()
         weights = weights.clamp(min=module.log_ratio_floor)
-    assert not responses.mask.all()
+    assert not responses.mask.all() or module.n_range is not None  # whose picks for a large N are all cut ones
     noise = prompt_noise(
         batch.prompts.index.tolist(),
         num_samples=3,
@@ -168,8 +195,8 @@ def check_by_hand(
         stream="candidates",
         step=3,
     ).view(*responses.mask.shape, -1)
-    terms, shares, kls = [], [], []
-    picked = pick_some(batch.prompts.index.tolist(), among=16, count=3, seed=0, stream="pick", step=3)
+    terms, kls = [], []
+    picked = picked_by_hand(module, batch, 3)
     for place in range(4):
         prompt = batch.prompts.tokens[place][batch.prompts.mask[place]].tolist()
         at_start = worth(scorer, torch.tensor([prompt]), 0, weights[place])
@@ -179,8 +206,6 @@ def check_by_hand(
                 before = response[:length]
                 logits = module.policy(input_ids=torch.tensor([prompt + before]), use_cache=False).logits[0, -1]
                 ours = (logits.double() / TEMPERATURE).log_softmax(-1)
-                visits = worth(scorer, torch.tensor([prompt + before]), length, weights[place]) / at_start
-                shares.append(float(visits) if states == "best_of_n" else 1.0)
                 state = (reference, scorer, prompt, before, weights[place], request)
                 end = None
                 if states != "policy" and length + 1 == len(response):
@@ -196,11 +221,8 @@ def check_by_hand(
                     reached = (reached.double() / TEMPERATURE).log_softmax(-1).detach()
                     terms.append(-(found.teacher * ours).sum())
                     kls.append(float(found.tilt + (found.teacher * (reached - ours.detach())).sum()))
-    hand = torch.stack([share * term for share, term in zip(shares, terms, strict=True)]).sum() / 12
-    assert_same_gradients(module, loss, hand.float())
-    # Summed over a response of mean length whose states are visited as they are weighed.
-    expected = sum(share * kl for share, kl in zip(shares, kls, strict=True)) / sum(shares) * len(kls) / 12
-    assert logs["teacher_kl"].item() == pytest.approx(expected, rel=1e-3)
+    assert_same_gradients(module, loss, (torch.stack(terms).sum() / 12).float())
+    assert logs["teacher_kl"].item() == pytest.approx(sum(kls) / 12, rel=1e-3)
     assert set(logs) == {"teacher_kl"}
 
 
@@ -230,7 +252,6 @@ def test_draws_are_on_average_the_whole_vocabulary(files: Path) -> None:
         {**ALL, "divergence": "reverse"},
         {"divergence": "reverse", "draws": 3},
         {"log_ratio_floor": -0.5},
-        {"n_range": [6.0, 9.0]},
         {"step": 4},
         {"data": {"value_model": "other"}},
         {"data": {"table_samples": 8}},
@@ -374,23 +395,21 @@ def test_the_n_of_a_step_is_the_same_on_every_rank(files: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 def test_training_leaves_the_reference_where_it_is(divergence: str, files: Path, tmp_path: Path) -> None:
-    module = fit(files, tmp_path, steps=4, n_range=[2, 8], n=3.5, divergence=divergence)
+    module = fit(files, tmp_path, steps=4, data=tilted(files), n_range=[2, 8], n=3.5, divergence=divergence)
     reference, tokens = load_causal_lm(str(files / "llama"), trainable=False), torch.tensor([[3, 4, 5], [6, 7, 8]])
-    assert dialled_n(module.policy) == 3.5, "the N that is evaluated and exported"
+    assert module.policy.n == 3.5, "the N that is evaluated and exported"
     own = reference(input_ids=tokens).logits
     assert not torch.allclose(module.policy(input_ids=tokens).logits, own, atol=1e-2)
-    set_dial(module.policy, 1)
+    module.policy.turn(1)
     assert torch.equal(module.policy(input_ids=tokens).logits, own)
-    trained = {name for name, parameter in module.policy.named_parameters() if parameter.requires_grad}
-    assert trained
-    assert all(name.endswith(".deltas") for name in trained)
 
 
 @pytest.mark.parametrize("degree", [1, 3])
 def test_the_further_it_is_dialled_the_further_it_goes(degree: int, trained: tuple[Path, Path], tmp_path: Path) -> None:
     files, value_model = trained
     # No table: the prompts' rewards are predicted.
-    data = make_data(files, value_model=str(value_model), val=None)
+    policy = ModelSpec(str(files / "llama"), tilt=str(value_model))
+    data = make_data(files, policy=policy, value_model=str(value_model), val=None)
     module = make_module(
         "distillation",
         data,
@@ -411,19 +430,19 @@ def test_the_further_it_is_dialled_the_further_it_goes(degree: int, trained: tup
         found = load_causal_lm({"name": str(tmp_path / "export"), "dial": n}, trainable=False)
         log_policy = found(input_ids=tokens).logits[:, -1].log_softmax(-1)
         kls.append(float((log_policy.exp() * (log_policy - log_reference)).sum(-1).mean()))
-        with dialled(module.policy, n):
-            live = module.policy(input_ids=tokens).logits[:, -1].log_softmax(-1)
+        module.policy.turn(n)
+        live = module.policy(input_ids=tokens).logits[:, -1].log_softmax(-1)
         torch.testing.assert_close(live, log_policy, atol=1e-4, rtol=1e-4)
     assert kls[0] < 1e-6, "at N = 1 it is the reference"
-    assert dialled_n(module.policy) == module.n
     assert kls[:4] == sorted(kls[:4])
     assert kls[4] > max(2 * kls[1], 0.05)
 
 
-def test_adapters_have_no_dial(files: Path, tmp_path: Path) -> None:
-    policy = ModelSpec(str(files / "llama"), lora={"r": 2})
+@pytest.mark.parametrize("entries", [{}, {"lora": {"r": 2}}])
+def test_only_a_tilted_policy_is_one_for_every_n(entries: dict[str, Any], files: Path, tmp_path: Path) -> None:
+    policy = ModelSpec(str(files / "llama"), **entries)
     data = table_data(files, policy=policy, reference=str(files / "llama"))
-    with pytest.raises(ValueError, match="leave `lora` out, or set model.n_range to null"):
+    with pytest.raises(ValueError, match="one policy for every N is a tilted one: name the body that tilts it"):
         make_trainer(tmp_path, steps=1).fit(make_module("distillation", data, n_range=[2, 8]), data)
 
 
@@ -511,12 +530,16 @@ def fit(files: Path, directory: Path, *callbacks: Any, steps: int = 5, data: Any
         ({"states": "best_of_n"}, 1),
         ({"states": "best_of_n"}, 3),
         ({"states": "policy"}, 2),
-        ({"states": "policy", "divergence": "reverse", "n_range": [2, 8]}, 2),
-        ({"states": "best_of_n", "n_range": [2, 8], "dial_degree": 1}, 3),
+        ({"tilt": True, "states": "policy", "divergence": "reverse", "n_range": [2, 8]}, 2),
+        ({"tilt": True, "states": "best_of_n", "n_range": [2, 8], "dial_degree": 1}, 3),
+        ({"tilt": True}, 1),
     ],
     ids=str,
 )
 def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp_path: Path) -> None:
+    options = dict(options)
+    if options.pop("tilt", False):
+        options["data"] = tilted(files)
     expected = weights(fit(files, tmp_path / "whole", **options))
     with pytest.raises(Killed):
         fit(files, tmp_path / "killed", KillAt(kill), **options)
@@ -545,5 +568,7 @@ def test_a_resume_that_disagrees_is_refused(change: dict[str, Any], named: str, 
     fit(files, tmp_path, steps=1)
     if "data" in change:
         change = {"data": {"value_model": str(files / change["data"]["value_model"])}}
+    if "n_range" in change:
+        change = change | {"data": tilted(files)}
     with pytest.raises(ConfigMismatchError, match=named):
         fit(files, tmp_path, steps=2, **change)

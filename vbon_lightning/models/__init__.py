@@ -2,38 +2,36 @@
 
 from vbon_lightning.models.causal import load_causal_lm
 from vbon_lightning.models.classifiers import load_classifier
-from vbon_lightning.models.dial import add_dial, dialled, dialled_n, has_dial, set_dial
 from vbon_lightning.models.errors import ModelError
 from vbon_lightning.models.export import save_pretrained
 from vbon_lightning.models.files import locate
 from vbon_lightning.models.identity import model_identity
 from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout
 from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
+from vbon_lightning.models.tilted import TiltedConfig, TiltedLM, new_tilted_lm
 from vbon_lightning.models.tokenizer import check_same_vocabulary, end_token_ids, load_tokenizer
 from vbon_lightning.models.value import ValueModel, ValueModelConfig, load_value_model, new_value_model
 
 __all__ = [
     "ModelError",
     "ModelSpec",
+    "TiltedConfig",
+    "TiltedLM",
     "ValueModel",
     "ValueModelConfig",
-    "add_dial",
     "as_spec",
     "check_no_missing_weights",
     "check_same_vocabulary",
-    "dialled",
-    "dialled_n",
     "disable_dropout",
     "end_token_ids",
-    "has_dial",
     "load_causal_lm",
     "load_classifier",
     "load_tokenizer",
     "load_value_model",
     "locate",
     "model_identity",
+    "new_tilted_lm",
     "new_value_model",
     "parse_dtype",
     "save_pretrained",
-    "set_dial",
 ]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vbon_lightning.adapters import AdapterError, add_lora
-from vbon_lightning.models.dial import DIRECTORY, turn
 from vbon_lightning.models.errors import ModelError
-from vbon_lightning.models.files import locate
-from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout, new_model, pretrained_model
+from vbon_lightning.models.loading import (
+    check_causal,
+    check_no_missing_weights,
+    disable_dropout,
+    new_model,
+    pretrained_model,
+)
 from vbon_lightning.models.spec import ModelSpec, as_spec
+from vbon_lightning.models.tilted import TiltedLM, new_tilted_lm
+from vbon_lightning.models.tokenizer import check_same_vocabulary, load_tokenizer
+from vbon_lightning.models.value import load_body
 
 
 def load_causal_lm(
@@ -41,13 +48,16 @@ def load_causal_lm(
     else:
         model, info = pretrained_model(AutoModelForCausalLM, spec)
         check_no_missing_weights(str(spec.name), info)
-        if spec.dial is not None:
-            name, _ = locate("name", str(spec.name))
-            turn(model, Path(name, DIRECTORY), spec.dial)
+    if spec.tilt is not None:
+        model = _tilted(model, spec, seed)
+    if spec.dial is not None:
+        _turn(model, spec)
     if not dropout:
         disable_dropout(model)
     model.train(trainable)
     model.requires_grad_(trainable)
+    if isinstance(model, TiltedLM):
+        model.base.requires_grad_(False)
     if spec.lora is not None:
         try:
             add_lora(model, spec.lora, seed=seed)
@@ -61,3 +71,29 @@ def load_causal_lm(
     if spec.gradient_checkpointing and trainable:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _turn(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """Turn a tilted model to an N."""
+    if not isinstance(model, TiltedLM):
+        raise ModelError(
+            f"only a tilted policy can be dialled to an N, and {spec.name or 'a new model'!r} is none: leave `dial` out"
+        )
+    assert spec.dial is not None
+    try:
+        model.turn(spec.dial)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _tilted(base: PreTrainedModel, spec: ModelSpec, seed: int) -> PreTrainedModel:
+    """Give a model a tower that tilts it."""
+    tower = dataclasses.replace(
+        spec, name=spec.tilt, config=None, gguf_file=None, revision=None, tokenizer=None, tilt=None, dial=None
+    )
+    check_same_vocabulary(load_tokenizer(spec), load_tokenizer(tower), what="a model and the body that tilts it")
+    if isinstance(base, TiltedLM):
+        raise ModelError(f"the model {spec.name!r} is tilted already: leave `tilt` out to train it on")
+    body = load_body(tower, seed)
+    check_causal(tower, body)
+    return new_tilted_lm(base, body)

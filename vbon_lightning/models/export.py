@@ -15,7 +15,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.adapters import has_adapters, merged_copy
-from vbon_lightning.models.dial import DIRECTORY, dialled_n, has_dial, plain_copy, save_dial
 from vbon_lightning.models.errors import ModelError
 from vbon_lightning.models.spec import parse_dtype
 
@@ -32,8 +31,7 @@ def save_pretrained(
 
     Args:
         model: The model; it is not changed. Adapters are merged into the weights, and also saved on their own in
-            ``adapter``. A dialled policy is saved as the plain model for the N it is dialled to, and what it takes to
-            turn it to another in ``dial``.
+            ``adapter``. A tilted model is saved with the code that loads it.
         tokenizer: Its tokenizer.
         directory: The target; replaced if it exists.
         generation: Entries of the generation config to set, such as the temperature the policy was trained
@@ -62,10 +60,6 @@ def save_pretrained(
         if has_adapters(model):
             model.save_pretrained(beside / "adapter")
             model = merged_copy(model)
-        if has_dial(model):
-            n = dialled_n(model)
-            save_dial(model, beside / DIRECTORY, n=n)
-            model = plain_copy(model, n)
         if isinstance(saved_dtype, torch.dtype):
             weights = {
                 key: value.to(saved_dtype) if value.is_floating_point() else value

@@ -31,6 +31,9 @@ def model_identity(spec: str | Mapping[str, Any] | ModelSpec, *, seed: int = 0) 
     identity = {"dtype": spec.dtype or "float32"}
     if spec.dial is not None:
         identity["dial"] = f"{spec.dial:g}"
+    if spec.tilt is not None:
+        tilt, _ = locate("tilt", spec.tilt)
+        identity |= {f"tilt_{key}": value for key, value in _directory_identity(tilt, None, None).items()}
     if spec.lora is not None:
         identity |= {"lora": _canonical(spec.lora), "lora_seed": str(seed)}
     if spec.config is not None:

@@ -62,6 +62,28 @@ def check_body(spec: ModelSpec, model: PreTrainedModel, info: Mapping[str, Any])
         )
 
 
+@torch.no_grad()
+def check_causal(spec: ModelSpec, body: PreTrainedModel) -> None:
+    """Refuse a body that reads ahead: its state at a prefix would know what follows.
+
+    Args:
+        spec: What was loaded, for the message.
+        body: The body.
+
+    Raises:
+        ModelError: If a token changes the states before it.
+    """
+    training = body.training
+    tokens = torch.tensor([[0, 1, 1], [0, 1, 2]], device=body.device) % body.config.get_text_config().vocab_size
+    first, second = body.eval()(input_ids=tokens).last_hidden_state[:, :2]
+    body.train(training)
+    if not torch.allclose(first, second, atol=1e-4, rtol=1e-3):
+        raise ModelError(
+            f"the body of {spec.name or 'the config'!r} is no causal one (it reads ahead, as encoders do): give a "
+            "language model, or a reward or value model made of one"
+        )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Turn dropout off in place, so that training mode computes what evaluation mode does.
 

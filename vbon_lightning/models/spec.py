@@ -33,9 +33,12 @@ class ModelSpec:
         trust_remote_code: Run model code that comes with the checkpoint.
         lora: Train low-rank adapters instead of the weights: entries of peft's ``LoraConfig``, such as ``r`` and
             ``lora_alpha``. The base then is the reference, unless another is named. Needs the ``lora`` extra.
+        tilt: Leave the weights as they are, and train another body to tilt the next-token distribution: a hub name or
+            directory of a value model, reward model or language model with the same tokenizer
+            (:class:`~vbon_lightning.models.tilted.TiltedLM`). The untilted model is the reference, unless another is
+            named.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
-        dial: The N to turn a dialled policy to (one that ``BoNDistillation`` trained with ``n_range``); by default the
-            N that it was exported at.
+        dial: The N to turn a tilted model to; by default the one that it was exported at.
     """
 
     name: str | None = None
@@ -47,12 +50,18 @@ class ModelSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     lora: dict[str, Any] | None = None
+    tilt: str | None = None
     gradient_checkpointing: bool = False
     dial: float | None = None
 
+    @property
+    def trained_whole(self) -> bool:
+        """Return whether it is the model's own weights that are trained, not what is put on them or beside them."""
+        return self.lora is None and self.tilt is None
+
     def base(self) -> ModelSpec:
         """Return the model without what only training needs: what it is at the start."""
-        return dataclasses.replace(self, lora=None, gradient_checkpointing=False)
+        return dataclasses.replace(self, lora=None, tilt=None, gradient_checkpointing=False)
 
 
 def as_spec(value: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
@@ -89,6 +98,8 @@ def as_spec(value: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
             raise ModelError("the model's `config` needs a `model_type`, such as gpt2 or llama")
         if spec.gguf_file is not None:
             raise ModelError("`gguf_file` is a file inside `name`; it does not go with `config`")
+    if spec.tilt is not None and spec.lora is not None:
+        raise ModelError("`tilt` leaves the model's weights as they are, `lora` changes them: give one of them")
     parse_dtype(spec.dtype)
     return spec
 

@@ -84,12 +84,15 @@ def end_token_ids(model: PreTrainedModel | GenerationConfig, tokenizer: PreTrain
     return ids
 
 
-def check_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
+def check_same_vocabulary(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, *, what: str = "policy and reference"
+) -> None:
     """Check that two tokenizers give every token the same id.
 
     Args:
         first: One tokenizer, such as the policy's.
         second: The other, such as the reference's.
+        what: Whose they are, for the message.
 
     Raises:
         ModelError: If they differ, with the first tokens that do.
@@ -102,12 +105,11 @@ def check_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedToke
     if differing:
         shown = "; ".join(f"{token!r} is {ours.get(token)} and {theirs.get(token)}" for token in differing[:5])
         raise ModelError(
-            f"policy and reference need one vocabulary, but {len(differing)} tokens differ "
+            f"{what} need one vocabulary, but {len(differing)} tokens differ "
             f"({len(ours)} and {len(theirs)} tokens in all): {shown}"
         )
     for role in ("bos_token_id", "eos_token_id"):
         if getattr(first, role) != getattr(second, role):
             raise ModelError(
-                f"policy and reference need one vocabulary, but `{role}` is "
-                f"{getattr(first, role)} and {getattr(second, role)}"
+                f"{what} need one vocabulary, but `{role}` is {getattr(first, role)} and {getattr(second, role)}"
             )

@@ -16,6 +16,7 @@ from vbon_lightning.models.errors import ModelError, cannot_load
 from vbon_lightning.models.files import check_directory, locate
 from vbon_lightning.models.loading import (
     check_body,
+    check_causal,
     check_no_missing_weights,
     checkpoint_arguments,
     disable_dropout,
@@ -173,7 +174,8 @@ def new_value_model(
     if spec.lora is not None:
         raise ModelError("a value model is trained whole: leave `lora` out")
     with new_weights(seed):
-        body = _body(spec, seed)
+        body = load_body(spec, seed)
+        check_causal(spec, body)
         attention = body.config._attn_implementation  # a config that takes it in resets it
         config = ValueModelConfig(
             text_config=body.config,
@@ -193,8 +195,8 @@ def new_value_model(
     return model.train().requires_grad_(True)
 
 
-def _body(spec: ModelSpec, seed: int) -> PreTrainedModel:
-    """Load or make the body of a new value model."""
+def load_body(spec: ModelSpec, seed: int = 0) -> PreTrainedModel:
+    """Load the body of a language model, a reward model or a value model, or make one from a config."""
     if spec.config is not None:
         return new_model(AutoModel, "model", spec, seed=seed)
     if is_value_model(spec):

@@ -180,8 +180,8 @@ class AlignmentModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position in the data, what a resumed run must agree with, and the random state."""
-        if self.actor_spec.policy_spec.lora is not None:
-            # The base is frozen and named by its content: the adapters are all there is to keep.
+        if not self.actor_spec.policy_spec.trained_whole:
+            # The base is frozen and named by its content: what is put on it or beside it is all there is to keep.
             trained = self._trained_names()
             for state in ("state_dict", "current_model_state"):  # the second is Lightning's weight averaging
                 if state in checkpoint:
@@ -237,7 +237,7 @@ class AlignmentModule(LightningModule):
             ValueError: Naming the weights that are missing, superfluous or of another shape.
         """
         self.configure_model()
-        if self.actor_spec.policy_spec.lora is not None:
+        if not self.actor_spec.policy_spec.trained_whole:
             trained = self._trained_names()
             frozen = {key: value for key, value in self.state_dict().items() if key not in trained}
             state_dict = frozen | dict(state_dict)

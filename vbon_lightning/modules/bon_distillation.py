@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
-from vbon_lightning.models import add_dial, dialled, has_dial, set_dial
+from vbon_lightning.models import TiltedLM
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
-from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
+from vbon_lightning.sampling import noise_seed, pick_some, pick_weighted, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
 from vbon_lightning.types import PromptBatch, Responses, TableBatch
 
@@ -39,11 +38,12 @@ class BoNDistillation(OfflineBestOfN):
         responses_per_prompt: Responses a prompt and step, picked at random from the table's.
         top: Candidates at each prefix: this many of the reference's most likely tokens.
         draws: And this many drawn from its other tokens; 0 takes these as one, worth what the prefix is.
-        states: Whose prefixes: ``reference`` (the table's, each alike), ``best_of_n`` (the table's, weighted by W, as
-            often as Best-of-N visits them) or ``policy`` (the policy samples its own; no reward is called).
+        states: Whose prefixes: ``reference`` (the table's, each response alike), ``best_of_n`` (the table's, responses
+            picked as often as Best-of-N returns them) or ``policy`` (the policy samples its own; no reward is called).
         n_range: Train one policy for every N between these two, of which each step draws one; n then is the N that is
             evaluated and exported, and an export can be turned to any other (``vbon dial``, or ``dial`` of a model).
-        dial_degree: Degree of the polynomial in log N that the weights of such a policy follow.
+            Needs a tilted policy (``data.policy.tilt``).
+        dial_degree: Degree of the polynomial in log N that its log-ratios to the reference follow.
         divergence: At each prefix ``forward``, KL(teacher || policy), over candidates of the reference, or ``reverse``,
             KL(policy || teacher), over candidates of the policy: what a policy gradient with the value model as critic
             follows, with many actions at each prefix in place of one. On the policy's own prefixes the latter is the
@@ -132,16 +132,18 @@ class BoNDistillation(OfflineBestOfN):
             )
 
     def configure_model(self) -> None:
-        """Load the models, and give a policy for every N its dial."""
+        """Load the models, and turn a tilted policy to n."""
         super().configure_model()
         policy = self.loaded.policy
-        if self.n_range is not None and not has_dial(policy):
-            if self.actor_spec.policy_spec.lora is not None:
-                raise ValueError(
-                    "a policy for every N moves its own weights: leave `lora` out, or set model.n_range to null"
-                )
-            add_dial(policy, degree=self.dial_degree)
-            set_dial(policy, self.n)
+        if isinstance(policy, TiltedLM):
+            policy.turn(self.n)
+            if self.n_range is not None:
+                policy.add_heads(max(self.dial_degree, policy.config.degree))
+        elif self.n_range is not None:
+            raise ValueError(
+                "one policy for every N is a tilted one: name the body that tilts it (`tilt` of data.policy), or set "
+                "model.n_range to null"
+            )
 
     def drawn_n(self, step: int) -> float:
         """Return the N of a step: log N evenly spread over the range, however few the steps."""
@@ -170,12 +172,8 @@ class BoNDistillation(OfflineBestOfN):
             step: The number of the step, for the noise.
         """
         n = self.drawn_n(step)
-        with nullcontext() if self.n_range is None else dialled(self.loaded.policy, n):
-            return self._distil(prompts, cached, step, n)
-
-    def _distil(
-        self, prompts: PromptBatch, cached: Responses | None, step: int, n: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(self.loaded.policy, TiltedLM):
+            self.loaded.policy.turn(n)  # until after the backward pass, which may compute logits again
         actors, rewards = self.loaded, prompts.reference_rewards
         scorer = actors.value
         assert scorer is not None
@@ -212,31 +210,30 @@ class BoNDistillation(OfflineBestOfN):
             reverse=self.divergence == "reverse",
         )
         weights = responses.mask.to(result.divergence.dtype)
-        if self.states == "best_of_n":
-            weights = weights * (log_values - at_prompt)[..., :-1].exp()
         loss = (weights * result.divergence).sum(-1).mean()
-        # Summed over a response whose states are visited as the loss weighs them.
-        visits = weights / weights.sum().clamp(min=1e-12) * responses.mask.sum() / responses.mask[..., 0].sum()
-        logs = {"teacher_kl": (visits * result.teacher_kl).sum()}
+        logs = {"teacher_kl": (weights * result.teacher_kl).sum(-1).mean()}
         return loss, logs
+
+    def on_after_backward(self) -> None:
+        """Go back to the N that is evaluated and exported."""
+        if isinstance(self.policy, TiltedLM):
+            self.policy.turn(self.n)
 
     def _picked(
         self, prompts: PromptBatch, cached: Responses, rewards: Tensor, step: int, n: float
     ) -> tuple[Responses, Tensor]:
         """Return some of the table's responses, and the log-weights that Best-of-N gives them."""
-        index = pick_some(
-            prompts.index.tolist(),
-            among=rewards.shape[1],
-            count=self.responses_per_prompt,
-            seed=self.seed,
-            stream="pick",
-            step=step,
-        ).to(rewards.device)
-        cdf = reward_cdf(rewards.gather(1, index).double(), rewards.double())
+        cdf = reward_cdf(rewards.double(), rewards.double())
         # Of sampled responses the table's share of the probability is all that is known.
         none = torch.full_like(cdf.log_below, -torch.inf)
         log_ratio = bon_log_ratio(none, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)
-        return select_responses(cached, index), log_ratio.float()
+        identities, count = prompts.index.tolist(), self.responses_per_prompt
+        given: dict[str, Any] = {"count": count, "seed": self.seed, "stream": "pick", "step": step}
+        if self.states == "best_of_n":
+            index = pick_weighted(rewards, log_ratio.softmax(-1), identities, **given)
+        else:
+            index = pick_some(identities, among=rewards.shape[1], **given).to(rewards.device)
+        return select_responses(cached, index), log_ratio.gather(1, index).float()
 
     def _uniforms(self, prompts: PromptBatch, responses: Responses, step: int) -> Tensor | None:
         draws = self.request.draws

@@ -4,7 +4,7 @@ from vbon_lightning.sampling.backends import SAMPLERS, SamplerError, check_sampl
 from vbon_lightning.sampling.decode import sample_completions
 from vbon_lightning.sampling.noise import noise_seed, prompt_noise
 from vbon_lightning.sampling.passes import Sampler
-from vbon_lightning.sampling.picking import pick_best, pick_groups, pick_some
+from vbon_lightning.sampling.picking import pick_best, pick_groups, pick_some, pick_weighted
 from vbon_lightning.sampling.scoring import response_log_probs, response_logits, response_statistics
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "pick_best",
     "pick_groups",
     "pick_some",
+    "pick_weighted",
     "prompt_noise",
     "response_log_probs",
     "response_logits",

@@ -22,7 +22,7 @@ from vbon_lightning.functional import (
 )
 from vbon_lightning.functional.sequences import scaled_logits
 from vbon_lightning.sampling.decode import forget_casts
-from vbon_lightning.sampling.scoring import MAX_LOGITS, States, response_states
+from vbon_lightning.sampling.scoring import MAX_LOGITS, States, base_states, response_states
 from vbon_lightning.types import Completions, PromptBatch, Responses
 
 
@@ -94,9 +94,9 @@ def distil(
             candidates of the reference.
         max_logits: Logits of each model that live at once.
     """
-    with torch.no_grad(), reference() as model:
-        theirs = response_states(model, prompts, responses)
     ours = response_states(policy, prompts, responses)
+    with torch.no_grad(), reference() as model:
+        theirs = base_states(model, ours) or response_states(model, prompts, responses)
     mask = responses.mask
     real = mask.reshape(-1).nonzero().squeeze(-1)
     pieces = real.split(max(1, max_logits // theirs.vocabulary))

@@ -62,10 +62,31 @@ def pick_best(
     Returns:
         Places among the M, ``[B, K]``.
     """
+    weights = bon_selection_weights(rewards, n=n)
+    return pick_weighted(rewards, weights, identities, count=count, seed=seed, stream=stream, step=step)
+
+
+def pick_weighted(
+    rewards: Tensor, weights: Tensor, identities: Sequence[int | str], *, count: int, seed: int, stream: str, step: int
+) -> Tensor:
+    """Draw responses with given probabilities, by systematic resampling in the order of their rewards.
+
+    Args:
+        rewards: ``[B, M]``.
+        weights: ``[B, M]``, each row summing to 1.
+        identities: B prompt identities, as in :func:`~vbon_lightning.sampling.prompt_noise`.
+        count: K, responses to draw a prompt; one of high weight may be drawn more than once.
+        seed: The run's seed.
+        stream: What the noise is for.
+        step: The pick's number within the stream.
+
+    Returns:
+        Places among the M, ``[B, K]``.
+    """
     offsets = prompt_noise(identities, num_samples=1, length=1, seed=seed, stream=stream, step=step).flatten()
     order = rewards.argsort(dim=-1, stable=True)
-    weights = bon_selection_weights(rewards, n=n).gather(-1, order)
-    return order.gather(-1, systematic_resampling(weights, offsets.to(weights.dtype).to(weights.device), count=count))
+    ordered = weights.gather(-1, order)
+    return order.gather(-1, systematic_resampling(ordered, offsets.to(ordered.dtype).to(ordered.device), count=count))
 
 
 def pick_some(identities: Sequence[int | str], *, among: int, count: int, seed: int, stream: str, step: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from vbon_lightning.functional import token_log_probs, token_statistics
+from vbon_lightning.models.tilted import JointHead, TiltedLM
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
 from vbon_lightning.types import Completions, PromptBatch, Responses
 
@@ -90,9 +91,9 @@ def response_statistics(
         max_logits: Logits of each model that live at once.
     """
     context = nullcontext(reference) if isinstance(reference, PreTrainedModel) else reference()
-    with torch.no_grad(), context as model:
-        theirs = response_states(model, prompts, completions)
     ours = response_states(policy, prompts, completions, hidden=hidden)
+    with torch.no_grad(), context as model:
+        theirs = base_states(model, ours) or response_states(model, prompts, completions)
     log_probs, reference_log_probs, kl = _by_chunks(_chunk, [ours, theirs], completions, temperature, max_logits)
     states = None if ours.hidden is None else ours.hidden.view(*completions.mask.shape, -1)
     return ResponseStatistics(log_probs, reference_log_probs, kl, states)
@@ -134,18 +135,36 @@ def body_outputs(model: PreTrainedModel, prompts: PromptBatch, completions: Comp
     Returns:
         ``[B G, T, H]``: last hidden states after 0, 1, ... T - 1 tokens of each response.
     """
-    (states,) = _predictions(model, model.base_model, prompts, completions, lambda output: [output.last_hidden_state])
+    body, _ = _body_and_head(model)
+    (states,) = _predictions(model, body, prompts, completions, lambda output: [output.last_hidden_state])
     return states
 
 
-def output_head(model: PreTrainedModel) -> nn.Linear | None:
+class Head(Protocol):
+    """What makes logits of states: a linear layer, or one on each of two models' states."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, states: Tensor, /) -> Tensor:
+        """Return logits ``[..., V]`` of states ``[..., H]``."""
+        ...
+
+
+def _body_and_head(model: PreTrainedModel) -> tuple[Any, Any]:
+    if isinstance(model, TiltedLM):
+        return model.body_and_head()
+    return getattr(model, "base_model", None), getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def output_head(model: PreTrainedModel) -> Head | None:
     """Return the layer that makes a model's logits of its last hidden states, or None where more is done to them.
 
     Some models scale or squash their logits. A forward pass over two tokens tells; it is made once a model.
     """
     if model not in _HEADS:
         _HEADS[model] = _plain_head(model)
-    return cast(nn.Linear, model.get_output_embeddings()) if _HEADS[model] else None
+    return cast(Head, _body_and_head(model)[1]) if _HEADS[model] else None
 
 
 _HEADS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -153,10 +172,10 @@ _HEADS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _plain_head(model: PreTrainedModel) -> bool:
-    body, head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", lambda: None)()
-    if body is None or body is model or not isinstance(head, nn.Linear):
+    body, head = _body_and_head(model)
+    if body is None or body is model or not isinstance(head, nn.Linear | JointHead):
         return False
-    probe = torch.tensor([[0, 1]], device=head.weight.device)
+    probe = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     expected = model(input_ids=probe, use_cache=False).logits
     states = getattr(body(input_ids=probe, use_cache=False), "last_hidden_state", None)
     forget_casts(probe.device)
@@ -172,7 +191,7 @@ class States(NamedTuple):
 
     features: Tensor
     """``[N T, H]`` last hidden states, or ``[N T, V]`` logits where there is no head."""
-    head: nn.Linear | None
+    head: Head | None
     vocabulary: int
     hidden: Tensor | None
     """``[N, T, H]``, where asked for."""
@@ -195,6 +214,13 @@ def response_states(
         return States(scored.logits.flatten(0, 1), None, scored.logits.shape[-1], scored.hidden)
     states = body_outputs(model, prompts, completions)
     return States(states.flatten(0, 1), head, head.out_features, states if hidden else None)
+
+
+def base_states(reference: PreTrainedModel, ours: States) -> States | None:
+    """Return the reference's part of a tilted policy's states where it is the policy's base, or None."""
+    if not isinstance(ours.head, JointHead) or ours.head.model.base is not reference:
+        return None
+    return States(ours.features[:, : ours.head.split].detach(), ours.head.base, ours.vocabulary, None)
 
 
 def _by_chunks(
