@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +9,11 @@ import pytest
 import torch
 
 from tests.modules import distributed
-from tests.modules.setting import make_files, make_table
+from tests.modules.setting import make_data, make_files, make_table
+from tests.ranks import run_two
+from tests.test_value_models import save_value_model
 from vbon_lightning.reference_table import ReferenceTable
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
@@ -24,6 +21,7 @@ pytestmark = pytest.mark.slow
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = make_files(tmp_path_factory.mktemp("files"))
     make_table(directory)
+    save_value_model(make_data(directory), directory / "value")
     return directory
 
 
@@ -31,28 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run everything over two processes, once."""
     directory = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.modules.distributed", str(files), str(directory)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            cwd=ROOT,
-            env=os.environ | shared | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_two("tests.modules.distributed", str(files), str(directory))
     return directory
 
 

@@ -12,6 +12,7 @@ import torch.distributed
 import torch.multiprocessing
 from torchmetrics.classification import BinaryCalibrationError
 
+from tests.ranks import leave
 from tests.rollouts import make_rollout
 from vbon_lightning.metrics import (
     PREFIX_PLACES,
@@ -226,7 +227,7 @@ def _work(rank: int, directory: str) -> None:
         results = {name: torch.stack(list(metric.compute())) for name, metric in metrics.items()}
         kept = all(torch.equal(before[name], metric.sums) for name, metric in metrics.items())
         torch.save((results, kept), f"{directory}/{case}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from tests.callbacks.replay import Replay, logged, make_trainer, valid
+from tests.ranks import run_two
 from tests.rollouts import make_rollout
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, RewardMonitor
 from vbon_lightning.types import Rollout
@@ -188,19 +189,11 @@ def test_a_noisy_sampled_kl_is_no_alarm(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_log_over_all_of_their_prompts(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     train, val = stream(6), stream(4, seed=30)
-    trainer = make_trainer(
-        tmp_path,
-        *all_monitors(),
-        devices=2,
-        strategy="ddp_spawn",
-        log_every_n_steps=3,
-        use_distributed_sampler=True,
-    )
-    trainer.fit(Replay(train, val))
+    run_two("tests.callbacks.distributed", str(tmp_path))
     for name in expected(train):
         assert list(logged(tmp_path, f"train/{name}")) == [2]
         assert logged(tmp_path, f"train/{name}")[2] == pytest.approx(expected(train)[name], rel=1e-5, abs=1e-6)
-        value = trainer.callback_metrics[f"val/{name}"].item()
-        assert value == pytest.approx(expected(val)[name], rel=1e-5, abs=1e-6)
+        for rank in range(2):
+            value = torch.load(tmp_path / f"rank{rank}.pt")[f"val/{name}"]
+            assert value == pytest.approx(expected(val)[name], rel=1e-5, abs=1e-6)

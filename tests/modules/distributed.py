@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.modules.setting import make_data, make_module, make_trainer, weights
+from tests.ranks import leave
 from vbon_lightning import AlignmentDataModule, ReferenceSampler, TextSource
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, RewardMonitor
+from vbon_lightning.models import ModelSpec
 
 CASES: dict[str, dict[str, Any]] = {
     "vbon": {},
@@ -20,6 +22,14 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"data": {"train": "texts.txt"}, "model": {"dropout": False}},
     "bonsft": {"table": True},
     "dpo": {"table": True},
+    "value": {"kind": "valuemodelling", "table": True, "model": {"probe": 0}},
+    "distilled": {"kind": "distillation", "table": True, "data": {"value_model": "value"}},
+    "tilted": {
+        "kind": "distillation",
+        "tilt": "value",
+        "data": {"value_model": "value"},
+        "model": {"states": "policy", "divergence": "reverse", "n_range": [2, 8]},
+    },
     "bonbon": {"kind": "dpo", "table": True, "model": {"loss": "bonbon"}},
 }
 """Whose weights are compared."""
@@ -42,6 +52,10 @@ def fit(kind: str, files: Path, directory: Path, *, ranks: int) -> dict[str, Any
     """Train and return the weights, the metrics of the validation and what was sampled first."""
     changes = CASES[kind]
     options: dict[str, Any] = {key: TextSource(path=str(files / name)) for key, name in changes.get("data", {}).items()}
+    if "value_model" in options:
+        options["value_model"] = str(files / "value")
+    if "tilt" in changes:
+        options["policy"] = ModelSpec(str(files / "llama"), tilt=str(files / changes["tilt"]))
     if changes.get("table"):
         options["reference_table"] = str(files / "table")
     # The batch is the same in all; three validation rows fill no two ranks evenly.
@@ -81,3 +95,4 @@ if __name__ == "__main__":
     results = {kind: fit(kind, files, directory / kind, ranks=2) for kind in CASES}
     torch.save(results, directory / f"rank{rank}.pt")
     predict(files, directory, ranks=2)
+    leave()
