@@ -421,22 +421,37 @@ def _load_scorer(spec: ActorSpec, tokenizer: PreTrainedTokenizerBase, *, seed: i
     named = as_spec(spec.value_model or "")
     check_same_vocabulary(tokenizer, load_tokenizer(named), what="policy and value model")
     scorer = PrefixScorer.load(named)
+    check_value_model(spec, scorer, str(named.name), seed=seed)
+    return scorer
+
+
+def check_value_model(spec: ActorSpec, scorer: PrefixScorer, name: str, *, seed: int) -> None:
+    """Refuse a value model of rewards that are not those of a run.
+
+    Args:
+        spec: The run's models.
+        scorer: The value model.
+        name: Its name, for the message.
+        seed: Seed of a reference that is made from a config.
+
+    Raises:
+        ModelError: Naming what differs: the reference, the reward, the temperature, the length.
+    """
     if spec.reward is not None:
         made_of = {"missing_eos_penalty": 0.0} | scorer.fingerprint  # older ones were trained without, and do not say
         wanted = spec.table_fingerprint(seed=made_of.get("seed", 0), model_seed=seed)
         wanted["missing_eos_penalty"] = spec.missing_eos_penalty
         try:
-            check_fingerprint(Path(str(named.name)), made_of, wanted)
+            check_fingerprint(Path(name), made_of, wanted)
         except FingerprintMismatch as problem:
             lines = "".join(
                 f"\n  {name}: the value model has {its!r}, this run has {ours!r}"
                 for name, (its, ours) in problem.differences.items()
             )
             raise ModelError(
-                f"the value model {named.name!r} was trained on other rewards than this run's:{lines}\n"
+                f"the value model {name!r} was trained on other rewards than this run's:{lines}\n"
                 "Train one on this run's reference table with `ValueModelling`, or use the settings it was trained with"
             ) from None
-    return scorer
 
 
 def _check_same_outputs(

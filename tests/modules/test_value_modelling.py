@@ -156,6 +156,17 @@ def test_dropout_changes_the_loss_of_a_body_that_has_it(files: Path, tmp_path: P
     assert abs(found[0] - found[1]) > 1e-3
 
 
+def test_one_of_other_rewards_is_not_evaluated(files: Path, tmp_path: Path) -> None:
+    fit(files, tmp_path, steps=1)
+    hotter = make_files(tmp_path / "hotter")
+    make_table(hotter, temperature=0.3, max_new_tokens=LONG)
+    other = table_data(hotter, temperature=0.3, val=TextSource(path=str(hotter / "train.txt")))
+    with pytest.raises(ModelError, match="temperature: the value model has .*, this run has 0.3"):
+        make_trainer(tmp_path / "v").validate(
+            make_module("valuemodelling", other), other, ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        )
+
+
 def test_the_probe_is_a_better_start(files: Path, tmp_path: Path) -> None:
     assert first_loss(files, tmp_path / "probe") < first_loss(files, tmp_path / "none", probe=0) - 0.1
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vbon_lightning.actors import ActorSpec
+from vbon_lightning.actors import ActorSpec, check_value_model
 from vbon_lightning.functional import RewardBins, bin_labels, forecast_head, reward_bins
 from vbon_lightning.metrics import PREFIX_PLACES, ForecastSummary, PrefixForecast, prefix_nll
 from vbon_lightning.models import (
@@ -143,6 +144,9 @@ class ValueModelling(SupervisedModule):
         """
         if self.policy is None:
             self._take(load_value_model(self.body))  # which says what is wrong with it
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            assert self.scorer is not None
+            check_value_model(self.actor_spec, self.scorer, str(as_spec(self.body).name), seed=self.seed)
         super().check_lengths(response_tokens)
 
     def _new_model(self, bins: RewardBins, longest: int, fingerprint: dict[str, Any]) -> ValueModel:
