@@ -422,6 +422,9 @@ def test_the_further_it_is_dialled_the_further_it_goes(degree: int, trained: tup
     )
     export = PolicyExport(str(tmp_path / "export"))
     make_trainer(tmp_path, steps=60, callbacks=[export], enable_checkpointing=False).fit(module, data)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert 'from_pretrained("path/to/this/directory", trust_remote_code=True)' in card
+    assert "model.turn(n)" in card
     reference = load_causal_lm(str(files / "llama"), trainable=False)
     tokens = torch.tensor([[3, 4], [5, 6], [7, 8]])
     log_reference = reference(input_ids=tokens).logits[:, -1].log_softmax(-1)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
-from vbon_lightning.models import ValueModel
+from vbon_lightning.models import TiltedLM, ValueModel
 
 _PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers", "datasets")
 
@@ -60,6 +60,14 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
 The generation config holds the sampling settings the policy was trained at.
 """
+
+_TILTED = (
+    _GENERATES.replace('directory")\ntok', 'directory", trust_remote_code=True)\ntok')
+    + """
+It is two models: a frozen base and a tower that tilts its next-token distribution towards Best-of-N's, in `tilted.py`
+beside the weights. `model.turn(n)` sets N, any real number from 1, where it is the base, upwards.
+"""
+)
 
 _CLASSIFIES = """## How to load it
 
@@ -114,6 +122,7 @@ class _Kind(NamedTuple):
 
 _KINDS = {
     "generates": _Kind("language model", "text-generation", _GENERATES),
+    "tilted": _Kind("tilted language model", "text-generation", _TILTED),
     "classifies": _Kind("sequence classifier", "text-classification", _CLASSIFIES),
     "forecasts": _Kind("value model", None, _FORECASTS),
 }
@@ -144,6 +153,8 @@ def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights |
     policy = getattr(pl_module, "policy", None)
     if isinstance(policy, ValueModel):
         kind = _KINDS["forecasts"]
+    elif isinstance(policy, TiltedLM):
+        kind = _KINDS["tilted"]
     else:
         kind = _KINDS["generates" if getattr(policy, "can_generate", lambda: True)() else "classifies"]
     return _CARD.format(
