@@ -26,7 +26,9 @@ from vbon_lightning.models import (
     TiltedConfig,
     TiltedLM,
     load_causal_lm,
+    load_classifier,
     load_tokenizer,
+    load_value_model,
     model_identity,
     new_tilted_lm,
     save_pretrained,
@@ -77,8 +79,6 @@ def by_hand(files: Path, model: Any, base: str, tower: str, tokens: Tensor, n: f
     """Return the log-probabilities of the next token after each, from the two models as they were loaded."""
     reference = AutoModelForCausalLM.from_pretrained(files / base).eval()
     if tower == "value":
-        from vbon_lightning.models import load_value_model
-
         body = load_value_model(str(files / "value")).body
     else:
         body = AutoModel.from_pretrained(files / tower).eval()
@@ -381,3 +381,16 @@ def test_windows_of_different_lengths_share_no_cache(files: Path) -> None:
         output = model(input_ids=tokens[:, place, None], past_key_values=output.past_key_values, use_cache=True)
         rest.append(output.logits)
     torch.testing.assert_close(torch.cat(rest, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["tilt", "dial", "lora"])
+def test_only_a_policy_is_tilted_or_dialled(field: str, files: Path) -> None:
+    given = {"name": str(files / "value"), field: {"tilt": str(files / "llama"), "dial": 2, "lora": {"r": 2}}[field]}
+    message = f"is trained whole: leave `{field}` out"
+    with pytest.raises(ModelError, match=message):
+        load_value_model(given)
+    with pytest.raises(ModelError, match=message):
+        load_classifier(given, labels=["a", "b"])
+    if field == "dial":
+        with pytest.raises(ModelError, match="only a tilted policy can be dialled"):
+            load_causal_lm({"name": str(files / "llama"), "dial": 2}, trainable=False)

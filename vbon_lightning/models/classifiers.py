@@ -17,7 +17,7 @@ from vbon_lightning.models.loading import (
     new_weights,
     pretrained_model,
 )
-from vbon_lightning.models.spec import ModelSpec, as_spec
+from vbon_lightning.models.spec import ModelSpec, as_spec, refuse_policy_fields
 from vbon_lightning.models.tokenizer import load_tokenizer
 
 
@@ -39,8 +39,7 @@ def load_classifier(
         ModelError: If the model cannot be found or loaded, lacks more than its head, or has another number of labels.
     """
     spec = as_spec(spec)
-    if spec.lora is not None:
-        raise ModelError("a reward model is trained whole: leave `lora` out")
+    refuse_policy_fields(spec, "a reward model")
     tokenizer = load_tokenizer(spec)
     names = {
         "num_labels": len(labels),

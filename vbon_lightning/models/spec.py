@@ -104,6 +104,21 @@ def as_spec(value: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
     return spec
 
 
+def refuse_policy_fields(spec: ModelSpec, what: str) -> None:
+    """Refuse what only a policy has, for a model that is trained or loaded whole.
+
+    Args:
+        spec: The model.
+        what: What it is, for the message: "a reward model".
+
+    Raises:
+        ModelError: Naming the field.
+    """
+    for name in ("lora", "tilt", "dial"):
+        if getattr(spec, name) is not None:
+            raise ModelError(f"{what} is trained whole: leave `{name}` out")
+
+
 def parse_dtype(dtype: str | None) -> torch.dtype | str:
     """Turn a dtype's name into a ``torch.dtype``, or ``"auto"``.
 

@@ -24,7 +24,7 @@ from vbon_lightning.models.loading import (
     new_weights,
     pretrained_model,
 )
-from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
+from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype, refuse_policy_fields
 
 
 class ValueModelConfig(PreTrainedConfig):
@@ -171,8 +171,7 @@ def new_value_model(
         ModelError: If the model cannot be found or loaded, or lacks weights of its body.
     """
     spec = as_spec(spec)
-    if spec.lora is not None:
-        raise ModelError("a value model is trained whole: leave `lora` out")
+    refuse_policy_fields(spec, "a value model")
     with new_weights(seed):
         body = load_body(spec, seed)
         check_causal(spec, body)
@@ -226,6 +225,7 @@ def load_value_model(spec: str | Mapping[str, Any] | ModelSpec) -> ValueModel:
 
 def _trained(spec: ModelSpec) -> ValueModel:
     """Load a trained value model as it was saved, with the dropout that its config asks for."""
+    refuse_policy_fields(spec, "a value model")
     if spec.name is None:
         raise ModelError("a value model is trained first: give its directory as `name`")
     name, _ = locate("name", spec.name)
