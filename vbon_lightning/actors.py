@@ -329,7 +329,13 @@ class Actors:
         """Return rewards ``[B, G]``, the missing-EOS penalty included, on the device of ``finished``."""
         if self.reward is None:
             raise ValueError("this needs a reward: set `data.reward`")
-        raw = check_rewards(self.reward(prompts, responses, token_ids), prompts, responses)
+        # Lightning's bf16-true makes bfloat16 the default type within a step, in which near rewards would tie.
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            raw = check_rewards(self.reward(prompts, responses, token_ids), prompts, responses)
+        finally:
+            torch.set_default_dtype(before)
         raw = raw.to(device=finished.device, dtype=torch.float32)
         return raw - self.missing_eos_penalty * (~finished).float()
 

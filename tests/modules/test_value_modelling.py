@@ -26,8 +26,9 @@ from tests.test_value_models import bins_after
 from vbon_lightning import TextSource
 from vbon_lightning.callbacks import PolicyExport
 from vbon_lightning.checks import ConfigMismatchError
-from vbon_lightning.functional import bin_labels, reward_bins
+from vbon_lightning.functional import bin_labels, forecast_head, reward_bins
 from vbon_lightning.models import ModelError, load_value_model
+from vbon_lightning.modules import value_modelling
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.sampling import pick_some
 from vbon_lightning.types import TableBatch
@@ -396,6 +397,28 @@ def test_killed_and_resumed(kill: KillAt, files: Path, tmp_path: Path) -> None:
     expected, found = weights(whole), weights(resumed)
     assert list(found) == list(expected)
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def test_a_checkpoints_head_is_not_started_anew(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        return forecast_head(*arguments, **options)
+
+    monkeypatch.setattr(value_modelling, "forecast_head", count)
+    expected, _, _ = fit(files, tmp_path / "whole", steps=4)
+    assert len(calls) == 1
+    with pytest.raises(Killed):
+        fit(files, tmp_path / "killed", KillAt(2), steps=4)
+    assert len(calls) == 2
+    resumed, _, _ = fit(files, tmp_path / "killed", steps=4)
+    assert len(calls) == 2
+    assert all(torch.equal(value, weights(expected)[name]) for name, value in weights(resumed).items())
+    # Nor is that of a model that is trained further.
+    data = table_data(files)
+    make_trainer(tmp_path / "further", steps=1).fit(expected, data)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class ValueGuided(Decoder):
         tokens = torch.full((rows, length), actors.end_ids[0], dtype=torch.long, device=device)
         mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        token_kl = torch.zeros(rows, length, device=device)
+        token_kl = torch.zeros(rows, length, dtype=torch.float32, device=device)
         cost = [0, int(prompts.mask.sum())]
 
         padded = not bool(prompts.mask.all())

@@ -30,7 +30,7 @@ def model_identity(spec: str | Mapping[str, Any] | ModelSpec, *, seed: int = 0) 
     spec = as_spec(spec)
     identity = {"dtype": spec.dtype or "float32"}
     if spec.dial is not None:
-        identity["dial"] = f"{spec.dial:g}"
+        identity["dial"] = repr(float(spec.dial))
     if spec.tilt is not None:
         tilt, _ = locate("tilt", spec.tilt)
         identity |= {f"tilt_{key}": value for key, value in _directory_identity(tilt, None, None).items()}

@@ -81,6 +81,7 @@ class ValueModelling(SupervisedModule):
         self.probe = probe
         self.scorer: PrefixScorer | None = None
         self._bins: RewardBins | None = None
+        self._has_new_head = False
         self._fingerprint: dict[str, Any] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.forecast = PrefixForecast()
@@ -128,13 +129,18 @@ class ValueModelling(SupervisedModule):
         if self.policy is not None:
             return
         if self._bins is not None:
-            model = self._new_model(self._bins, self.actor_spec.max_new_tokens, self._fingerprint)
-            if self.probe:
-                self._start_head(model, self._bins)
-            self._take(model)
+            self._take(self._new_model(self._bins, self.actor_spec.max_new_tokens, self._fingerprint))
+            self._has_new_head = True
         elif is_value_model(self.body):
             self._take(load_value_model(self.body))  # evaluated on its own, by its own bins
         # Otherwise a checkpoint has to follow, which says its bins.
+
+    def on_fit_start(self) -> None:
+        """Check that the texts fit the model's context, and start a new head, unless a checkpoint brought one."""
+        super().on_fit_start()
+        if self._has_new_head and self.probe and self.trainer.ckpt_path is None:
+            self._start_head()
+        self._has_new_head = False
 
     def check_lengths(self, response_tokens: int) -> None:
         """Refuse to evaluate what is no value model, and texts that do not fit its context.
@@ -158,8 +164,9 @@ class ValueModelling(SupervisedModule):
         self.policy, self.scorer = model, PrefixScorer(model)
 
     @torch.no_grad()
-    def _start_head(self, model: ValueModel, bins: RewardBins) -> None:
+    def _start_head(self) -> None:
         """Fit the head to whole responses."""
+        model, bins = cast(ValueModel, self.policy), cast(RewardBins, self._bins)
         data: Any = getattr(self.trainer, "datamodule", None)
         prompts = data.prompts("train")
         step = max(1, len(prompts) * data.reference_rewards // self.probe)
@@ -167,14 +174,17 @@ class ValueModelling(SupervisedModule):
         model.eval()  # without dropout
         for some in torch.arange(0, len(prompts), step).split(32):
             batch = data.table_batch([prompts[row] for row in some.tolist()])
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
             states = PrefixScorer(model).states(batch.prompts, batch.responses)
             mask = torch.nn.functional.pad(batch.responses.mask, (1, 0), value=True)
             place = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-            features.append(states[mask])
-            rewards.append(_rewards(batch)[..., None].expand(mask.shape)[mask])
-            whole.append((place == batch.responses.mask.sum(-1, keepdim=True))[mask])
+            features.append(states[mask].cpu())
+            rewards.append(_rewards(batch)[..., None].expand(mask.shape)[mask].cpu())
+            whole.append((place == batch.responses.mask.sum(-1, keepdim=True))[mask].cpu())
         model.train()
-        weight, bias = forecast_head(torch.cat(features), torch.cat(rewards), bins, fit=torch.cat(whole))
+        found = forecast_head(torch.cat(features), torch.cat(rewards), bins, fit=torch.cat(whole))
+        # Each rank has found the same, to rounding, and the ranks are to stay the same exactly.
+        weight, bias = self.trainer.strategy.broadcast(found)
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)
 

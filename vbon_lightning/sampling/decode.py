@@ -168,7 +168,7 @@ def _decode(
     ends = torch.as_tensor(list(end_ids), device=device)
 
     tokens = torch.full((rows, length), pad_id, dtype=torch.long, device=device)
-    log_probs = torch.zeros(rows, length, device=device)
+    log_probs = torch.zeros(rows, length, dtype=torch.float32, device=device)
     mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
 

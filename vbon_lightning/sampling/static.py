@@ -87,7 +87,7 @@ class StaticDecoder:
         self.prompt_lengths = torch.ones(rows, dtype=torch.long, device=device)
         self.ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self.tokens = torch.full((rows, length), pad_id, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(rows, length, device=device)
+        self.log_probs = torch.zeros(rows, length, dtype=torch.float32, device=device)
         self.mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         # Attention kernels want their masks' rows aligned.

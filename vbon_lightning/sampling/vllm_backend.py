@@ -186,7 +186,7 @@ def _completions(
     longest = max(map(len, rows))
     tokens = torch.full((len(rows), longest), pad_id, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    theirs = torch.zeros(len(rows), longest)
+    theirs = torch.zeros(len(rows), longest, dtype=torch.float32)
     finished = torch.zeros(len(rows), dtype=torch.bool)
     ends = set(end_ids)
     for row, (ids, output) in enumerate(zip(rows, outputs, strict=True)):
@@ -203,5 +203,7 @@ def _completions(
             [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)]
         )
     split = (batch, samples, longest)
-    completions = Completions(tokens.view(split), mask.view(split), finished.view(batch, samples), torch.zeros(split))
+    completions = Completions(
+        tokens.view(split), mask.view(split), finished.view(batch, samples), torch.zeros(split, dtype=torch.float32)
+    )
     return completions, theirs.view(split)
