@@ -398,6 +398,8 @@ def test_training_leaves_the_reference_where_it_is(divergence: str, files: Path,
     module = fit(files, tmp_path, steps=4, data=tilted(files), n_range=[2, 8], n=3.5, divergence=divergence)
     reference, tokens = load_causal_lm(str(files / "llama"), trainable=False), torch.tensor([[3, 4, 5], [6, 7, 8]])
     assert module.policy.n == 3.5, "the N that is evaluated and exported"
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
+    assert {name.split(".")[1] for name in kept} == {"tower", "heads"}, "the reference is not in checkpoints"
     own = reference(input_ids=tokens).logits
     assert not torch.allclose(module.policy(input_ids=tokens).logits, own, atol=1e-2)
     module.policy.turn(1)
