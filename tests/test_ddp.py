@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.modules import distributed
-from tests.modules.setting import make_data, make_files, make_table
+from tests.modules.setting import make_data
 from tests.ranks import run_two
-from tests.test_value_models import save_value_model
+from tests.test_value_models import make_valued_files
 from vbon_lightning.reference_table import ReferenceTable
 
 pytestmark = pytest.mark.slow
@@ -19,10 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_files(tmp_path_factory.mktemp("files"))
-    make_table(directory)
-    save_value_model(make_data(directory), directory / "value")
-    return directory
+    return make_valued_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ def test_the_comparison_sees_learning(files: Path, alone: Any, tmp_path: Path) -
 
 
 def _first_checkpoint(files: Path, directory: Path) -> Path:
-    from tests.modules.setting import make_data, make_module, make_trainer
+    from tests.modules.setting import make_module, make_trainer
 
     data = make_data(files)
     make_trainer(directory, steps=1).fit(make_module("vbon", data), data)

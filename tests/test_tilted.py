@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.helpers import save_tiny_classifier, save_tiny_model, tiny_tokenizer
-from tests.modules.setting import ALPHABET, make_data, make_files, make_table
-from tests.test_value_models import save_value_model
+from tests.modules.setting import ALPHABET
+from tests.test_value_models import make_valued_files
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.dialling import dial
 from vbon_lightning.models import (
@@ -43,12 +43,10 @@ TOWERS = ("llama", "gpt2", "other", "value")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_files(tmp_path_factory.mktemp("files"))
-    make_table(directory)
+    directory = make_valued_files(tmp_path_factory.mktemp("files"))
     save_tiny_model(directory / "other", alphabet=ALPHABET, seed=4)
     save_tiny_classifier(directory / "encoder", vocab_size=11, seed=4)
     tiny_tokenizer(directory / "encoder", alphabet=ALPHABET)
-    save_value_model(make_data(directory), directory / "value")
     save_tiny_model(directory / "tied", alphabet=ALPHABET, seed=3, tie_word_embeddings=True)
     save_tiny_model(directory / "reordered", alphabet="hgfedcba")
     return directory
@@ -94,6 +92,16 @@ def log_probs(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     return model(input_ids=tokens).logits.log_softmax(-1)
 
 
+def by_steps(model: Any, tokens: Tensor, *, first: int) -> Tensor:
+    """Return the logits of some tokens run at once and the others one by one, by the cache."""
+    output = model(input_ids=tokens[:, :first], use_cache=True)
+    found = [output.logits]
+    for place in range(first, tokens.shape[1]):
+        output = model(input_ids=tokens[:, place, None], past_key_values=output.past_key_values, use_cache=True)
+        found.append(output.logits)
+    return torch.cat(found, dim=1)
+
+
 # -- what it computes --
 
 
@@ -123,12 +131,7 @@ def test_its_log_ratios_are_a_polynomial_in_log_n(n: float, base: str, tower: st
 def test_a_cache_changes_nothing(base: str, tower: str, files: Path) -> None:
     model = tilted(files, base, tower)
     expected = model(input_ids=TOKENS).logits
-    output = model(input_ids=TOKENS[:, :2], use_cache=True)
-    found = [output.logits]
-    for place in range(2, 5):
-        output = model(input_ids=TOKENS[:, place, None], past_key_values=output.past_key_values, use_cache=True)
-        found.append(output.logits)
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_steps(model, TOKENS, first=2), expected, atol=1e-5, rtol=1e-5)
     kept = model(input_ids=TOKENS, logits_to_keep=2).logits
     torch.testing.assert_close(kept, expected[:, -2:], atol=1e-5, rtol=1e-5)
     assert model(input_ids=TOKENS, use_cache=False).past_key_values is None
@@ -375,12 +378,7 @@ def test_windows_of_different_lengths_share_no_cache(files: Path) -> None:
     model = scramble(new_tilted_lm(base, plain.base_model)).eval()
     tokens = torch.randint(3, 11, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids=tokens).logits
-    output = model(input_ids=tokens[:, :6], use_cache=True)
-    rest = [output.logits]
-    for place in range(6, 9):
-        output = model(input_ids=tokens[:, place, None], past_key_values=output.past_key_values, use_cache=True)
-        rest.append(output.logits)
-    torch.testing.assert_close(torch.cat(rest, dim=1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_steps(model, tokens, first=6), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("field", ["tilt", "dial", "lora"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from tests.helpers import save_tiny_classifier, save_tiny_model, tiny_tokenizer
-from tests.modules.setting import ALPHABET, VowelReward, make_data, make_files
+from tests.modules.setting import ALPHABET, VowelReward, make_data, make_files, make_table
 from vbon_lightning import AlignmentDataModule
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.functional import RewardBins, forecast_log_probs, reward_bins
@@ -49,6 +49,14 @@ def save_value_model(
     model = new_model(body or data.actors.policy, longest=longest, fingerprint=made_of)
     save_pretrained(scramble(model, seed), data.tokenizer, directory)
     return str(directory)
+
+
+def make_valued_files(directory: Path) -> Path:
+    """Write what :func:`~tests.modules.setting.make_files` does, a reference table, and a value model, ``value``."""
+    make_files(directory)
+    make_table(directory)
+    save_value_model(make_data(directory), directory / "value")
+    return directory
 
 
 @torch.no_grad()

@@ -9,17 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer
-from tests.test_value_models import save_value_model
+from tests.modules.setting import make_data, make_module, make_trainer
+from tests.test_value_models import make_valued_files
 from vbon_lightning.models import ModelSpec
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_files(tmp_path_factory.mktemp("files"))
-    make_table(directory)
-    save_value_model(make_data(directory), directory / "value")
-    return directory
+    return make_valued_files(tmp_path_factory.mktemp("files"))
 
 
 class Rewards(Callback):

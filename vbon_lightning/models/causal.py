@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vbon_lightning.adapters import AdapterError, add_lora
 from vbon_lightning.models.errors import ModelError
 from vbon_lightning.models.loading import (
-    check_causal,
     check_no_missing_weights,
     disable_dropout,
     new_model,
@@ -94,6 +93,4 @@ def _tilted(base: PreTrainedModel, spec: ModelSpec, seed: int) -> PreTrainedMode
     check_same_vocabulary(load_tokenizer(spec), load_tokenizer(tower), what="a model and the body that tilts it")
     if isinstance(base, TiltedLM):
         raise ModelError(f"the model {spec.name!r} is tilted already: leave `tilt` out to train it on")
-    body = load_body(tower, seed)
-    check_causal(tower, body)
-    return new_tilted_lm(base, body)
+    return new_tilted_lm(base, load_body(tower, seed))

@@ -141,10 +141,8 @@ class TiltedLM(PreTrainedModel, GenerationMixin):
         width, vocabulary = self.tower.config.get_text_config().hidden_size, self.config.vocab_size
         like = next(self.tower.parameters())
         for _ in range(degree - len(self.heads)):
-            head = nn.Linear(width, vocabulary, dtype=like.dtype, device=like.device)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            self.heads.append(head)
+            self.heads.append(nn.Linear(width, vocabulary, dtype=like.dtype, device=like.device))
+            self._init_weights(self.heads[-1])
         self.config.degree = degree
 
     @property

@@ -174,7 +174,6 @@ def new_value_model(
     refuse_policy_fields(spec, "a value model")
     with new_weights(seed):
         body = load_body(spec, seed)
-        check_causal(spec, body)
         attention = body.config._attn_implementation  # a config that takes it in resets it
         config = ValueModelConfig(
             text_config=body.config,
@@ -195,13 +194,19 @@ def new_value_model(
 
 
 def load_body(spec: ModelSpec, seed: int = 0) -> PreTrainedModel:
-    """Load the body of a language model, a reward model or a value model, or make one from a config."""
+    """Load the body of a language model, a reward model or a value model, or make one from a config.
+
+    Raises:
+        ModelError: If the model cannot be found or loaded, lacks weights of its body, or reads ahead.
+    """
     if spec.config is not None:
-        return new_model(AutoModel, "model", spec, seed=seed)
-    if is_value_model(spec):
-        return _trained(spec).body
-    body, info = pretrained_model(AutoModel, spec)
-    check_body(spec, body, info)
+        body = new_model(AutoModel, "model", spec, seed=seed)
+    elif is_value_model(spec):
+        body = _trained(spec).body
+    else:
+        body, info = pretrained_model(AutoModel, spec)
+        check_body(spec, body, info)
+    check_causal(spec, body)
     return body
 
 

@@ -194,7 +194,6 @@ class BoNDistillation(OfflineBestOfN):
             assert rewards is not None
             responses, ends = self._picked(prompts, cached, rewards, step, n)
         log_values = scorer.log_values(prompts, responses, log_weights, normalised=False)
-        at_prompt = log_values[..., :1]
         result = distil(
             actors.policy,
             actors.as_reference,
@@ -204,15 +203,13 @@ class BoNDistillation(OfflineBestOfN):
             log_weights,
             log_values,
             self.request,
-            ends=None if ends is None else ends + at_prompt.squeeze(-1),
+            ends=None if ends is None else ends + log_values[..., 0],
             uniforms=self._uniforms(prompts, responses, step),
             temperature=actors.temperature,
             reverse=self.divergence == "reverse",
         )
-        weights = responses.mask.to(result.divergence.dtype)
-        loss = (weights * result.divergence).sum(-1).mean()
-        logs = {"teacher_kl": (weights * result.teacher_kl).sum(-1).mean()}
-        return loss, logs
+        # Both are 0 behind a response's end.
+        return result.divergence.sum(-1).mean(), {"teacher_kl": result.teacher_kl.sum(-1).mean()}
 
     def on_after_backward(self) -> None:
         """Go back to the N that is evaluated and exported."""
