@@ -33,12 +33,8 @@ def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
          "--trainer.val_check_interval", "1")  # fmt: skip
     vbon(monkeypatch, "predict", *data, "--config", f"{configs}/table.yaml", *small,
          "--model.init_args.samples", "16", "--trainer.enable_progress_bar", "false")  # fmt: skip
-    for n in ("4", "16"):
-        vbon(monkeypatch, "fit", *data, "--config", f"{configs}/vbon.yaml", *small, *quick,
-             "--model.init_args.n", n, "--trainer.default_root_dir", f"runs/demo/vbon-n{n}")  # fmt: skip
-    for beta in ("0.3", "0.1"):
-        vbon(monkeypatch, "fit", *data, "--config", f"{configs}/kl_rl.yaml", *small, *quick,
-             "--model.init_args.beta", beta, "--trainer.default_root_dir", f"runs/demo/kl_rl-b{beta}")  # fmt: skip
+    for name, strength in (("vbon", "--model.init_args.n=4"), ("kl_rl", "--model.init_args.beta=0.3")):
+        vbon(monkeypatch, "fit", *data, "--config", f"{configs}/{name}.yaml", *small, *quick, strength)
     vbon(monkeypatch, "fit", *data, "--config", f"{configs}/value.yaml", *small, *quick, "--data.batch_size", "8")
     vbon(monkeypatch, "fit", *data, "--config", f"{configs}/dial.yaml", *small, *quick,
          "--model.init_args.n_range", "[1.5, 16]")  # fmt: skip
@@ -55,7 +51,7 @@ def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert by_name["reference"]["win_rate"]["mean"] == pytest.approx(0.5)
     assert by_name["Best-of-2"]["win_rate"]["mean"] < by_name["Best-of-8"]["win_rate"]["mean"]
     for name in policies:
-        assert 0 <= by_name[name]["kl"]["mean"] < 1
+        assert 0 <= by_name[name]["kl"]["mean"] < 2.5
     assert (output / "pareto.png").stat().st_size > 10_000
     assert "reference" in (output / "samples.md").read_text()
 

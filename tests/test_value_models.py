@@ -51,11 +51,11 @@ def save_value_model(
     return str(directory)
 
 
-def make_valued_files(directory: Path) -> Path:
+def make_valued_files(directory: Path, **changes: Any) -> Path:
     """Write what :func:`~tests.modules.setting.make_files` does, a reference table, and a value model, ``value``."""
     make_files(directory)
-    make_table(directory)
-    save_value_model(make_data(directory), directory / "value")
+    make_table(directory, **changes)
+    save_value_model(make_data(directory, **changes), directory / "value")
     return directory
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vbon_lightning.callbacks.dial_calibration import DialCalibration
 from vbon_lightning.callbacks.kl_monitor import KLMonitor
 from vbon_lightning.callbacks.policy_export import PolicyExport
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
@@ -9,4 +10,12 @@ from vbon_lightning.callbacks.reward_monitor import RewardMonitor
 from vbon_lightning.callbacks.sample_table import SampleTable
 from vbon_lightning.callbacks.win_rate import BestOfNWinRate
 
-__all__ = ["BestOfNWinRate", "KLMonitor", "PolicyExport", "ReferenceTableWriter", "RewardMonitor", "SampleTable"]
+__all__ = [
+    "BestOfNWinRate",
+    "DialCalibration",
+    "KLMonitor",
+    "PolicyExport",
+    "ReferenceTableWriter",
+    "RewardMonitor",
+    "SampleTable",
+]

@@ -66,6 +66,7 @@ _TILTED = (
     + """
 It is two models: a frozen base and a tower that tilts its next-token distribution towards Best-of-N's, in `tilted.py`
 beside the weights. `model.turn(n)` sets N, any real number from 1, where it is the base, upwards.
+Where its config has a `calibration`, N is that of the Best-of-N whose KL the policy has.
 """
 )
 

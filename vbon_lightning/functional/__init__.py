@@ -25,6 +25,7 @@ from vbon_lightning.functional.distillation import (
     reverse_divergence,
     teacher_probs,
 )
+from vbon_lightning.functional.empirical_kl import bon_kl
 from vbon_lightning.functional.kl import (
     TokenStatistics,
     kl_k1,
@@ -93,6 +94,7 @@ __all__ = [
     "binned_reward_cdf",
     "bon_bin_log_weights",
     "bon_expected_reward",
+    "bon_kl",
     "bon_kl_bound",
     "bon_kl_estimate",
     "bon_log_prob",

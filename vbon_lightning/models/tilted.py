@@ -32,6 +32,8 @@ class TiltedConfig(PreTrainedConfig):
         tower_config: The tower's.
         n: The N of Best-of-N that the tilt is for, a real number >= 1; any other may be set at any time.
         degree: Degree of the polynomial in log N.
+        calibration: Pairs of an N and the N that the polynomial is evaluated at to have its KL, both increasing and
+            above 1; without them the two are the same.
     """
 
     model_type = "vbon_tilted_lm"
@@ -43,8 +45,10 @@ class TiltedConfig(PreTrainedConfig):
         tower_config: Any = None,
         n: float = 8.0,
         degree: int = 1,
+        calibration: list[list[float]] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.calibration = calibration
         self.base_config, self.tower_config = _as_config(base_config), _as_config(tower_config)
         self.n, self.degree = n, degree
         parts = [config.get_text_config() for config in (self.base_config, self.tower_config) if config is not None]
@@ -163,6 +167,36 @@ class TiltedLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"a policy is dialled to a finite N >= 1, got {n}")
         self.config.n = float(n)
 
+    def calibrate(self, pairs: list[list[float]] | None) -> None:
+        """Say at which N the polynomial is to be evaluated for the N that is asked for.
+
+        Between the pairs, and 1 which stays 1, it is linear in the logarithms; beyond them log N keeps its last factor.
+
+        Args:
+            pairs: ``[N, where]`` each, both increasing and above 1; None for N itself.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        before = [1.0, 1.0]
+        for pair in pairs or []:
+            if len(pair) != 2 or not all(low < high < math.inf for low, high in zip(before, pair, strict=True)):
+                raise ValueError(f"calibration is pairs of finite numbers above 1, both increasing, got {pairs}")
+            before = pair
+        self.config.calibration = [[float(n), float(where)] for n, where in pairs] if pairs else None
+
+    @property
+    def log_strength(self) -> float:
+        """Return log N, or the logarithm of what calibration puts in its place."""
+        x = math.log(self.n)
+        left, log_left = 0.0, 0.0
+        for n, where in self.config.calibration or []:
+            right, log_right = math.log(n), math.log(where)
+            if x <= right:
+                return log_left + (log_right - log_left) * (x - left) / (right - left)
+            left, log_left = right, log_right
+        return x * log_left / left if left else x
+
     def tilt(self, states: Tensor) -> Tensor:
         """Return what is added to the base's logits, up to a constant a state.
 
@@ -172,7 +206,7 @@ class TiltedLM(PreTrainedModel, GenerationMixin):
         Returns:
             ``[..., V]``.
         """
-        x = math.log(self.n) / SCALE
+        x = self.log_strength / SCALE
         powers = [x**power for power in range(1, len(self.heads) + 1)]
         heads: Any = self.heads
         weight, bias = powers[0] * heads[0].weight, powers[0] * heads[0].bias
