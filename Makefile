@@ -1,4 +1,4 @@
-# make demo: SFT -> reference table -> vBoN and KL-RL -> comparison, on film reviews.
+# make demo: SFT -> reference table -> value model, one policy for every N, vBoN, KL-RL -> comparison, on film reviews.
 # make test: the whole test suite.   make lint: ruff and mypy.   make notebooks: run notebooks/ again, in place.
 # All make the environment first, in .venv.
 
