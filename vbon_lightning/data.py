@@ -429,6 +429,10 @@ class AlignmentDataModule(LightningDataModule):
         samples = self.reference_rewards
         return TableBatch(self._collate_prompts(items), Responses(tokens[:, :samples], mask[:, :samples]))
 
+    def prompt_batch(self, prompts: Sequence[EncodedPrompt], first: int = 0) -> PromptBatch:
+        """Return given prompts without their rewards, numbered from ``first``: their numbers fix the sampling noise."""
+        return self._collate_without_rewards([(first + place, True, row) for place, row in enumerate(prompts)])
+
     def table_batch(self, prompts: Sequence[EncodedPrompt]) -> TableBatch:
         """Return given prompts of the training split with the table's responses to them."""
         return self._collate_responses([(place, True, row) for place, row in enumerate(prompts)])

@@ -105,6 +105,15 @@ def test_the_export_carries_it_wherever_it_is_listed(files: Path, tmp_path: Path
                 torch.testing.assert_close(other(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_calibrated_policy_is_calibrated_afresh(files: Path, tmp_path: Path) -> None:
+    calibration = DialCalibration([2, 4], prompts=10, samples=32)
+    module, _ = fit(files, tmp_path, calibration)
+    first = module.policy.config.calibration
+    calibration.on_train_end(module.trainer, module)
+    for pair, again in zip(first, module.policy.config.calibration, strict=True):
+        assert again == pytest.approx(pair)
+
+
 def test_how_many_prompts_and_samples_are_what_is_sampled(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from vbon_lightning.functional import bon_kl
 from vbon_lightning.models import TiltedLM
 from vbon_lightning.sampling import response_statistics
+from vbon_lightning.types import PromptBatch
 
 _STEP = 2**0.5
 
@@ -72,11 +72,16 @@ class DialCalibration(Callback):
         """Calibrate; PolicyExport comes after it wherever it is listed."""
         policy, data = cast(TiltedLM, pl_module.policy), cast(Any, trainer).datamodule
         rows = data.prompts("train")
-        # Alike on every rank, by the same noise: none has to tell the others.
         rows = [rows[place * len(rows) // self.prompts] for place in range(min(self.prompts, len(rows)))]
-        wanted = {n: float(bon_kl(data.table_rewards(rows), n=n).mean()) for n in self.n}
-        n, training = policy.n, policy.training
-        policy.eval()
+        rewards = data.table_rewards(rows)
+        wanted = {n: float(bon_kl(rewards, n=n).mean()) for n in self.n}
+        batches = [
+            pl_module.transfer_batch_to_device(
+                data.prompt_batch(rows[at : at + data.batch_size], at), pl_module.device, 0
+            )
+            for at in range(0, len(rows), data.batch_size)
+        ]
+        n = policy.n
         policy.calibrate(None)
         tried, found = [1.0], [0.0]
         most = self.reach * self.n[-1]
@@ -84,38 +89,32 @@ class DialCalibration(Callback):
             tried.append(min(tried[-1] * _STEP, most))
             policy.turn(tried[-1])
             # Where the tilt's polynomial turns back, its KL says nothing new.
-            found.append(max(found[-1], self._kl(pl_module, data, rows)))
+            found.append(max(found[-1], self._kl(pl_module, batches)))
         policy.turn(n)
-        policy.train(training)
-        pairs = calibration_pairs(tried, found, wanted)
-        missed = [n for n in self.n if n not in {float(reached) for reached, _ in pairs}]
-        if missed:
-            names = ", ".join(f"{n:g}" for n in missed)
+        # Each rank has found the same, to rounding, by the same noise.
+        pairs = trainer.strategy.broadcast(calibration_pairs(tried, found, wanted))
+        reached = {n for n, _ in pairs}
+        if missed := [f"{n:g}" for n in self.n if n not in reached]:
             rank_zero_warn(
-                f"the policy does not reach the KL of Best-of-N for N = {names}: dialled to {tried[-1]:.3g} it has "
-                f"{found[-1]:.3f} nats. These N are extrapolated; train longer, or widen n_range"
+                f"the policy does not reach the KL of Best-of-N for N = {', '.join(missed)}: dialled to "
+                f"{tried[-1]:.3g} it has {found[-1]:.3f} nats. These N are extrapolated; train longer, or widen n_range"
             )
         policy.calibrate(pairs)
         rank_zero_info("Dial: " + ", ".join(f"N = {n:g} at {where:.3g}" for n, where in pairs))
 
-    def _kl(self, pl_module: LightningModule, data: Any, rows: list[Any]) -> float:
-        actors: Any = pl_module.loaded
+    def _kl(self, pl_module: LightningModule, batches: list[PromptBatch]) -> float:
+        actors, seed = cast(Any, pl_module.loaded), cast(int, pl_module.seed)
         actors.place()
-        total = torch.zeros((), dtype=torch.float64)
-        size = max(1, data.batch_size)
-        for start in range(0, len(rows), size):
-            batch = data.table_batch(rows[start : start + size]).prompts
-            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-            batch = batch._replace(index=batch.index + start)
-            seed: Any = pl_module.seed
+        found = []
+        for batch in batches:
             drawn = actors.sample(
                 actors.policy, batch, num_samples=self.samples, seed=seed, stream="calibration", step=0
             )
-            kl: Tensor = response_statistics(
+            statistics = response_statistics(
                 actors.policy, actors.as_reference, batch, drawn, temperature=actors.temperature
-            ).kl
-            total += kl.double().sum().cpu()
-        return float(total) / (len(rows) * self.samples)
+            )
+            found.append(statistics.kl.double().sum(-1).flatten())
+        return float(torch.cat(found).mean())
 
 
 def calibration_pairs(tried: Sequence[float], kl: Sequence[float], wanted: dict[float, float]) -> list[list[float]]:
