@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
+from vbon_lightning.evaluation import PolicyReport
+
 FOLDER = Path(__file__).parent.parent / "experiments" / "sentiment"
 sys.path.insert(0, str(FOLDER))
 
+from budgets import _kept, costs_table, gain_table  # noqa: E402
 from report import with_tables, write_report  # noqa: E402
-from results import read_results  # noqa: E402
+from results import Baseline, Result, _result, read_results  # noqa: E402
 from sweep import read_sweep  # noqa: E402
 
 N = (2, 4, 8, 16, 32)
+REFERENCE = "runs/sentiment/sft/export"
 
 
 def estimate(mean: float) -> dict[str, float]:
@@ -176,6 +180,58 @@ def test_break_even_by_hand(results: Path, tmp_path: Path) -> None:
     assert found["vBoN N=4"] == [f"{saved + 1:.1f}", "3,000", f"{3000 / saved:,.0f}", "50", f"{5000 / saved:,.0f}"]
 
 
+def equal_budgets() -> tuple[list[Result], Baseline]:
+    """Two methods, two seeds: one keeps 80% and 84% at Best-of-N's KLs, the other stops below Best-of-4's."""
+    plain = [
+        result("t", "Tilted", n, seed, bon_kl(n), 0.5 + (0.8 + 0.04 * seed) * (n / (n + 1) - 0.5), group="equal")
+        for n in N
+        for seed in (0, 1)
+    ]
+    plain += [result("s", "Short", n, 0, bon_kl(n) / 3, 0.6, group="equal") for n in (2, 4)]
+    for one in plain:
+        one["training"] |= {"command": f"{one['method']}-s{one['seed']}", "table_responses": 500}
+    first = {"seconds": 10.0, "optimizer_steps": 7, "sampled_responses": 0, "table_responses": 800, "after": None}
+    for one in plain[:10]:
+        one["training"] |= {"after": first, "sampled_responses": 0}
+    best = baseline()
+    return [_result(one) for one in plain], Baseline("main", best["table"], [
+        PolicyReport.from_dict(one) for one in best["reports"]
+    ])  # fmt: skip
+
+
+def cells(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_gains_at_best_of_ns_kl_by_hand() -> None:
+    runs, bon = equal_budgets()
+    # 80% and 84%: a mean of 82. At N = 4 the prompts' half-width is .01 / .3, the seeds' t(1) x .0283 / sqrt(2) = .254.
+    half = math.hypot(0.01 / 0.3, 12.706 * 0.04 / 2)
+    found = cells(gain_table(runs, bon), "Tilted")
+    assert found[:2] == ["2", "5"] and found[3] == f"82 ± {100 * half:.0f}%"
+    # The largest KL of the other is a third of Best-of-4's, between the reference's and Best-of-2's; there it has 0.6.
+    short = cells(gain_table(runs, bon), "Short")
+    kl = bon_kl(4) / 3
+    assert kl > bon_kl(2) and short[2].startswith("60 ±") and short[3:] == ["not reached"] * 3
+
+
+def test_a_gain_between_two_strengths_is_on_the_line_between_them() -> None:
+    runs, bon = equal_budgets()
+    two = [run for run in runs if run.title == "Tilted" and run.seed == 0 and run.value in (2, 8)]
+    (low, below), (high, above) = sorted((run.kl, run.win_rate) for run in two)
+    part = (bon_kl(4) - low) / (high - low)
+    kept = _kept(two, bon, 4)
+    assert kept is not None and kept.mean == pytest.approx((below + part * (above - below) - 0.5) / 0.3)
+
+
+def test_costs_count_the_stages_before_and_a_dialled_policy_once() -> None:
+    runs, bon = equal_budgets()
+    # 800 of the table (the first stage's, which are the same responses), 7 + 100 updates, 10 + 40 s and 800 x 0.01 s.
+    assert cells(costs_table(runs, bon), "Tilted") == ["800", "0", "107", "58", "58"]
+    assert cells(costs_table(runs, bon), "Short")[:2] == ["500", "2,000"]
+
+
 def test_a_few_results_are_enough(results: Path, tmp_path: Path) -> None:
     for path in results.glob("*.json"):
         if path.stem not in ("bon", "vbon-n4-s0"):
@@ -206,16 +262,38 @@ def test_tables_are_put_where_the_document_asks_for_them() -> None:
 
 def test_the_sweep_runs_seed_by_seed() -> None:
     sweep = read_sweep(FOLDER / "sweep.yaml")
-    seeds = [run.seed for run in sweep.runs]
+    seeds = [run.training.seed for run in sweep.runs]
     assert seeds == sorted(seeds) and len(set(seeds)) > 1
-    first = [run.method for run in sweep.runs if run.seed == 0]
-    assert first[0] == "vbon" and len(set(first)) == len({run.method for run in sweep.runs})
+    first = [run.method for run in sweep.runs if run.training.seed == 0]
+    assert first[0] == "equal_tilted" and len(set(first)) == len({run.method for run in sweep.runs})
     for run in sweep.runs:
-        words = " ".join(run.fit)
-        assert f"--seed_everything {run.seed}" in words and f"--{run.option} {run.value}" in words
-        assert str(run.directory) in words and words.endswith("--ckpt_path last")
-    for config in {word for run in sweep.runs for word in run.fit if word.endswith(".yaml")}:
+        words = " ".join(run.training.fit)
+        assert f"--seed_everything {run.training.seed}" in words
+        assert f"--{run.option} {run.value}" in words or f'"dial": {run.value}' in " ".join(run.compare)
+        assert str(run.training.directory) in words and words.endswith("--ckpt_path last")
+    for config in {word for training in sweep.trainings for word in training.fit if word.endswith(".yaml")}:
         assert (FOLDER.parents[1] / config).exists()
+
+
+def test_a_training_comes_after_the_one_it_starts_from() -> None:
+    sweep = read_sweep(FOLDER / "sweep.yaml")
+    places = {training.name: place for place, training in enumerate(sweep.trainings)}
+    assert len(places) == len(sweep.trainings)
+    for training in sweep.trainings:
+        if training.first is not None:
+            assert places[training.first.name] < places[training.name]
+            assert str(training.first.directory / "export") in " ".join(training.fit)
+    # One policy serves all the N that it is dialled to, and its stage is no run of its own.
+    dialled = [run for run in sweep.runs if run.method == "equal_tilted" and run.training.seed == 0]
+    assert len(dialled) == 5 and len({run.training.name for run in dialled}) == 1
+    assert len({run.comparison for run in dialled}) == 5
+    value = dialled[0].training.first
+    assert value is not None and value.name not in {run.training.name for run in sweep.runs}
+    assert f"tilt: {value.directory}/export" in " ".join(dialled[0].training.fit)
+    # Without a mention of $after it is the policy, and the reference stays the reference.
+    after = next(run.training for run in sweep.runs if run.method == "vbon_after_sft")
+    assert after.first is not None and f"--data.policy {after.first.directory}/export" in " ".join(after.fit)
+    assert f"--data.reference {REFERENCE}" in " ".join(after.fit)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +301,10 @@ def test_the_sweep_runs_seed_by_seed() -> None:
     [
         ({"seed": [0]}, "seed unknown"),
         ({"seeds": [0, 0]}, "several runs are called vbon-n4-s0"),
-        ({"methods": {"vbon": {"title": "v"}}}, "methods.vbon: config, option, short, values missing"),
+        ({"methods": {"vbon": {"title": "v", "config": "c.yaml", "values": [2]}}}, "methods.vbon: option, short missing"),
+        ({"methods": {"vbon": {"title": "v", "config": "c.yaml", "values": [2], "dial": True}}}, "vbon: short missing"),
+        ({"methods": {"vbon": {"title": "v", "config": "c.yaml", "after": "x"}}}, "no method 'x' to come after"),
+        ({"methods": {"vbon": {"title": "v"}}}, "methods.vbon: config missing"),
     ],
 )
 def test_a_wrong_description_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

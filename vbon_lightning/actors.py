@@ -113,12 +113,16 @@ class ActorSpec:
         policy = self.policy_spec
         return not policy.trained_whole and self.reference_spec == policy.base()
 
-    def identity(self) -> dict[str, Any]:
-        """Describe the models by content, in plain values: what a checkpoint must agree with to be resumed."""
+    def identity(self, *, reward: bool = True) -> dict[str, Any]:
+        """Describe the models by content, in plain values: what a checkpoint must agree with to be resumed.
+
+        Args:
+            reward: Whether the reward counts; one that a method does not use need not even exist.
+        """
         return {
             "policy": model_identity(self.policy_spec),
             "reference": model_identity(self.reference_spec),
-            "reward": None if self.reward is None else self.reward.identity(),
+            "reward": self.reward.identity() if reward and self.reward is not None else None,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "missing_eos_penalty": self.missing_eos_penalty,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The demo: SFT -> reference table -> value model -> one policy for every N, and beside it vBoN and KL-RL by policy gradient
-# -> comparison. `make demo` runs it. Each stage is one `vbon` command, printed before it runs. The two branches run side by
+# The demo: SFT and a reward model -> reference table -> value model -> one policy for every N, and beside it vBoN and KL-RL by
+# policy gradient -> comparison. `make demo` runs it. Each stage is one `vbon` command, printed before it runs. The two branches run side by
 # side, one thread each, which suits a model this small.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,10 +13,20 @@ stage() {  # print a command, run it
   vbon "$@"
 }
 
+reward() (
+  export OMP_NUM_THREADS=1
+  vbon fit --config configs/demo/reward.yaml
+)
+
+supervised() (
+  export OMP_NUM_THREADS=1
+  stage fit $data --config configs/demo/sft.yaml
+)
+
 by_policy_gradient() (
   export OMP_NUM_THREADS=1
   vbon fit $data --config configs/demo/vbon.yaml --model.init_args.n 4 &&
-    vbon fit $data --config configs/demo/kl_rl.yaml --model.init_args.beta 0.3
+    vbon fit $data --config configs/demo/kl_rl.yaml --model.init_args.beta 0.6
 )
 
 by_distillation() (
@@ -24,14 +34,22 @@ by_distillation() (
   stage fit $data --config configs/demo/value.yaml && stage fit $data --config configs/demo/dial.yaml
 )
 
-rm -rf runs/demo/table  # it belongs to the policy that SFT is about to make
-stage fit $data --config configs/demo/sft.yaml
+rm -rf runs/demo/table  # it belongs to the policy and the reward that are about to be made
+mkdir -p runs/demo
+
+log=runs/demo/reward.log
+printf '\n\033[1m[%3ds] vbon fit --config configs/demo/reward.yaml\033[0m\n       (beside the next; output in %s)\n' \
+  $((SECONDS - began)) "$log"
+reward > "$log" 2>&1 &
+other=$!
+supervised || { wait; exit 1; }
+wait "$other" || { cat "$log"; exit 1; }
+
 stage predict $data --config configs/demo/table.yaml
 
 log=runs/demo/policy_gradient.log
-mkdir -p runs/demo
 printf '\n\033[1m[%3ds] vbon fit %s --config configs/demo/vbon.yaml --model.init_args.n 4
-       vbon fit %s --config configs/demo/kl_rl.yaml --model.init_args.beta 0.3\033[0m
+       vbon fit %s --config configs/demo/kl_rl.yaml --model.init_args.beta 0.6\033[0m
        (both beside the next two; output in %s)\n' \
   $((SECONDS - began)) "$data" "$data" "$log"
 by_policy_gradient > "$log" 2>&1 &

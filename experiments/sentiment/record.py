@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from sweep import Run, Setting, read_sweep
+from sweep import Run, Setting, Training, read_sweep
 
 from vbon_lightning.reference_table import ReferenceTable
 
@@ -59,13 +59,14 @@ def record_bon(setting: Setting) -> None:
     )
 
 
-def record_training(run: Run) -> None:
+def record_training(training: Training) -> None:
     """Write a finished training's costs and settings from its last checkpoint, and remove the checkpoints.
 
     Raises:
         ValueError: If the last checkpoint is not of the last step.
     """
-    folder, config = run.directory / "checkpoints", yaml.safe_load((run.directory / "config.yaml").read_text())
+    folder = training.directory / "checkpoints"
+    config = yaml.safe_load((training.directory / "config.yaml").read_text())
     checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True, mmap=True)
     steps, planned = checkpoint["global_step"], config["trainer"]["max_steps"]
     if steps != planned:
@@ -78,38 +79,47 @@ def record_training(run: Run) -> None:
     rollouts = state["batches_seen"] // (module.get("epochs_per_rollout", 1) * module.get("minibatches", 1))
     prompts = rollouts * data["batch_size"] * state["trainer"]["world_size"]
     plain = {
-        "command": _command(run.fit),
+        "command": _command(training.fit),
         "device": _device(),
         "seconds": checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"],
         "optimizer_steps": steps,
         "prompts": prompts,
         # A method that learns from the table samples nothing.
         "sampled_responses": prompts * module.get("samples_per_prompt", 0),
+        "table_responses": _table_responses(data) if training.table else 0,
         "settings": {
             "module": module,
             "optimizer": {name: _short(values) for name, values in state["optimizer"].items()},
             "trainer": state["trainer"],
             "data": {key: data[key] for key in _DATA},
         },
+        # The training it starts from: what a policy cost is their sum.
+        "after": None if training.first is None else _read(training.first.record),
     }
-    _write(run.directory / "training.json", plain)
+    _write(training.record, plain)
     shutil.rmtree(folder)
+
+
+def _table_responses(data: dict[str, Any]) -> int:
+    """Return how many responses of the reference table the prompts of training and validation have."""
+    prompts = sum(data[split]["stop"] - data[split]["start"] for split in ("train", "val") if data[split])
+    return prompts * (data["table_samples"] or ReferenceTable.open(data["reference_table"]).samples)
 
 
 def record_run(run: Run) -> None:
     """Write the result of a run: what it was, what it cost and what it is worth."""
-    comparison = _read(run.directory / "comparison" / "comparison.json")
+    comparison = _read(run.comparison / "comparison.json")
     (report,) = [report for report in comparison["reports"] if report["method"] == run.title]
     plain = {
         "run": run.name,
         "method": run.method,
         "title": run.title,
-        "setting": run.setting,
+        "setting": run.training.setting,
         "group": run.group,
-        "table": run.table,
+        "table": run.training.table,
         "strength": {"option": run.option, "short": run.short, "value": run.value},
-        "seed": run.seed,
-        "training": _read(run.directory / "training.json"),
+        "seed": run.training.seed,
+        "training": _read(run.training.record),
         "compare": comparison["command"],
         "report": report,
     }
@@ -145,15 +155,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", default=str(Path(__file__).with_name("sweep.yaml")))
     parser.add_argument("what", choices=["table", "bon", "training", "run"])
-    parser.add_argument("name", help="of the setting or the run")
+    parser.add_argument("name", help="of the setting, the training or the run")
     args = parser.parse_args()
     sweep = read_sweep(args.sweep)
     if args.what in ("table", "bon"):
         setting = sweep.settings[args.name]
         make_table(setting) if args.what == "table" else record_bon(setting)
+    elif args.what == "training":
+        record_training(*[training for training in sweep.trainings if training.name == args.name])
     else:
-        (run,) = [run for run in sweep.runs if run.name == args.name]
-        record_training(run) if args.what == "training" else record_run(run)
+        record_run(*[run for run in sweep.runs if run.name == args.name])
 
 
 if __name__ == "__main__":

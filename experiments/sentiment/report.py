@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import budgets
 import tables
 from pictures import fronts_figure, judge_figure, samples_figure
 from results import Result, read_results
@@ -60,6 +61,13 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
         write("hypervolume", tables.hypervolume_table(main, bon))
         write("closeness", tables.closeness_table(main, bon))
         write("break_even", tables.break_even_table(main, bon))
+    if (equal := _group(runs, "equal")) and bon:
+        draw("equal", fronts_figure(equal, bon))
+        write("equal_gain", budgets.gain_table(equal, bon))
+        write("equal_closeness", tables.closeness_table(equal, bon))
+        write("equal_corners", budgets.corners_table(equal, bon))
+        write("equal_fronts", tables.front_table(equal))
+        write("equal_costs", budgets.costs_table(equal, bon))
     for name, one, other in (("bounds", "vbon", "vbon_lower"), ("ties", "ties_exact", "ties_untied")):
         pair = [[run for run in runs if run.method == method] for method in (one, other)]
         if all(pair):

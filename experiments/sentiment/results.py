@@ -11,7 +11,7 @@ from typing import Any
 from vbon_lightning.evaluation import PolicyReport
 from vbon_lightning.evaluation.reports import BEST_OF_N
 
-ORDER = ("vbon", "vbon_lower", "kl_rl", "kl_rl_ppo", "bon_sft", "dpo")
+ORDER = ("equal_tilted", "equal_vbon", "vbon", "vbon_lower", "kl_rl", "kl_rl_ppo", "bon_sft", "dpo")
 """How methods are listed; others follow by name."""
 SYMBOLS = {"n": "N", "b": "β", "m": "M"}
 

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 _TOP = {"runs", "results", "trainer", "compare", "reference", "prepare", "settings", "seeds", "first", "methods"}
-_NEEDED = {"title", "config", "option", "short", "values"}
-_METHOD = _NEEDED | {"flags", "setting", "group", "table", "seeds", "after"}
+_NEEDED = {"title", "config"}
+_STRENGTH = {"option", "short", "values"}
+_METHOD = _NEEDED | _STRENGTH | {"dial", "flags", "setting", "group", "table", "seeds", "after"}
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,45 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Training:
+    """One `vbon fit`."""
+
+    name: str
+    setting: str
+    table: bool
+    """Whether it learns from the reference table."""
+    seed: int
+    directory: Path
+    fit: list[str]
+    """Arguments of ``vbon fit``; goes on from the last checkpoint where there is one."""
+    first: Training | None
+    """The training whose export this one starts from; None where it starts from the reference."""
+
+    @property
+    def record(self) -> Path:
+        """Return where its costs and settings are written when it has ended."""
+        return self.directory / "training.json"
+
+
+@dataclass(frozen=True)
 class Run:
-    """One training with one seed, and its comparison."""
+    """A policy: a training, and its comparison."""
 
     name: str
     method: str
     title: str
-    setting: str
     group: str
     """Which runs it is to be compared with."""
-    table: bool
-    """Whether it learns from the reference table."""
     option: str
     short: str
     value: float
-    seed: int
-    directory: Path
+    """The strength: what it was trained for, or what one policy of a training was dialled to."""
+    training: Training
     result: Path
-    fit: list[str]
-    """Arguments of ``vbon fit``; goes on from the last checkpoint where there is one."""
     compare: list[str]
     """Arguments of ``vbon compare``."""
-    first: Path | None
-    """Record of the training whose policy this one starts from; None where it starts from the reference."""
+    comparison: Path
+    """Where the comparison is written."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,8 @@ class Sweep:
     """Arguments of ``vbon`` by stage, in order."""
     settings: dict[str, Setting]
     runs: list[Run]
+    trainings: list[Training]
+    """What the runs need, by the same priority; what others start from comes before them."""
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -80,11 +99,19 @@ def read_sweep(path: str | Path) -> Sweep:
     directory = Path(plain["runs"])
     prepare = {name: [command, *_configs(files)] for name, (command, *files) in plain["prepare"].items()}
     settings = {name: _setting(name, values, plain) for name, values in plain["settings"].items()}
-    runs = _runs(plain, str(path))
+    _check_methods(plain, str(path))
+    runs = _runs(plain)
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path}: several runs are called {', '.join(twice)}")
-    return Sweep(directory, prepare, settings, runs)
+    trainings: dict[str, Training] = {}
+    for run in runs:
+        chain = [run.training]
+        while (first := chain[-1].first) is not None:
+            chain.append(first)
+        for training in reversed(chain):
+            trainings.setdefault(training.name, training)
+    return Sweep(directory, prepare, settings, runs, list(trainings.values()))
 
 
 def _setting(name: str, values: dict[str, Any], plain: dict[str, Any]) -> Setting:
@@ -101,63 +128,84 @@ def _setting(name: str, values: dict[str, Any], plain: dict[str, Any]) -> Settin
     )
 
 
-def _runs(plain: dict[str, Any], path: str) -> list[Run]:
-    found = []
+def _check_methods(plain: dict[str, Any], path: str) -> None:
     for method, values in plain["methods"].items():
         where = f"{path}: methods.{method}"
-        _check_keys(values, _METHOD, _NEEDED, where)
+        needed = _NEEDED
+        if _STRENGTH & set(values):
+            needed = needed | _STRENGTH - ({"option"} if values.get("dial") else set())
+        _check_keys(values, _METHOD, needed, where)
         if values.get("setting", "main") not in plain["settings"]:
             raise ValueError(f"{where}: there is no setting {values.get('setting', 'main')!r}")
         if values.get("after", method) not in plain["methods"]:
             raise ValueError(f"{where}: there is no method {values['after']!r} to come after")
         if " " in values["title"]:
             raise ValueError(f"{where}: a title must be one word, got {values['title']!r}")
+
+
+def _runs(plain: dict[str, Any]) -> list[Run]:
+    found = []
+    for method, values in plain["methods"].items():
         for seed in values.get("seeds", plain["seeds"]):
-            runs = [_run(method, values, value, seed, plain) for value in values["values"]]
+            runs = [_run(method, value, seed, plain) for value in values.get("values", [])]
             found += [((seed, place >= plain["first"]), run) for place, run in enumerate(runs)]
     # Sorting is stable: otherwise the order is that of the file.
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
-def _run(method: str, values: dict[str, Any], value: float, seed: int, plain: dict[str, Any]) -> Run:
+def _run(method: str, value: float, seed: int, plain: dict[str, Any]) -> Run:
+    values = plain["methods"][method]
+    training = _training(method, value, seed, plain)
     name = f"{method}-{values['short']}{value}-s{seed}"
-    directory, setting = Path(plain["runs"], name), values.get("setting", "main")
-    data = _configs(plain["settings"][setting]["data"])
-    fit = ["fit", *data, *_configs([plain["trainer"], values["config"]]), *map(str, values.get("flags", []))]
-    fit += [f"--{values['option']}", str(value), "--seed_everything", str(seed)]
-    fit += ["--trainer.default_root_dir", str(directory), "--trainer.logger.init_args.save_dir", str(directory)]
-    first = None
-    if "after" in values:
-        first = Path(plain["runs"], f"{values['after']}-{values['short']}{value}-s{seed}")
-        fit += ["--data.policy", str(first / "export"), "--data.reference", plain["reference"]]
+    title = f"{values['title']} {values['short']}={value} seed {seed}"
+    export, comparison = str(training.directory / "export"), training.directory / "comparison"
+    policy: Any = export
+    if values.get("dial"):
+        policy, comparison = {"name": export, "dial": value}, training.directory / f"comparison-{value}"
     # Best-of-N is judged once, in the setting's own comparison.
-    compare = ["compare", *data, "--config", plain["compare"], "--judge_table", "false"]
-    compare += _policy(f"{values['title']} {values['short']}={value} seed {seed}", str(directory / "export"))
+    compare = ["compare", *_configs(plain["settings"][training.setting]["data"]), "--config", plain["compare"]]
+    compare += ["--judge_table", "false", *_policy(title, policy), "--output", str(comparison)]
     return Run(
         name,
         method,
         values["title"],
-        setting,
         values.get("group", "methods"),
-        values.get("table", True),
-        values["option"],
+        values.get("option", "dial"),
         values["short"],
         value,
-        seed,
-        directory,
+        training,
         Path(plain["results"], f"{name}.json"),
-        [*fit, "--ckpt_path", "last"],
-        [*compare, "--output", str(directory / "comparison")],
-        None if first is None else first / "training.json",
+        compare,
+        comparison,
     )
+
+
+def _training(method: str, value: float, seed: int, plain: dict[str, Any]) -> Training:
+    values = plain["methods"][method]
+    dedicated = "option" in values
+    name = f"{method}-{values['short']}{value}-s{seed}" if dedicated else f"{method}-s{seed}"
+    directory, setting = Path(plain["runs"], name), values.get("setting", "main")
+    first = _training(values["after"], value, seed, plain) if "after" in values else None
+    fit = ["fit", *_configs(plain["settings"][setting]["data"]), *_configs([plain["trainer"], values["config"]])]
+    flags = list(map(str, values.get("flags", [])))
+    if first is not None:
+        export = str(first.directory / "export")
+        if any("$after" in flag for flag in flags):
+            flags = [flag.replace("$after", export) for flag in flags]
+        else:
+            flags += ["--data.policy", export, "--data.reference", plain["reference"]]
+    fit += [*flags, *([f"--{values['option']}", str(value)] if dedicated else []), "--seed_everything", str(seed)]
+    fit += ["--trainer.default_root_dir", str(directory), "--trainer.logger.init_args.save_dir", str(directory)]
+    fit += ["--ckpt_path", "last"]
+    return Training(name, setting, values.get("table", True), seed, directory, fit, first)
 
 
 def _configs(files: list[str]) -> list[str]:
     return [word for file in files for word in ("--config", file)]
 
 
-def _policy(name: str, path: str) -> list[str]:
-    return ["--policies", json.dumps({name: path})]
+def _policy(name: str, policy: Any) -> list[str]:
+    return ["--policies", json.dumps({name: policy})]
 
 
 def _check_keys(plain: dict[str, Any], known: set[str], needed: set[str], where: str) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.modules.setting import make_data, make_files, make_module
 from vbon_lightning import TextSource
+from vbon_lightning.callbacks import PolicyExport
+from vbon_lightning.rewards import ClassifierReward
 
 
 def test_validation_before_and_during_training(tmp_path: Path) -> None:
@@ -37,3 +40,31 @@ def test_validation_before_and_during_training(tmp_path: Path) -> None:
     after = trainer.validate(module, datamodule=data, verbose=False)[0]["val/nll"]
     assert during != before
     assert during == pytest.approx(after)
+
+
+def test_the_reward_of_later_stages_need_not_exist_yet(tmp_path: Path) -> None:
+    """One data file serves all stages; SFT is the first of them, and the reward may be a later one's export."""
+    files = make_files(tmp_path)
+
+    def fit(steps: int, resume: str | None = None) -> Trainer:
+        data = make_data(
+            files,
+            train=TextSource(path=str(files / "texts.txt")),
+            reward=ClassifierReward(str(tmp_path / "reward-to-come")),
+        )
+        kept = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_last=True)
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[kept, PolicyExport(tmp_path / "export")],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(make_module("sft", data), datamodule=data, ckpt_path=resume)
+        return trainer
+
+    fit(1)
+    assert fit(2, resume=str(tmp_path / "checkpoints" / "last.ckpt")).global_step == 2
+    assert "**Reward:** none" in (tmp_path / "export" / "README.md").read_text()

@@ -170,7 +170,7 @@ def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights |
         title=f"{base} after {method}" if actors is not None else f"A policy after {method}",
         method=method,
         base=base,
-        reward=_reward(actors),
+        reward=_reward(actors) if getattr(pl_module, "uses_reward", True) else "none",
         steps=trainer.global_step,
         settings=_table(("setting", "value"), _flatten(dict(pl_module.hparams)), "ll"),
         metrics=_table(("metric", "value"), {k: _number(v) for k, v in trainer.callback_metrics.items()}, "lr"),

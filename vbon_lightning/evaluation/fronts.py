@@ -65,6 +65,29 @@ def hypervolume(points: Sequence[Point], *, reference: Point) -> float:
     return area
 
 
+def gain_at(points: Sequence[Point], kl: float) -> float:
+    """Read the gain that a method has at a KL off its runs, linear between the two nearest.
+
+    Args:
+        points: The method's runs at several strengths; the reference, no KL and the gain of 1/2, is added.
+        kl: Where to read, in nats.
+
+    Returns:
+        The gain; NaN beyond the largest KL of the runs, where nothing is known.
+
+    Raises:
+        ValueError: If ``kl`` is negative or there is no point.
+    """
+    if kl < 0 or not points:
+        raise ValueError(f"expected points and a KL >= 0, got {len(points)} points and {kl}")
+    known = sorted([(0.0, 0.5), *points])
+    for (low, below), (high, above) in pairwise(known):
+        if low <= kl <= high:
+            part = (kl - low) / (high - low) if high > low else 1.0
+            return (1 - part) * below + part * above
+    return math.nan
+
+
 def gain_share(win_rate: float, bon_win_rate: float) -> float:
     """Compute which share of Best-of-N's gain in win rate a policy keeps: ``(w - 1/2) / (w_bon - 1/2)``.
 

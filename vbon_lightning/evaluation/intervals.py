@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,3 +46,31 @@ def estimate_mean(per_prompt: Tensor, *, confidence: float = 0.95) -> Estimate:
         return Estimate(float(values[0]), None)
     quantile = float(stats.t.ppf((1 + confidence) / 2, count - 1))
     return Estimate(float(values.mean()), quantile * float(torch.std(values)) / math.sqrt(count))
+
+
+def estimate_over_seeds(runs: Sequence[Estimate], *, confidence: float = 0.95) -> Estimate:
+    """Join the estimates of one quantity by runs that differ by their seed and share their prompts.
+
+    The prompts are the same for all seeds, so their part of the error does not shrink with more seeds: the half-width is
+    ``sqrt(mean(half_width^2) + t^2 s^2 / S)`` with s the standard deviation over the S seeds, t Student's for S - 1. A
+    little too wide, since a run's own noise is in both parts.
+
+    Args:
+        runs: One estimate a seed.
+        confidence: Coverage of the seeds' part; that of the runs' intervals is theirs.
+
+    Returns:
+        Mean and half-width; with one seed, that run's.
+
+    Raises:
+        ValueError: If there is no run.
+    """
+    if not runs:
+        raise ValueError("an interval over seeds needs at least one run")
+    mean = sum(run.mean for run in runs) / len(runs)
+    halves = [run.half_width for run in runs if run.half_width is not None]
+    prompts = sum(half**2 for half in halves) / len(halves) if halves else 0.0
+    if len(runs) == 1:
+        return Estimate(mean, halves[0] if halves else None)
+    seeds = estimate_mean(torch.tensor([run.mean for run in runs]), confidence=confidence).half_width or 0.0
+    return Estimate(mean, math.sqrt(prompts + seeds**2))

@@ -35,6 +35,8 @@ class AlignmentModule(LightningModule):
     """Which batches the data module should bring: ``prompts``, ``text``, or ``responses``: prompts, and in training the
     reference table's responses to them."""
     needs_reference = True
+    uses_reward = True
+    """Whether the method's result depends on the reward that the data module names."""
     uses_value_model = False
     """Whether the method reads the value model that the data module names."""
     trains_policy = True
@@ -188,7 +190,7 @@ class AlignmentModule(LightningModule):
                     checkpoint[state] = {key: value for key, value in checkpoint[state].items() if key in trained}
         checkpoint["vbon_lightning"] = {
             "module": {"class": type(self).__name__, **self._settings},
-            "models": self.actor_spec.identity(),
+            "models": self.actor_spec.identity(reward=self.uses_reward),
             "trainer": self._trainer_settings(),
             "optimizer": self._optimizer_settings,
             "batches_seen": self.batches_seen,
@@ -215,7 +217,7 @@ class AlignmentModule(LightningModule):
             )
         module = {"class": type(self).__name__, **self._settings}
         check_same_settings(state["module"], module, what="module")
-        check_same_settings(state["models"], self.actor_spec.identity(), what="model")
+        check_same_settings(state["models"], self.actor_spec.identity(reward=self.uses_reward), what="model")
         check_same_settings(state["trainer"], self._trainer_settings(), what="trainer")
         self._resumed_optimizer_settings = state["optimizer"]
         self._check_optimizer()

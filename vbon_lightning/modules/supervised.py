@@ -16,6 +16,7 @@ class SupervisedModule(AlignmentModule):
     """Evaluate with torchmetrics, over all ranks and each row once; a subclass says what it counts."""
 
     needs_reference = False
+    uses_reward = False
 
     @property
     def response_room(self) -> int:

@@ -1,0 +1,102 @@
+"""Methods at equal budgets: what each keeps of Best-of-N's gain at Best-of-N's own KL, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from results import Baseline, Result, grouped
+from tables import table
+
+from vbon_lightning.evaluation import Estimate
+from vbon_lightning.evaluation.fronts import gain_at, gain_share, hypervolume
+from vbon_lightning.evaluation.intervals import estimate_over_seeds
+
+_N = (2, 4, 8, 16)
+
+
+def gain_table(runs: Sequence[Result], bon: Baseline) -> str:
+    """What share of Best-of-N's gain each method has where its KL is Best-of-N's."""
+    rows = []
+    for title, own in grouped(runs, lambda run: run.title).items():
+        seeds = list(grouped(own, lambda run: run.seed).values())
+        cells = []
+        for n in (n for n in _N if n in bon.win_rates):
+            found = [read for seed in seeds if (read := _kept(seed, bon, n)) is not None]
+            # A mean over those seeds alone that reach the KL would be of other seeds in each column.
+            cells.append(_percent(estimate_over_seeds(found)) if len(found) == len(seeds) else "not reached")
+        rows.append([title, str(len(seeds)), str(len({run.value for run in own})), *cells])
+    note = (
+        "Share of Best-of-N's gain in win rate at the KL of that Best-of-N, read off a seed's runs by a straight line between\n"
+        "the two strengths next to it (the reference being one). Mean over seeds; half of the 95% interval, over seeds and over\n"
+        "the prompts, which are the same for all."
+    )
+    header = ["method", "seeds", "strengths", *(f"N = {n}" for n in _N if n in bon.win_rates)]
+    return table(header, rows, note)
+
+
+def _kept(runs: Sequence[Result], bon: Baseline, n: int) -> Estimate | None:
+    kl, best = bon.kls[n], bon.win_rates[n]
+    height = gain_at([(run.kl, run.win_rate) for run in runs], kl)
+    if math.isnan(height):
+        return None
+    nearest = min(runs, key=lambda run: abs(run.kl - kl)).report.win_rate
+    assert nearest is not None
+    half = None if nearest.half_width is None else nearest.half_width / (best - 0.5)
+    return Estimate(gain_share(height, best), half)
+
+
+def _percent(estimate: Estimate) -> str:
+    half = "" if estimate.half_width is None else f" ± {100 * estimate.half_width:.0f}"
+    return f"{100 * estimate.mean:.0f}{half}%"
+
+
+def corners_table(runs: Sequence[Result], bon: Baseline) -> str:
+    """Area that each method's runs dominate, up to several KLs, as a share of Best-of-N's."""
+    corners = {n: bon.kls[n] for n in (4, 8, 16, 32) if n in bon.kls}
+    best = [(bon.kls[n], rate) for n, rate in bon.win_rates.items()]
+    whole = {n: hypervolume(best, reference=(kl, 0.5)) for n, kl in corners.items()}
+    rows = []
+    for title, own in grouped(runs, lambda run: run.title).items():
+        seeds = grouped(own, lambda run: run.seed).values()
+        cells = []
+        for n, kl in corners.items():
+            areas = [hypervolume([(r.kl, r.win_rate) for r in seed], reference=(kl, 0.5)) / whole[n] for seed in seeds]
+            cells.append(f"{fmean(areas):.2f}" + (f" ({min(areas):.2f} to {max(areas):.2f})" if len(areas) > 1 else ""))
+        rows.append([title, *cells])
+    note = (
+        "Area between the runs of one seed and the corner at the KL of that Best-of-N and a win rate of 1/2, as a share of the\n"
+        "area of Best-of-N's own runs (N = 2, 4, 8, ...): mean over seeds, and range. It favours who has more runs below the\n"
+        "corner."
+    )
+    return table(["method", *(f"up to N = {n}, {kl:.2f} nats" for n, kl in corners.items())], rows, note)
+
+
+def costs_table(runs: Sequence[Result], bon: Baseline) -> str:
+    """What a policy of each method cost, the stages before it and the table included."""
+    second = bon.table["seconds_per_response"] or 0.0
+    rows = []
+    for title, own in grouped(runs, lambda run: run.title).items():
+        stages = [_chain(run.training) for run in own]
+        sampled = fmean(sum(stage["sampled_responses"] for stage in chain) for chain in stages)
+        cached = fmean(max(stage.get("table_responses", 0) for stage in chain) for chain in stages)
+        updates = fmean(sum(stage["optimizer_steps"] for stage in chain) for chain in stages)
+        seconds = fmean(sum(stage["seconds"] for stage in chain) for chain in stages) + cached * second
+        # Runs of one command are one training, dialled.
+        trainings = len({run.training["command"] for run in own})
+        whole = seconds * trainings / len({run.seed for run in own})
+        rows.append([title, *(f"{number:,.0f}" for number in (cached, sampled, updates, seconds, whole))])
+    note = (
+        "A policy, mean over strengths and seeds: responses of the table that it learns from, responses that it sampled (all of\n"
+        f"both scored), updates, and seconds on one core with {second:.2g} a response of the table. The last column is all strengths\n"
+        "of a seed, for which a policy that is dialled is trained once."
+    )
+    header = ["method", "from the table", "sampled", "updates", "seconds a policy", "seconds all strengths"]
+    return table(header, rows, note)
+
+
+def _chain(training: dict[str, Any]) -> list[dict[str, Any]]:
+    before = training.get("after")
+    return [*(_chain(before) if before else []), training]
