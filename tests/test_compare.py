@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.helpers import save_tiny_model
@@ -17,7 +18,7 @@ from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.evaluation import PolicyReport, command
 from vbon_lightning.evaluation.command import compare
-from vbon_lightning.functional import bon_win_rate
+from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
 from vbon_lightning.sources import TextSource
 
 
@@ -143,6 +144,74 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     found = [report for report in json_reports(written) if report["name"] in decoders]
     assert [PolicyReport.from_dict(report) for report in found] == [best, guided]
+
+
+def test_prompts_that_no_table_holds(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    """Win rates are by the distribution that the value model predicts from the prompt, Best-of-N's numbers too."""
+    spec = decoded.actors
+    streamed = AlignmentDataModule(
+        policy=spec.policy,
+        reward=Lengths(),
+        test=decoded.sources["test"],
+        max_new_tokens=4,
+        value_model=spec.value_model,
+        eval_batch_size=2,  # the last batch has a filler row
+    )
+    decoders = {"Best-of-2 drawn": BestOfN(2), "Guided n=4": ValueGuided(4, top=3, draws=2)}
+    reports = compare(
+        streamed,
+        {"mine": str(spec.policy)},
+        decoders,
+        output=str(tmp_path / "out"),
+        n=[2, 4],
+        samples=5,
+        judge=Counting(),
+        temperatures=[0.7],
+        device="cpu",
+    )
+    assert [report.name for report in reports] == ["reference", "Best-of-2", "Best-of-4", *decoders, "mine"]
+    reference, best, _, drawn, guided, mine = reports
+    assert all(report.win_rate_estimator is not None for report in reports)
+    assert (reference.n, reference.kl.mean, reference.samples) == (1, 0.0, 5)
+    assert reference.judge_reward is not None
+    # The policy is the reference: the same samples, hence the same numbers.
+    assert (mine.win_rate, mine.win_rate_vs_bon) == (reference.win_rate, reference.win_rate_vs_bon)
+
+    # By hand: F at each sample's reward, and Best-of-N's numbers by the prompts' distributions.
+    actors = Actors.load(
+        ActorSpec(spec.policy, reference=spec.policy, reward=Lengths(), max_new_tokens=4, value_model=spec.value_model),
+        trainable=False,
+        value=True,
+    )
+    scorer = actors.value
+    assert scorer is not None
+    won, drawn_kl, bon = [], [], []
+    for batch in streamed.split_dataloader("test"):
+        rollout = actors.rollout(batch, num_samples=5, seed=0, stream="compare", step=0)
+        log_cdf = scorer.log_cdf(batch)
+        cdf = binned_reward_cdf(rollout.rewards.double(), log_cdf, scorer.bins)
+        for place in batch.valid.nonzero().flatten().tolist():
+            won.append(((cdf.log_below[place].exp() ** 2 + cdf.log_at_or_below[place].exp() ** 2) / 2).mean())
+            row = log_cdf[place : place + 1]
+            drawn_kl.append(float(binned_bon_kl(row, scorer.bins, n=2)))
+            bon.append(float(binned_bon_reward(row, scorer.bins, n=2)))
+    assert len(won) == 3
+    assert reference.win_rate_vs_bon[2].mean == pytest.approx(float(torch.stack(won).mean()), rel=1e-6)
+    assert best.reward.mean == pytest.approx(sum(bon) / 3)
+    assert best.kl.mean == drawn.kl.mean == pytest.approx(sum(drawn_kl) / 3)
+    assert guided.win_rate is not None and guided.kl_estimator != drawn.kl_estimator == best.kl_estimator
+
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "as the value model predicts them" in text and "| Best-of-4 |" in text
+    assert (tmp_path / "out" / "temperatures.json").exists() and (tmp_path / "out" / "pareto.png").exists()
+
+
+def test_neither_table_nor_value_model(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", alphabet=ALPHABET)
+    (tmp_path / "test.txt").write_text("ab\n")
+    data = AlignmentDataModule(policy=model, reward=Lengths(), test=TextSource(path=str(tmp_path / "test.txt")))
+    with pytest.raises(ValueError, match=r"data.reference_table.*data.value_model"):
+        compare(data, {"mine": str(model)}, output=str(tmp_path / "out"), device="cpu")
 
 
 def cells_of(row: str) -> list[str]:

@@ -301,7 +301,10 @@ def test_a_training_comes_after_the_one_it_starts_from() -> None:
     [
         ({"seed": [0]}, "seed unknown"),
         ({"seeds": [0, 0]}, "several runs are called vbon-n4-s0"),
-        ({"methods": {"vbon": {"title": "v", "config": "c.yaml", "values": [2]}}}, "methods.vbon: option, short missing"),
+        (
+            {"methods": {"vbon": {"title": "v", "config": "c.yaml", "values": [2]}}},
+            "methods.vbon: option, short missing",
+        ),
         ({"methods": {"vbon": {"title": "v", "config": "c.yaml", "values": [2], "dial": True}}}, "vbon: short missing"),
         ({"methods": {"vbon": {"title": "v", "config": "c.yaml", "after": "x"}}}, "no method 'x' to come after"),
         ({"methods": {"vbon": {"title": "v"}}}, "methods.vbon: config missing"),

@@ -29,9 +29,9 @@ def gain_table(runs: Sequence[Result], bon: Baseline) -> str:
             cells.append(_percent(estimate_over_seeds(found)) if len(found) == len(seeds) else "not reached")
         rows.append([title, str(len(seeds)), str(len({run.value for run in own})), *cells])
     note = (
-        "Share of Best-of-N's gain in win rate at the KL of that Best-of-N, read off a seed's runs by a straight line between\n"
-        "the two strengths next to it (the reference being one). Mean over seeds; half of the 95% interval, over seeds and over\n"
-        "the prompts, which are the same for all."
+        "Share of Best-of-N's gain in win rate at the KL of that Best-of-N, read off a seed's runs by a straight line\n"
+        "between the two strengths next to it (the reference being one). Mean over seeds; half of the 95% interval,\n"
+        "over seeds and over the prompts, which are the same for all."
     )
     header = ["method", "seeds", "strengths", *(f"N = {n}" for n in _N if n in bon.win_rates)]
     return table(header, rows, note)
@@ -67,9 +67,9 @@ def corners_table(runs: Sequence[Result], bon: Baseline) -> str:
             cells.append(f"{fmean(areas):.2f}" + (f" ({min(areas):.2f} to {max(areas):.2f})" if len(areas) > 1 else ""))
         rows.append([title, *cells])
     note = (
-        "Area between the runs of one seed and the corner at the KL of that Best-of-N and a win rate of 1/2, as a share of the\n"
-        "area of Best-of-N's own runs (N = 2, 4, 8, ...): mean over seeds, and range. It favours who has more runs below the\n"
-        "corner."
+        "Area between the runs of one seed and the corner at the KL of that Best-of-N and a win rate of 1/2, as a\n"
+        "share of the area of Best-of-N's own runs (N = 2, 4, 8, ...): mean over seeds, and range. It favours who has\n"
+        "more runs below the corner."
     )
     return table(["method", *(f"up to N = {n}, {kl:.2f} nats" for n, kl in corners.items())], rows, note)
 
@@ -89,9 +89,9 @@ def costs_table(runs: Sequence[Result], bon: Baseline) -> str:
         whole = seconds * trainings / len({run.seed for run in own})
         rows.append([title, *(f"{number:,.0f}" for number in (cached, sampled, updates, seconds, whole))])
     note = (
-        "A policy, mean over strengths and seeds: responses of the table that it learns from, responses that it sampled (all of\n"
-        f"both scored), updates, and seconds on one core with {second:.2g} a response of the table. The last column is all strengths\n"
-        "of a seed, for which a policy that is dialled is trained once."
+        "A policy, mean over strengths and seeds: responses of the table that it learns from, responses that it\n"
+        f"sampled (all of both scored), updates, and seconds on one core with {second:.2g} a response of the table.\n"
+        "The last column is all strengths of a seed, for which a policy that is dialled is trained once."
     )
     header = ["method", "from the table", "sampled", "updates", "seconds a policy", "seconds all strengths"]
     return table(header, rows, note)

@@ -76,8 +76,8 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
         (n,) = {run.training["settings"]["module"].get("n") for run in varied}
         draw("table_samples", samples_figure(varied, baselines[varied[0].setting], n))
         write("table_samples", tables.samples_table(varied))
-    if budgets := _group(runs, "budget"):
-        write("budget", tables.budget_table([*budgets, *(run for run in main if run.title == "vBoN")]))
+    if varied := _group(runs, "budget"):
+        write("budget", tables.budget_table([*varied, *(run for run in main if run.title == "vBoN")]))
     for name in ("long", "floor", "few"):
         if own := _group(runs, name):
             write(name, tables.closeness_table(own, baselines[own[0].setting]))

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -19,7 +19,10 @@ from transformers import PreTrainedModel
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import Decoder
+from vbon_lightning.encoding import EncodedPrompt
+from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
+    REFERENCE,
     DecodedBatch,
     Judge,
     PolicyReport,
@@ -31,7 +34,8 @@ from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_t
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
-from vbon_lightning.reference_table import ReferenceTableError
+from vbon_lightning.prefix_scorer import PrefixScorer
+from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.rewards import RewardModel, check_rewards
 from vbon_lightning.types import PromptBatch, Rollout
 
@@ -60,10 +64,13 @@ def compare(
     """Evaluate exported policies, the reference and Best-of-N on held-out prompts.
 
     Writes ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md`` into ``output`` and logs them to
-    TensorBoard there. Policies are sampled afresh; Best-of-N and all win rates come from the reference table.
+    TensorBoard there. Policies are sampled afresh; Best-of-N and all win rates come from the reference table, or,
+    where none is named, from the distribution of the reward that a value model predicts from each prompt. The
+    reference is then sampled as well: its win rate, 1/2 were the prediction right, says how far to trust the others.
 
     Args:
-        data: The prompts, the reference, the reward, and the table that holds the prompts' reference responses.
+        data: The prompts, the reference, the reward, and the table that holds the prompts' reference responses or the
+            value model that stands in for it.
         policies: Directory (or hub name) of each policy, or a mapping as for ``data.policy``, by the name to show. The
             first word of a name is its method: policies of one method look alike in the picture.
         decoders: Ways to decode from the reference to compare with, by the name to show.
@@ -92,11 +99,17 @@ def compare(
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     spec = data.actors
-    prompts, table = data.prompts(split), data.table()
-    keys, texts = [prompt.key for prompt in prompts], [prompt.text for prompt in prompts]
-    rewards = data.table_rewards(prompts)  # refuses prompts without a row before any model is loaded
-    if max(n, default=1) > rewards.shape[1]:
-        raise ValueError(f"n={max(n)} needs as many reference responses a prompt; the table has {rewards.shape[1]}")
+    prompts = data.prompts(split)
+    rewards = None
+    if data.reference_table is not None:
+        rewards = data.table_rewards(prompts)  # refuses prompts without a row before any model is loaded
+        if max(n, default=1) > rewards.shape[1]:
+            raise ValueError(f"n={max(n)} needs as many reference responses a prompt; the table has {rewards.shape[1]}")
+    elif spec.value_model is None:
+        raise ValueError(
+            "nothing says what the reference's rewards are: name a reference table (data.reference_table), or for "
+            "prompts that none holds a value model (data.value_model)"
+        )
     for path in policies.values():
         check_same_vocabulary(data.tokenizer, load_tokenizer(as_spec(path)))
 
@@ -114,11 +127,12 @@ def compare(
         ),
         trainable=False,
         reference=False,
-        value=bool(guided),
+        value=bool(guided) or rewards is None,
     )
     _move(actors.policy, place)
     actors.reference = actors.policy
-    scorer = None if judge is None else _judge(actors, judge)
+    judged = None if judge is None else _judge(actors, judge)
+    scorer = actors.value if rewards is None else None
 
     # Each batch prompts x samples rows; the loader is rebuilt for every policy, so that all see the same batches.
     def rollouts(label: str, number: int, limit: int | None = None, *, statistics: bool = True) -> Iterator[Rollout]:
@@ -136,17 +150,34 @@ def compare(
         for temperature in temperatures:
             actors.temperature = temperature
             found = rollouts(f"{name}, T = {temperature:g}", samples, statistics=False)
-            by_temperature.append(evaluate_temperature(found, name=name, temperature=temperature))
+            by_temperature.append(evaluate_temperature(found, name=name, temperature=temperature, scorer=scorer))
         actors.temperature = spec.temperature
 
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
     at_temperatures("reference")
-    reports = _best_of_n(table, keys, texts, rewards, n, judge if judge_table else None)
+    if rewards is not None:
+        reports = _best_of_n(data.table(), prompts, rewards, n, judge if judge_table else None)
+    else:
+        assert scorer is not None
+        reports = [
+            evaluate_policy(
+                rollouts("reference", samples),
+                name="reference",
+                method=REFERENCE,
+                n_values=n,
+                judge=judged,
+                scorer=scorer,
+                n=1,
+            ),
+            *predicted_bon_reports(_predicted(data, scorer, split, place), scorer.bins, n_values=n),
+        ]
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=name, leave=False):
             found.append(_decode(actors, decoder, _to(batch, place), samples=samples, seed=seed))
-        reports.append(evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n))
+        reports.append(
+            evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n, scorer=scorer)
+        )
     for name, path in policies.items():
         actors.policy = _move(load_causal_lm(as_spec(path), trainable=False), place)
         kept: list[Rollout] = []
@@ -156,7 +187,8 @@ def compare(
                 name=name,
                 method=name.split()[0],
                 n_values=n,
-                judge=scorer,
+                judge=judged,
+                scorer=scorer,
             )
         )
         shown[name] = kept
@@ -182,11 +214,19 @@ def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: in
     return DecodedBatch(batch, decoded, texts, actors.score(batch.text, texts, ids, decoded.finished))
 
 
+def _predicted(data: AlignmentDataModule, scorer: PrefixScorer, split: Split, device: torch.device) -> Tensor:
+    """Predict the distribution of the reward for each prompt of a split, ``[B, K + 1]``."""
+    found = []
+    for batch in data.split_dataloader(split):
+        found.append(scorer.log_cdf(_to(batch, device))[batch.valid.to(device)])
+    return torch.cat(found)
+
+
 def _best_of_n(
-    table: Any, keys: list[str], texts: list[str], rewards: Tensor, n: Sequence[int], judge: RewardModel | None
+    table: ReferenceTable, prompts: list[EncodedPrompt], rewards: Tensor, n: Sequence[int], judge: RewardModel | None
 ) -> list[PolicyReport]:
     """Report on the reference and on Best-of-N from the table."""
-    samples = rewards.shape[1]
+    keys, texts, samples = [prompt.key for prompt in prompts], [prompt.text for prompt in prompts], rewards.shape[1]
     rows = [table.row(key, text) for key, text in zip(keys, texts, strict=True)]
     lengths = torch.tensor([[len(ids) for ids in row.response_tokens[:samples]] for row in rows])
     log_probs = finished = judged = None

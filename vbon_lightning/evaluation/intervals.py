@@ -51,9 +51,9 @@ def estimate_mean(per_prompt: Tensor, *, confidence: float = 0.95) -> Estimate:
 def estimate_over_seeds(runs: Sequence[Estimate], *, confidence: float = 0.95) -> Estimate:
     """Join the estimates of one quantity by runs that differ by their seed and share their prompts.
 
-    The prompts are the same for all seeds, so their part of the error does not shrink with more seeds: the half-width is
-    ``sqrt(mean(half_width^2) + t^2 s^2 / S)`` with s the standard deviation over the S seeds, t Student's for S - 1. A
-    little too wide, since a run's own noise is in both parts.
+    The prompts are the same for all seeds, so their part of the error does not shrink with more seeds: the half-width
+    is ``sqrt(mean(half_width^2) + t^2 s^2 / S)`` with s the standard deviation over the S seeds, t Student's for
+    S - 1. A little too wide, since a run's own noise is in both parts.
 
     Args:
         runs: One estimate a seed.

@@ -18,7 +18,16 @@ from vbon_lightning.evaluation.best_of_n import (
     selection_weights,
 )
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
-from vbon_lightning.functional import bon_kl_bound, bon_kl_estimate, bon_win_rate, bon_win_rate_bound
+from vbon_lightning.functional import (
+    RewardCDF,
+    binned_bon_kl,
+    bon_kl_bound,
+    bon_kl_estimate,
+    bon_win_rate,
+    bon_win_rate_bound,
+    win_rate_by_cdf,
+)
+from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import PromptBatch, Rollout
 
 Judge = Callable[[Rollout], Tensor]
@@ -28,6 +37,8 @@ BEST_OF_N = "Best-of-N"
 """The method of reports on Best-of-N itself."""
 REFERENCE = "reference"
 """The method of the report on the reference, which is Best-of-1."""
+PREDICTED_WIN_RATE = "the reference's rewards as the value model predicts them from the prompt: no table holds these"
+PREDICTED_KL = "that of the rewards, as the value model predicts them from the prompt"
 
 
 @dataclass
@@ -56,6 +67,8 @@ class PolicyReport:
     """For Best-of-N: ``N / (N+1)``."""
     win_rate_vs_bon: dict[int, Estimate] = field(default_factory=dict)
     """Against Best-of-n, by n; 1/2 for a policy that equals it."""
+    win_rate_estimator: str | None = None
+    """By what the reference's rewards are known; None where the reference table holds them."""
     length: Estimate | None = None
     """Tokens a response, the EOS included."""
     finished: Estimate | None = None
@@ -112,24 +125,29 @@ def evaluate_policy(
     method: str = "policy",
     n_values: Sequence[int] = (),
     judge: Judge | None = None,
+    scorer: PrefixScorer | None = None,
+    n: int | None = None,
 ) -> PolicyReport:
     """Average a policy's rollouts over prompts.
 
     The KL is the mean over responses of the exact KL over the vocabulary, summed over each response's tokens;
     the mean log-ratio of the sampled responses stands beside it as a check. Win rates are unbiased estimates
-    from the M reference rewards a prompt.
+    from the M reference rewards a prompt; where rollouts bring the predicted distribution of the reference's reward
+    in their place, they are that distribution's.
 
     Args:
         rollouts: Rollouts with log-probabilities and KL filled in; filler rows count nowhere.
         name: What to call the policy.
         method: Its family.
-        n_values: Which Best-of-n to compare with, each at most M; needs reference rewards.
+        n_values: Which Best-of-n to compare with, each at most M; needs reference rewards or their prediction.
         judge: A second scorer.
+        scorer: The value model that predicted the distributions.
+        n: N, where the policy is Best-of-N itself: 1 for the reference.
 
     Raises:
         ValueError: If there is nothing to average, or reference rewards are missing where needed.
     """
-    columns, samples = _Columns(), 0
+    columns, samples, estimator = _Columns(), 0, None
     for rollout in rollouts:
         valid, mask, samples = rollout.prompts.valid, rollout.completions.mask, rollout.rewards.shape[1]
         log_ratio = rollout.log_probs.double() - rollout.reference_log_probs.double()
@@ -138,15 +156,16 @@ def evaluate_policy(
         columns.add("kl_check", torch.where(mask, log_ratio, 0.0).sum(-1), valid)
         columns.add("length", mask.sum(-1), valid)
         columns.add("finished", rollout.completions.finished, valid)
-        if rollout.reference_rewards is not None:
-            rewards, reference = rollout.rewards.double(), rollout.reference_rewards.double()
-            _check_samples(n_values, reference.shape[1])
-            for n in {1, *n_values}:
-                columns.add(f"win_rate_{n}", bon_win_rate(rewards, reference, n=n), valid)
-        elif n_values:
+        cdf = None
+        if scorer is not None and rollout.reference_log_cdf is not None:
+            cdf, estimator = scorer.reward_cdf(rollout.rewards.double(), rollout.reference_log_cdf), PREDICTED_WIN_RATE
+        won = win_rates(rollout.rewards, rollout.reference_rewards, cdf, n_values=n_values)
+        for opponent, rates in won.items():
+            columns.add(f"win_rate_{opponent}", rates, valid)
+        if n_values and not won:
             raise ValueError(
                 f"win rates against Best-of-{max(n_values)} need reference rewards, but the rollouts of "
-                f"{name!r} bring none: name a reference table"
+                f"{name!r} bring none: name a reference table, or a value model to predict them"
             )
         if judge is not None:
             columns.add("judge", judge(rollout), valid)
@@ -164,12 +183,38 @@ def evaluate_policy(
         kl_check_estimator="mean log-ratio of the sampled responses",
         win_rate=columns.estimate("win_rate_1"),
         win_rate_vs_bon={
-            n: value for n in sorted(n_values) if (value := columns.estimate(f"win_rate_{n}")) is not None
+            other: value for other in sorted(n_values) if (value := columns.estimate(f"win_rate_{other}")) is not None
         },
+        win_rate_estimator=estimator,
         length=columns.need("length"),
         finished=columns.need("finished"),
         judge_reward=columns.estimate("judge"),
+        n=n,
     )
+
+
+def win_rates(
+    rewards: Tensor, reference_rewards: Tensor | None, cdf: RewardCDF | None, *, n_values: Sequence[int]
+) -> dict[int, Tensor]:
+    """Compute the win rates of responses over the reference and over each Best-of-n, ``[B, G]`` by n.
+
+    Args:
+        rewards: ``[B, G]``.
+        reference_rewards: ``[B, M]``, or None.
+        cdf: Where the rewards lie among the reference's, in place of these.
+        n_values: Each n; 1 comes without asking.
+
+    Returns:
+        Nothing where neither is known.
+
+    Raises:
+        ValueError: If an n is below 1 or above M.
+    """
+    opponents = sorted({1, *n_values})
+    if reference_rewards is not None:
+        _check_samples(n_values, reference_rewards.shape[1])
+        return {n: bon_win_rate(rewards.double(), reference_rewards.double(), n=n) for n in opponents}
+    return {} if cdf is None else {n: win_rate_by_cdf(cdf, n=n) for n in opponents}
 
 
 _DECODER_KL = "KL of the decoder's choice to the reference at each token, an upper bound where candidates are drawn"
@@ -188,12 +233,18 @@ class DecodedBatch(NamedTuple):
 
 
 def evaluate_decoder(
-    batches: Iterable[DecodedBatch], *, name: str, method: str, n: float, n_values: Sequence[int] = ()
+    batches: Iterable[DecodedBatch],
+    *,
+    name: str,
+    method: str,
+    n: float,
+    n_values: Sequence[int] = (),
+    scorer: PrefixScorer | None = None,
 ) -> PolicyReport:
     """Average what a decoder chose over prompts; see :func:`evaluate_policy`.
 
     The KL is that of its own next-token distributions where it knows them; that of a decoder that does not is
-    Best-of-N's from the table.
+    Best-of-N's from the table, or by the value model's prediction.
 
     Args:
         batches: What it chose; filler rows count nowhere.
@@ -201,26 +252,31 @@ def evaluate_decoder(
         method: Its family.
         n: N of the Best-of-N that it is, or aims at.
         n_values: Which Best-of-n to compare with.
+        scorer: Predicts the reference's rewards where the prompts bring none.
 
     Raises:
         ValueError: If there is nothing to average, or reference rewards are missing.
     """
-    columns, samples, responses = _Columns(), 0, 0
+    columns, samples, responses, estimator = _Columns(), 0, 0, None
     cost = [0, 0, 0]
     own = True
     for batch in batches:
         valid, decoded, reference = batch.prompts.valid, batch.decoded, batch.prompts.reference_rewards
-        if reference is None:
+        samples, rewards, own = batch.rewards.shape[1], batch.rewards.double(), decoded.token_kl is not None
+        cdf = None
+        if reference is not None:
+            kl = bon_kl(reference.double(), n=n)
+        elif scorer is not None:
+            log_cdf, estimator = scorer.log_cdf(batch.prompts), PREDICTED_WIN_RATE
+            cdf, kl = scorer.reward_cdf(rewards, log_cdf), binned_bon_kl(log_cdf, scorer.bins, n=n)
+        else:
             raise ValueError(f"{name!r} is compared with the reference's rewards: name a reference table")
-        samples, rewards, reference = batch.rewards.shape[1], batch.rewards.double(), reference.double()
-        _check_samples(n_values, reference.shape[1])
         columns.add("reward", rewards, valid)
-        own = decoded.token_kl is not None
-        columns.add("kl", bon_kl(reference, n=n) if decoded.token_kl is None else decoded.token_kl.sum(-1), valid)
+        columns.add("kl", kl if decoded.token_kl is None else decoded.token_kl.sum(-1), valid)
         columns.add("length", decoded.mask.sum(-1), valid)
         columns.add("finished", decoded.finished, valid)
-        for opponent in {1, *n_values}:
-            columns.add(f"win_rate_{opponent}", bon_win_rate(rewards, reference, n=opponent), valid)
+        for opponent, rates in win_rates(rewards, reference, cdf, n_values=n_values).items():
+            columns.add(f"win_rate_{opponent}", rates, valid)
         cost = [total + part for total, part in zip(cost, decoded.cost, strict=True)]
         responses += rewards.numel()
     if len(columns) == 0:
@@ -232,11 +288,12 @@ def evaluate_decoder(
         samples=samples,
         reward=columns.need("reward"),
         kl=columns.need("kl"),
-        kl_estimator=_DECODER_KL if own else KL_ESTIMATOR,
+        kl_estimator=_DECODER_KL if own else KL_ESTIMATOR if estimator is None else PREDICTED_KL,
         win_rate=columns.estimate("win_rate_1"),
         win_rate_vs_bon={
             other: value for other in sorted(n_values) if (value := columns.estimate(f"win_rate_{other}")) is not None
         },
+        win_rate_estimator=estimator,
         length=columns.need("length"),
         finished=columns.need("finished"),
         cost={field: total / responses for field, total in zip(DecodingCost._fields, cost, strict=True)},

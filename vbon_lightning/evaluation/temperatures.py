@@ -18,8 +18,8 @@ from torch import Tensor
 from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, policy_styles, style_axes
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
-from vbon_lightning.evaluation.reports import REFERENCE
-from vbon_lightning.functional import bon_win_rate
+from vbon_lightning.evaluation.reports import REFERENCE, win_rates
+from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.types import Rollout
 
@@ -42,25 +42,31 @@ class TemperatureReport:
 
 
 @torch.no_grad()
-def evaluate_temperature(rollouts: Iterable[Rollout], *, name: str, temperature: float) -> TemperatureReport:
+def evaluate_temperature(
+    rollouts: Iterable[Rollout], *, name: str, temperature: float, scorer: PrefixScorer | None = None
+) -> TemperatureReport:
     """Average rollouts that were sampled at a temperature over prompts.
 
     Args:
-        rollouts: Rollouts with reference rewards; filler rows count nowhere.
+        rollouts: Rollouts with reference rewards, or their predicted distribution; filler rows count nowhere.
         name: What to call the policy.
         temperature: The temperature they were sampled at.
+        scorer: The value model that predicted the distributions.
 
     Raises:
         ValueError: If there are no rollouts, or they bring no reference rewards.
     """
     columns: dict[str, list[Tensor]] = {"reward": [], "win_rate": [], "length": [], "finished": []}
     for rollout in rollouts:
-        if rollout.reference_rewards is None:
+        valid, rewards, cdf = rollout.prompts.valid, rollout.rewards.double(), None
+        if scorer is not None and rollout.reference_log_cdf is not None:
+            cdf = scorer.reward_cdf(rewards, rollout.reference_log_cdf)
+        won = win_rates(rewards, rollout.reference_rewards, cdf, n_values=())
+        if not won:
             raise ValueError(f"win rates of {name!r} need reference rewards: name a reference table")
-        valid, rewards = rollout.prompts.valid, rollout.rewards.double()
         found = {
             "reward": rewards,
-            "win_rate": bon_win_rate(rewards, rollout.reference_rewards.double(), n=1),
+            "win_rate": won[1],
             "length": rollout.completions.mask.sum(-1).double(),
             "finished": rollout.completions.finished.double(),
         }

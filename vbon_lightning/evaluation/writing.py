@@ -119,6 +119,8 @@ def _notes(reports: Sequence[PolicyReport]) -> str:
         f"Means over {count} prompts ± half of the 95% interval (Student's t over prompts).",
         "Win rates are against one response of the reference or the best of n; a tie counts one half.",
     ]
+    for estimator in dict.fromkeys(report.win_rate_estimator for report in reports if report.win_rate_estimator):
+        lines.append(f"Win rates are by {estimator}. That of the sampled reference says how well: 0.5 would be right.")
     for estimator in dict.fromkeys(report.kl_estimator for report in reports):
         lines.append(f"KL of {_names(reports, 'kl_estimator', estimator)}: {estimator}.")
     for check in dict.fromkeys(report.kl_check_estimator for report in reports if report.kl_check is not None):

@@ -16,6 +16,12 @@ from vbon_lightning.functional.best_of_n import (
     bon_win_rate_bound,
     kl_weight,
 )
+from vbon_lightning.functional.binned_best_of_n import (
+    binned_bon_kl,
+    binned_bon_reward,
+    binned_bon_win_rate,
+    win_rate_by_cdf,
+)
 from vbon_lightning.functional.distillation import (
     Candidates,
     Teacher,
@@ -91,6 +97,9 @@ __all__ = [
     "Teacher",
     "TokenStatistics",
     "bin_labels",
+    "binned_bon_kl",
+    "binned_bon_reward",
+    "binned_bon_win_rate",
     "binned_reward_cdf",
     "bon_bin_log_weights",
     "bon_expected_reward",
@@ -148,5 +157,6 @@ __all__ = [
     "value_advantages",
     "vbon_target",
     "vocabulary_kl",
+    "win_rate_by_cdf",
     "with_exact_end",
 ]
