@@ -354,6 +354,7 @@ class Actors:
         step: int,
         reference_samples: int = 0,
         statistics: bool = True,
+        predict_rewards: bool = False,
     ) -> Rollout:
         """Sample from the policy, score the responses and, where asked, compare policy and reference token by token.
 
@@ -367,6 +368,7 @@ class Actors:
                 reference rewards (the ``online`` mode); 0 for none.
             statistics: Fill in the policy's log-probabilities and the exact KL. A training step that does one
                 update a rollout gets them from its own forward pass, and leaves them out here.
+            predict_rewards: Predict the distribution of the reward also where there are reference rewards.
         """
         self.place()
         completions = self.sample(self.policy, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
@@ -380,7 +382,7 @@ class Actors:
                 prompts, num_samples=reference_samples, seed=seed, stream=f"{stream}/reference", step=step
             )
         predicted = None
-        if reference_rewards is None and self.value is not None:
+        if (reference_rewards is None or predict_rewards) and self.value is not None:
             predicted = self.value.log_cdf(prompts)
         zeros = torch.zeros_like(completions.log_probs)
         rollout = Rollout(

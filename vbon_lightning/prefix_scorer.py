@@ -15,6 +15,7 @@ from vbon_lightning.functional import (
     bon_bin_log_weights,
     edge_log_cdf,
     exponential_bin_log_weights,
+    mixed_log_cdf,
     predicted_log_cdf,
     prefix_log_values,
 )
@@ -154,6 +155,35 @@ class PrefixScorer:
         if reference_rewards is not None:
             return edge_log_cdf(reference_rewards, self.bins.edges)
         return predicted_log_cdf(self.prompt_log_probs(prompts))
+
+    def mixed_log_cdf(self, reference_rewards: Tensor, predicted: Tensor, *, prior_samples: float) -> Tensor:
+        """Return log F at the bins' edges by known rewards and the prediction together, ``[B, K + 1]``.
+
+        Args:
+            reference_rewards: ``[B, M]`` known.
+            predicted: ``[B, K + 1]`` of :meth:`log_cdf` from the prompts alone.
+            prior_samples: How many known rewards the prediction counts for.
+        """
+        known = edge_log_cdf(reference_rewards, self.bins.edges)
+        return mixed_log_cdf(known, predicted, samples=reference_rewards.shape[1], prior_samples=prior_samples)
+
+    def mixed_reward_cdf(
+        self, cdf: RewardCDF, rewards: Tensor, predicted: Tensor, *, samples: int, prior_samples: float
+    ) -> RewardCDF:
+        """Return where rewards lie by known rewards and the prediction together.
+
+        Args:
+            cdf: Where they lie among M known rewards, ``[B, G]``.
+            rewards: ``[B, G]``.
+            predicted: ``[B, K + 1]`` of :meth:`log_cdf` from the prompts alone.
+            samples: M.
+            prior_samples: How many known rewards the prediction counts for.
+        """
+        pairs = zip(cdf, self.reward_cdf(rewards, predicted), strict=True)
+        below, at_or_below = (
+            mixed_log_cdf(known, ahead, samples=samples, prior_samples=prior_samples) for known, ahead in pairs
+        )
+        return RewardCDF(below, at_or_below)
 
     def reward_cdf(self, rewards: Tensor, log_cdf: Tensor) -> RewardCDF:
         """Place rewards ``[B, G]`` in the distributions of their prompts."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vbon_lightning.functional import CDF_ESTIMATORS, RewardCDF, bon_log_prob, reward_cdf
+from vbon_lightning.functional import CDF_ESTIMATORS, RewardCDF, bon_log_prob, mixed_log_cdf, reward_cdf
 
 FORMULAS = {
     "jeffreys": lambda k, m: math.log((k + 0.5) / (m + 1)),
@@ -143,3 +143,22 @@ def test_no_gradient_flows() -> None:
 def test_refusals_say_what_came_and_what_was_expected(arguments, options, error, message) -> None:
     with pytest.raises(error, match=message):
         reward_cdf(*arguments, **options)
+
+
+def test_a_mixture_with_a_prediction_by_hand() -> None:
+    known = torch.tensor([[0.25, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    ahead = torch.tensor([[0.75, 0.5], [0.2, 0.1]], dtype=torch.float64)
+    found = mixed_log_cdf(known.log(), ahead.log(), samples=6, prior_samples=2.0).exp()
+    assert torch.allclose(found, torch.tensor([[0.375, 0.5], [0.8, 0.025]], dtype=torch.float64))
+    assert torch.equal(mixed_log_cdf(known.log(), ahead.log(), samples=6, prior_samples=0), known.log())
+    ends = torch.tensor([-torch.inf, 0.0])
+    assert torch.equal(mixed_log_cdf(ends, ends, samples=3, prior_samples=4.0), ends), "0 and 1 stay 0 and 1"
+
+
+def test_what_a_mixture_refuses() -> None:
+    with pytest.raises(ValueError, match="prior_samples"):
+        mixed_log_cdf(torch.zeros(2), torch.zeros(2), samples=3, prior_samples=-1.0)
+    with pytest.raises(ValueError, match="samples"):
+        mixed_log_cdf(torch.zeros(2), torch.zeros(2), samples=0, prior_samples=1.0)
+    with pytest.raises(ValueError, match="shape"):
+        mixed_log_cdf(torch.zeros(2), torch.zeros(3), samples=2, prior_samples=1.0)

@@ -30,6 +30,7 @@ from vbon_lightning import BoNDistillation, TextSource
 from vbon_lightning.actors import Actors
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable
 from vbon_lightning.checks import ConfigMismatchError
+from vbon_lightning.functional import binned_reward_cdf
 from vbon_lightning.models import ModelError, ModelSpec, load_causal_lm
 from vbon_lightning.modules import bon_distillation
 from vbon_lightning.sampling import noise_seed, pick_some, prompt_noise
@@ -83,17 +84,27 @@ def log_weights_by_hand(module: Any, batch: TableBatch, n: float) -> Tensor:
     assert rewards is not None
     below = (rewards[:, None].double() <= edges[None, :, None]).sum(-1)
     inner = (below + 0.5) / (rewards.shape[1] + 1)
+    if prior := module.prior_samples:
+        ahead = module.loaded.value.log_cdf(batch.prompts).exp()[:, 1:-1]
+        inner = (rewards.shape[1] * inner + prior * ahead) / (rewards.shape[1] + prior)
     cdf = torch.cat([torch.zeros(len(rewards), 1), inner, torch.ones(len(rewards), 1)], dim=1).double()
     above, width = cdf[:, 1:], cdf.diff(dim=-1)
     return torch.where(width > 0, (cdf**n).diff(dim=-1) / width, n * above ** (n - 1)).log()
 
 
-def exact_weight(batch: TableBatch, place: int, sample: Tensor, n: float) -> float:
+def exact_weight(module: Any, batch: TableBatch, place: int, sample: Tensor, n: float) -> float:
     """Return w_n of a response of the table, from the ranks of its reward."""
     assert batch.prompts.reference_rewards is not None
     rewards = batch.prompts.reference_rewards[place]
     below, reached = (int((rewards < rewards[sample]).sum()), int((rewards <= rewards[sample]).sum()))
     low, high = ((count + 0.5) / (len(rewards) + 1) for count in (below, reached))
+    if prior := module.prior_samples:
+        scorer, count = module.loaded.value, len(rewards)
+        ahead = binned_reward_cdf(rewards[None].double(), scorer.log_cdf(batch.prompts)[place : place + 1], scorer.bins)
+        low, high = (
+            (count * known + prior * float(log_prior[0, sample].exp())) / (count + prior)
+            for known, log_prior in zip((low, high), ahead, strict=True)
+        )
     return (high**n - low**n) / (high - low)
 
 
@@ -107,7 +118,7 @@ def picked_by_hand(module: Any, batch: TableBatch, step: int) -> Tensor:
     found = []
     for place, row in enumerate(rewards):
         order = row.argsort(stable=True)
-        upto = torch.tensor([exact_weight(batch, place, sample, n) for sample in order]).double().cumsum(0)
+        upto = torch.tensor([exact_weight(module, batch, place, sample, n) for sample in order]).double().cumsum(0)
         marks = [(number + float(noise[place])) / 3 * float(upto[-1]) for number in range(3)]
         found.append([int(order[int((upto <= mark).sum())]) for mark in marks])
     return torch.tensor(found)
@@ -137,6 +148,7 @@ def responses_by_hand(module: Any, batch: TableBatch, step: int) -> Responses:
         ("best_of_n", "reverse", 4, 3, {}),
         ("policy", "reverse", 4, 3, {}),
         ("policy", "reverse", 4, 3, {"log_ratio_floor": -0.5}),
+        ("best_of_n", "forward", 2, 3, {"prior_samples": 4.0}),
     ],
 )
 def test_the_loss_by_hand(
@@ -209,7 +221,7 @@ def check_by_hand(
                 state = (reference, scorer, prompt, before, weights[place], request)
                 end = None
                 if states != "policy" and length + 1 == len(response):
-                    exact = exact_weight(batch, place, picked[place, sample], n) * float(at_start)
+                    exact = exact_weight(module, batch, place, picked[place, sample], n) * float(at_start)
                     end = (response[length], exact)
                 given: dict[str, Any] = {"uniforms": noise[place, sample, length][:draws], "temperature": TEMPERATURE}
                 if divergence == "reverse":
@@ -252,6 +264,7 @@ def test_draws_are_on_average_the_whole_vocabulary(files: Path) -> None:
         {**ALL, "divergence": "reverse"},
         {"divergence": "reverse", "draws": 3},
         {"log_ratio_floor": -0.5},
+        {"prior_samples": 8.0},
         {"step": 4},
         {"data": {"value_model": "other"}},
         {"data": {"table_samples": 8}},
@@ -468,6 +481,8 @@ def test_only_a_tilted_policy_is_one_for_every_n(entries: dict[str, Any], files:
         ({"divergence": "jeffreys"}, "model.divergence must be one of forward, reverse; got 'jeffreys'"),
         ({"log_ratio_floor": 0.0}, r"model.log_ratio_floor must be negative \(nats\), got 0.0"),
         ({"log_ratio_floor": 2.0}, "model.log_ratio_floor must be negative"),
+        ({"prior_samples": -1.0}, "model.prior_samples must be a number >= 0, got -1.0"),
+        ({"prior_samples": math.nan}, "model.prior_samples must be a number >= 0"),
         ({"log_ratio_floor": math.nan}, "model.log_ratio_floor must be negative"),
         ({"n_range": [4]}, r"model.n_range must be two numbers, 1 < least < most, got \[4\]"),
         ({"n_range": [4, 2]}, "model.n_range must be two numbers"),
@@ -563,6 +578,7 @@ def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp
         ({"responses_per_prompt": 4}, "responses_per_prompt"),
         ({"draws": 0, "divergence": "reverse"}, "divergence"),
         ({"log_ratio_floor": -3.0}, "log_ratio_floor"),
+        ({"prior_samples": 3.0}, "prior_samples"),
         ({"n_range": [2, 8]}, "n_range"),
         ({"dial_degree": 1}, "dial_degree"),
         ({"data": {"value_model": "other"}}, "value_model.weights"),

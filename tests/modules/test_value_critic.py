@@ -25,7 +25,16 @@ from tests.sampling.test_distilling import worth
 from tests.test_value_models import bins_after, save_value_model
 from vbon_lightning.callbacks import KLMonitor, RewardMonitor
 from vbon_lightning.checks import ConfigMismatchError
-from vbon_lightning.functional import binned_reward_cdf, edge_log_cdf, predicted_log_cdf, vbon_target
+from vbon_lightning.functional import (
+    RewardCDF,
+    binned_reward_cdf,
+    bon_bin_log_weights,
+    edge_log_cdf,
+    predicted_log_cdf,
+    reward_cdf,
+    sequence_log_prob,
+    vbon_target,
+)
 from vbon_lightning.types import Rollout
 
 SEVERAL = {"estimator": "clipped", "epochs_per_rollout": 2, "minibatches": 2}
@@ -118,6 +127,41 @@ def test_advantages_of_vbon(lam: float, samples: int, table: bool, files: Path) 
     assert returns is None
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     assert found[rollout.completions.mask].abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("samples", [0, 6], ids=["table", "fresh"])
+def test_the_prediction_counts_for_as_many_rewards_as_asked(samples: int, files: Path) -> None:
+    options = {"n": 3.5, "table": not samples, "reference_samples": samples}
+    module, rollout = rolled(files, "valuecritic", prior_samples=5.0, **options)
+    assert rollout.reference_log_cdf is not None, "predicted once, in the rollout"
+    rewards, scorer = rollout.reference_rewards, module.loaded.value
+    m = rewards.shape[1]
+    torch.testing.assert_close(rollout.reference_log_cdf, scorer.log_cdf(rollout.prompts))
+
+    def mixed(known: Tensor, predicted: Tensor) -> Tensor:
+        return (m * known.double().exp() + 5 * predicted.double().exp()) / (m + 5)
+
+    edges = mixed(edge_log_cdf(rewards, scorer.bins.edges), rollout.reference_log_cdf)
+    torch.testing.assert_close(
+        module.bin_log_weights(rollout),
+        bon_bin_log_weights(edges.log(), n=3.5),
+    )
+    known = reward_cdf(rollout.rewards, rewards)
+    predicted = binned_reward_cdf(rollout.rewards, rollout.reference_log_cdf, scorer.bins)
+    at = [mixed(own, other).log() for own, other in zip(known, predicted, strict=True)]
+    log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
+    expected = vbon_target(log_reference, RewardCDF(*(part.float() for part in at)), n=3.5)
+    torch.testing.assert_close(module.target(rollout).score, expected.score, atol=1e-5, rtol=1e-4)
+    plain, _ = rolled(files, "valuecritic", **options)
+    assert (module.target(rollout).score - plain.target(rollout).score).abs().max() > 0.01
+
+
+def test_a_prediction_that_nothing_makes_is_refused(files: Path) -> None:
+    data = value_data(files)
+    with pytest.raises(ValueError, match="model.prior_samples must be a number >= 0, got -1"):
+        make_module("valuecritic", data, prior_samples=-1)
+    with pytest.raises(ValueError, match=r"prior_samples counts a value model's prediction: set data.value_model"):
+        make_module("vbon", make_data(files), prior_samples=4)
 
 
 def test_the_floor_of_log_ratios_is_that_of_the_weights(files: Path) -> None:

@@ -70,7 +70,7 @@ from vbon_lightning.functional.reward_bins import (
     predicted_log_cdf,
     reward_bins,
 )
-from vbon_lightning.functional.reward_cdf import CDF_ESTIMATORS, RewardCDF, reward_cdf
+from vbon_lightning.functional.reward_cdf import CDF_ESTIMATORS, RewardCDF, mixed_log_cdf, reward_cdf
 from vbon_lightning.functional.reward_modelling import bradley_terry_loss
 from vbon_lightning.functional.selection import GroupExtremes, group_extremes, systematic_resampling
 from vbon_lightning.functional.sequences import response_mask, sequence_log_prob, token_log_probs
@@ -137,6 +137,7 @@ __all__ = [
     "kl_rl_target",
     "kl_weight",
     "leave_one_out",
+    "mixed_log_cdf",
     "normalise_advantages",
     "predicted_log_cdf",
     "prefix_log_values",

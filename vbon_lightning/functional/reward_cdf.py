@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vbon_lightning.functional._validate import check_dims, check_float, working_dtype
+from vbon_lightning.functional._validate import check_dims, check_float, check_real, check_same_shape, working_dtype
 
 
 class RewardCDF(NamedTuple):
@@ -121,3 +122,32 @@ def reward_cdf(rewards: Tensor, reference_rewards: Tensor, *, estimator: str = "
         for count in reward_counts(rewards, reference_rewards)
     ]
     return RewardCDF(log_below=logs[0], log_at_or_below=logs[1])
+
+
+@torch.no_grad()
+def mixed_log_cdf(log_cdf: Tensor, prior: Tensor, *, samples: int, prior_samples: float) -> Tensor:
+    """Mix a CDF that was estimated from M samples with one that is predicted: ``(M F + c F_prior) / (M + c)``.
+
+    The posterior mean of a distribution function under a Dirichlet process of concentration c around the prediction
+    (Ferguson, 1973), but for what the estimator of F itself adds to the counts.
+
+    Args:
+        log_cdf: log F, any shape.
+        prior: log of the predicted F at the same rewards.
+        samples: M.
+        prior_samples: c, how many samples the prediction counts for; 0 for none.
+
+    Returns:
+        The log of the mixture, shaped as ``log_cdf``.
+
+    Raises:
+        ValueError: if ``samples < 1``, ``prior_samples < 0`` or the shapes differ.
+    """
+    check_real("samples", samples, at_least=1)
+    check_real("prior_samples", prior_samples, at_least=0.0, below=math.inf)
+    check_same_shape("prior", prior, "log_cdf", log_cdf)
+    if prior_samples == 0:
+        return log_cdf
+    whole = samples + prior_samples
+    mixed = torch.logaddexp(log_cdf + math.log(samples / whole), prior.to(log_cdf) + math.log(prior_samples / whole))
+    return mixed.clamp(max=0.0)

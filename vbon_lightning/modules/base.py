@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -247,3 +248,9 @@ class AlignmentModule(LightningModule):
             return nn.Module.load_state_dict(self, state_dict, strict=True, assign=assign)
         except RuntimeError as problem:
             raise ValueError(f"the checkpoint does not hold this policy's weights: {problem}") from problem
+
+
+def check_prior_samples(prior_samples: float) -> None:
+    """Refuse a weight of the value model's prediction that is no number >= 0."""
+    if isinstance(prior_samples, bool) or not 0 <= prior_samples < math.inf:
+        raise ValueError(f"model.prior_samples must be a number >= 0, got {prior_samples!r}")

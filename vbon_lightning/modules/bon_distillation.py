@@ -12,6 +12,7 @@ from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
 from vbon_lightning.models import TiltedLM
+from vbon_lightning.modules.base import check_prior_samples
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import noise_seed, pick_some, pick_weighted, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
@@ -50,6 +51,8 @@ class BoNDistillation(OfflineBestOfN):
             gradient of KL(policy || Best-of-N) but for what an action does to later prefixes.
         log_ratio_floor: Raise the log-weights of the reward's bins below this many nats (negative) to it, which spares
             the gradient the noise of the worst responses; None for none.
+        prior_samples: How many reference rewards of a prompt the value model's prediction counts for, beside the
+            table's: few responses a prompt then do as well as many.
         **kwargs: What :class:`~vbon_lightning.modules.offline.OfflineBestOfN` takes.
     """
 
@@ -67,9 +70,11 @@ class BoNDistillation(OfflineBestOfN):
         dial_degree: int = 2,
         divergence: Divergence = "forward",
         log_ratio_floor: float | None = None,
+        prior_samples: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, n=n, **kwargs)
+        check_prior_samples(prior_samples)
         if n_range is not None and not (len(n_range) == 2 and 1 < n_range[0] < n_range[1] < math.inf):
             raise ValueError(f"model.n_range must be two numbers, 1 < least < most, got {n_range}")
         check_at_least_one("dial_degree", dial_degree)
@@ -82,7 +87,7 @@ class BoNDistillation(OfflineBestOfN):
             raise ValueError(f"model.divergence must be one of {', '.join(known)}; got {divergence!r}")
         if log_ratio_floor is not None and not log_ratio_floor < 0:
             raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
-        self.log_ratio_floor = log_ratio_floor
+        self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
         self.responses_per_prompt, self.states, self.divergence = responses_per_prompt, states, divergence
         self.request = CandidateRequest(top=top, draws=draws)
         self.n_range, self.dial_degree = n_range, dial_degree
@@ -96,6 +101,7 @@ class BoNDistillation(OfflineBestOfN):
             states=states,
             divergence=divergence,
             log_ratio_floor=log_ratio_floor,
+            **({"prior_samples": prior_samples} if prior_samples else {}),
         )
 
     @property
@@ -177,7 +183,13 @@ class BoNDistillation(OfflineBestOfN):
         actors, rewards = self.loaded, prompts.reference_rewards
         scorer = actors.value
         assert scorer is not None
-        log_weights = scorer.bon_log_weights(scorer.log_cdf(prompts, rewards), n=n)
+        predicted = None
+        if rewards is not None and self.prior_samples:
+            predicted = scorer.log_cdf(prompts)
+            log_cdf = scorer.mixed_log_cdf(rewards, predicted, prior_samples=self.prior_samples)
+        else:
+            log_cdf = scorer.log_cdf(prompts, rewards)
+        log_weights = scorer.bon_log_weights(log_cdf, n=n)
         if self.log_ratio_floor is not None:
             log_weights = log_weights.clamp(min=self.log_ratio_floor)
         if cached is None or self.states == "policy":
@@ -192,7 +204,7 @@ class BoNDistillation(OfflineBestOfN):
             responses, ends = Responses(found.tokens, found.mask), None
         else:
             assert rewards is not None
-            responses, ends = self._picked(prompts, cached, rewards, step, n)
+            responses, ends = self._picked(prompts, cached, rewards, predicted, step, n)
         log_values = scorer.log_values(prompts, responses, log_weights, normalised=False)
         result = distil(
             actors.policy,
@@ -217,10 +229,15 @@ class BoNDistillation(OfflineBestOfN):
             self.policy.turn(self.n)
 
     def _picked(
-        self, prompts: PromptBatch, cached: Responses, rewards: Tensor, step: int, n: float
+        self, prompts: PromptBatch, cached: Responses, rewards: Tensor, predicted: Tensor | None, step: int, n: float
     ) -> tuple[Responses, Tensor]:
         """Return some of the table's responses, and the log-weights that Best-of-N gives them."""
         cdf = reward_cdf(rewards.double(), rewards.double())
+        if predicted is not None:
+            assert self.loaded.value is not None
+            cdf = self.loaded.value.mixed_reward_cdf(
+                cdf, rewards.double(), predicted, samples=rewards.shape[1], prior_samples=self.prior_samples
+            )
         # Of sampled responses the table's share of the probability is all that is known.
         none = torch.full_like(cdf.log_below, -torch.inf)
         log_ratio = bon_log_ratio(none, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)

@@ -71,6 +71,8 @@ class PolicyGradient(AlignmentModule):
         lr_scheduler: Builds a learning-rate scheduler from the optimizer, stepped once an update.
     """
 
+    predicts_rewards: bool = False
+    """Whether rollouts bring the predicted distribution of the reward also where reference rewards are known."""
     normalised_weights = False
     """Whether the weight of a response, ``exp(score / kl_coef)``, has mean 1 under the reference."""
 
@@ -238,6 +240,7 @@ class PolicyGradient(AlignmentModule):
             step=number,
             reference_samples=self.reference_samples,
             statistics=False,
+            predict_rewards=self.predicts_rewards,
         )
 
     # -- one update a rollout: the pass that learns also gives the log-probabilities and the KL ----

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
+from vbon_lightning.modules.base import check_prior_samples
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Rollout
@@ -43,6 +44,9 @@ class VBoN(PolicyGradient):
         log_ratio_floor: Raise log-ratios of Best-of-N to the reference below this many nats (negative) to it: -L
             spares the gradient the noise of the worst responses and moves the optimum by at most exp(-L) in total
             variation. None keeps the target exact.
+        prior_samples: How many reference rewards of a prompt the value model's prediction counts for, beside the M
+            that are known: few responses a prompt then do as well as many. 0 leaves the prediction to prompts of which
+            none is known.
         **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
     """
 
@@ -55,6 +59,7 @@ class VBoN(PolicyGradient):
         bound: Bound = "exact",
         cdf_estimator: CDFEstimator = "jeffreys",
         log_ratio_floor: float | None = None,
+        prior_samples: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, **kwargs)
@@ -66,9 +71,23 @@ class VBoN(PolicyGradient):
             raise ValueError(f"model.cdf_estimator must be one of {', '.join(known)}; got {cdf_estimator!r}")
         if log_ratio_floor is not None and not log_ratio_floor < 0:
             raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
+        check_prior_samples(prior_samples)
+        if prior_samples and not self.uses_value_model:
+            raise ValueError("model.prior_samples counts a value model's prediction: set data.value_model")
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
-        self.log_ratio_floor = log_ratio_floor
-        self.record_settings(n=n, bound=bound, cdf_estimator=cdf_estimator, log_ratio_floor=log_ratio_floor)
+        self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
+        self.record_settings(
+            n=n,
+            bound=bound,
+            cdf_estimator=cdf_estimator,
+            log_ratio_floor=log_ratio_floor,
+            **({"prior_samples": prior_samples} if prior_samples else {}),
+        )
+
+    @property
+    def predicts_rewards(self) -> bool:  # type: ignore[override]
+        """Return whether the distribution of the reward is predicted also where rewards are known."""
+        return self.prior_samples > 0
 
     def setup(self, stage: str) -> None:
         """Refuse to start without enough reference rewards, before anything expensive."""
@@ -83,12 +102,13 @@ class VBoN(PolicyGradient):
                     return  # which predicts the distribution of the reward
                 raise ValueError(_NO_REWARDS)
             samples, what = data.reference_rewards, f"the reference table {data.reference_table}"
-        if samples < self.n:
+        known = samples + self.prior_samples
+        if known < self.n:
             raise ValueError(
                 f"{what} has M = {samples} reference rewards a prompt, fewer than n = {self.n:g}: Best-of-n cannot "
                 "be estimated from them; sample more or lower model.n"
             )
-        if samples < 4 * self.n:
+        if known < 4 * self.n:
             rank_zero_warn(
                 f"{what} has M = {samples} reference rewards a prompt for n = {self.n:g}: the estimate of log F "
                 "near the top has a standard deviation of about sqrt(n/M); M of at least 4 n is advised"
@@ -98,6 +118,14 @@ class VBoN(PolicyGradient):
         """Return the log-ratio of Best-of-N to the reference over N - 1, and the KL's weight 1/(N - 1)."""
         if rollout.reference_rewards is not None:
             cdf = reward_cdf(rollout.rewards, rollout.reference_rewards, estimator=self.cdf_estimator)
+            if self.prior_samples and rollout.reference_log_cdf is not None:
+                cdf = self._scorer.mixed_reward_cdf(
+                    cdf,
+                    rollout.rewards,
+                    rollout.reference_log_cdf,
+                    samples=rollout.reference_rewards.shape[1],
+                    prior_samples=self.prior_samples,
+                )
         elif rollout.reference_log_cdf is not None:
             cdf = self._scorer.reward_cdf(rollout.rewards, rollout.reference_log_cdf)
         else:
@@ -107,9 +135,11 @@ class VBoN(PolicyGradient):
 
     def bin_log_weights(self, rollout: Rollout) -> Tensor:
         """Return log w_n of each bin under the prompt's own distribution of the reward, ``[B, K]``."""
-        log_cdf = rollout.reference_log_cdf
-        if rollout.reference_rewards is not None:
-            log_cdf = self._scorer.log_cdf(rollout.prompts, rollout.reference_rewards)
+        log_cdf, rewards = rollout.reference_log_cdf, rollout.reference_rewards
+        if rewards is not None and self.prior_samples and log_cdf is not None:
+            log_cdf = self._scorer.mixed_log_cdf(rewards, log_cdf, prior_samples=self.prior_samples)
+        elif rewards is not None:
+            log_cdf = self._scorer.log_cdf(rollout.prompts, rewards)
         if log_cdf is None:
             raise ValueError(_NO_REWARDS)
         log_weights = self._scorer.bon_log_weights(log_cdf, n=self.n)

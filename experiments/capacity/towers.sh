@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# What holds a policy back: towers of three sizes beside one reference, taught by one value model, 300 steps each (half an hour on
+# a CPU core). Needs the sentiment setting's reference, reward, wide table, test table and value model, and pretrain.sh's models.
+# After it: python experiments/capacity/record.py
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+data="--config configs/sentiment/data.yaml"
+reference=runs/sentiment/sft/export
+
+train() {  # name, the policy, more
+  name=$1 policy=$2
+  shift 2
+  [ -d "runs/capacity/$name/export" ] || vbon fit $data --config configs/sentiment/wide.yaml \
+    --config configs/sentiment/trainer.yaml --config configs/sentiment/tilt.yaml --model.init_args.n_range null \
+    --trainer.max_steps 300 --model.init_args.lr_scheduler.init_args.total_iters 300 \
+    --data.policy "$policy" --trainer.default_root_dir "runs/capacity/$name" \
+    --trainer.logger.init_args.save_dir "runs/capacity/$name" "$@"
+}
+
+for size in 0.26m 1.9m 10m; do
+  train "tower-$size" "{name: $reference, tilt: runs/capacity/pretrain-$size/export}"
+done
+train tower-value "{name: $reference, tilt: runs/sentiment/value/export}"
+train tower-value-no-vectors "{name: $reference, tilt: runs/sentiment/value/export}" \
+  --model experiments.capacity.fixed_vectors.FixedVectorDistillation
+train plain "$reference" --model.init_args.optimizer.init_args.lr 3e-4 --trainer.callbacks \
+  vbon_lightning.callbacks.PolicyExport
+
+vbon compare $data --config configs/sentiment/compare.yaml --output runs/capacity/comparison --n '[2,4,8,16]' --policies '{
+  "0.26M": {"name": "runs/capacity/tower-0.26m/export", "dial": 8},
+  "1.9M": {"name": "runs/capacity/tower-1.9m/export", "dial": 8},
+  "10M": {"name": "runs/capacity/tower-10m/export", "dial": 8},
+  "Value-body": {"name": "runs/capacity/tower-value/export", "dial": 8},
+  "No-own-vectors": {"name": "runs/capacity/tower-value-no-vectors/export", "dial": 8},
+  "Plain": "runs/capacity/plain/export"}'
