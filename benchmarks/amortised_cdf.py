@@ -3,9 +3,13 @@
 python -m benchmarks.amortised_cdf --config configs/sentiment/data.yaml --data.value_model runs/sentiment/value/export
 
 The optimum of vBoN is the reference times w_N(y), with w_N from the distribution F of the prompt's rewards. Half of
-each prompt's responses stand for the reference and are weighted; F is that of the other half (of its first M), or
-predicted from the prompt. Reported are the optimum's win rate over the reference and its KL to it, and the KL from
-Best-of-N's own weights.
+each prompt's responses stand for the reference and are weighted; F is that of the other half (of its first M),
+predicted from the prompt, or both, the prediction counting for `prior_samples` of the M. Reported are the optimum's win
+rate over the reference and its KL to it, and the KL from Best-of-N's own weights.
+
+Also tried: M where it is needed. Of each prompt half of M are drawn first; the half of the prompts whose rewards fit
+their prediction worst (Cramer-von Mises) then get another M each, so that the mean is M. And the same with the prompts
+chosen by the error itself, which nobody knows: what such a choice could bring at most.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from vbon_lightning import AlignmentDataModule
 from vbon_lightning.data import Split
-from vbon_lightning.functional import RewardCDF, bon_win_rate, reward_cdf
+from vbon_lightning.functional import RewardCDF, bon_win_rate, mixed_log_cdf, reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
 from vbon_lightning.prefix_scorer import PrefixScorer
 
@@ -30,10 +34,39 @@ def log_weights(cdf: RewardCDF, n: float) -> Tensor:
     return bon_log_ratio(nothing, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below).log_softmax(-1)
 
 
+def with_prediction(
+    weighed: Tensor, others: Tensor, counts: Tensor, prediction: RewardCDF, prior_samples: float
+) -> RewardCDF:
+    """Return F at ``weighed`` by the first ``counts`` of each prompt's rewards and the prediction together."""
+    below, at_or_below = torch.empty_like(weighed), torch.empty_like(weighed)
+    for m in counts.unique().tolist():
+        own = counts == m
+        known = reward_cdf(weighed[own], others[own, :m])
+        for target, log_cdf, ahead in zip((below, at_or_below), known, prediction, strict=True):
+            target[own] = mixed_log_cdf(log_cdf, ahead[own], samples=m, prior_samples=prior_samples)
+    return RewardCDF(below, at_or_below)
+
+
+def misfit(cdf: RewardCDF) -> Tensor:
+    """Return how badly rewards fit the distributions they are placed in, by Cramer and von Mises: ``[B]``."""
+    ranks = ((cdf.log_below.exp() + cdf.log_at_or_below.exp()) / 2).sort(-1).values
+    count = ranks.shape[1]
+    expected = (2 * torch.arange(count, device=ranks.device) + 1) / (2 * count)
+    return (ranks - expected).square().sum(-1)
+
+
+def more_where(need: Tensor, m: int) -> Tensor:
+    """Give the half of the prompts with the greatest need another m, all others m / 2: ``[B]`` counts of mean m."""
+    counts = torch.full((len(need),), m // 2)
+    counts[need.argsort(descending=True)[: len(need) // 2]] += m
+    return counts
+
+
 def main(
     data: AlignmentDataModule,
     n: list[float] = [2.0, 4.0, 8.0, 16.0],  # noqa: B006 (never mutated)
-    samples: list[int] = [16, 64, 256],  # noqa: B006 (never mutated)
+    samples: list[int] = [8, 16, 32, 64, 256],  # noqa: B006 (never mutated)
+    prior_samples: float = 32.0,
     split: Split = "test",
     output: str = "benchmarks/results/amortised_cdf",
 ) -> None:
@@ -43,6 +76,7 @@ def main(
         data: Prompts, reward, reference table and value model.
         n: Which Best-of-N.
         samples: M of the tables to compare with, each at most half of what there is.
+        prior_samples: What the prediction counts for beside them.
         split: Which prompts.
         output: Results go to this path, as .json and .md.
     """
@@ -59,7 +93,26 @@ def main(
     for number in n:
         exact = log_weights(reward_cdf(weighed, others), number)
         estimates = {f"table, M = {m}": reward_cdf(weighed, others[:, :m]) for m in samples if m <= half}
-        estimates["predicted from the prompt"] = scorer.reward_cdf(weighed, predicted)
+        prediction = scorer.reward_cdf(weighed, predicted)
+        estimates["predicted from the prompt"] = prediction
+
+        def both(
+            counts: Tensor, number: float = number, prediction: RewardCDF = prediction, exact: Tensor = exact
+        ) -> tuple[RewardCDF, Tensor]:
+            """Return F by the first of each prompt's rewards and the prediction, and what it errs by."""
+            cdf = with_prediction(weighed, others, counts, prediction, prior_samples)
+            found = log_weights(cdf, number)
+            return cdf, (found.exp() * (found - exact)).sum(-1)
+
+        for m in (m for m in samples if 2 * m <= half):
+            even = torch.full((len(rewards),), m)
+            name = f"prediction as {prior_samples:g} and M = {m}"
+            estimates[name] = both(even)[0]
+            if m % 2 == 0:
+                first = others[:, : m // 2]
+                doubted = misfit(scorer.reward_cdf(first, predicted))
+                estimates[f"{name}, more where it fits badly"] = both(more_where(doubted, m))[0]
+                estimates[f"{name}, more where it errs most"] = both(more_where(both(even // 2)[1], m))[0]
         for name, cdf in estimates.items():
             found = log_weights(cdf, number)
             weights = found.exp()

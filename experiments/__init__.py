@@ -1,0 +1,1 @@
+"""Experiments: what is measured, one folder each."""

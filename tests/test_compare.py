@@ -119,7 +119,9 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
         "generated_tokens": pytest.approx(float(drawn.mask.sum()) / 15),
         "value_tokens": 0,
         "reward_calls": 2,
+        "seconds": best.cost["seconds"],
     }
+    assert 0 < best.cost["seconds"] < 60
     chosen = decoders["Guided n=4"](actors, batch, num_samples=5, **options)
     lengths = chosen.mask.sum(-1).float()
     assert chosen.token_kl is not None
@@ -134,10 +136,11 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     # In the table of costs, and in the plain numbers.
     head, costs = (tmp_path / "out" / "comparison.md").read_text().split("| a response |")
     assert "| **Guided n=4** |" in head
-    assert costs.startswith(" generated tokens | value tokens | reward calls |")
+    assert costs.startswith(" generated tokens | value tokens | reward calls | seconds |")
     rows = {cells[0]: cells[1:] for cells in map(cells_of, costs.splitlines()[2:])}
     assert rows == {
         report.name: [f"{report.cost[field]:,.1f}" for field in ("generated_tokens", "value_tokens", "reward_calls")]
+        + [f"{report.cost['seconds']:.2g}"]
         for report in (best, guided)
         if report.cost is not None
     }

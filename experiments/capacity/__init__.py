@@ -1,0 +1,1 @@
+"""What holds a policy back: towers of several sizes beside one reference."""

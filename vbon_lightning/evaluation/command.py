@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -208,10 +209,13 @@ def compare(
 
 
 def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: int, seed: int) -> DecodedBatch:
+    began = time.perf_counter()
     decoded = decoder(actors, batch, num_samples=samples, seed=seed, stream="compare", step=0)
+    decoded.tokens.cpu()  # waits for a GPU
+    seconds = time.perf_counter() - began
     ids = actors.token_ids(decoded)
     texts = actors.decode(ids, batch)
-    return DecodedBatch(batch, decoded, texts, actors.score(batch.text, texts, ids, decoded.finished))
+    return DecodedBatch(batch, decoded, texts, actors.score(batch.text, texts, ids, decoded.finished), seconds)
 
 
 def _predicted(data: AlignmentDataModule, scorer: PrefixScorer, split: Split, device: torch.device) -> Tensor:

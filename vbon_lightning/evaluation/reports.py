@@ -78,7 +78,8 @@ class PolicyReport:
     n: int | None = None
     """N, for Best-of-N itself."""
     cost: dict[str, float] | None = None
-    """What a response takes to make, for decoders: tokens generated, tokens the value model reads, reward calls."""
+    """What a response takes to make, for decoders: tokens generated, tokens the value model reads, reward calls, and
+    seconds, of a batch shared by its responses."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
@@ -230,6 +231,8 @@ class DecodedBatch(NamedTuple):
     texts: list[list[str]]
     rewards: Tensor
     """``[B, G]``."""
+    seconds: float
+    """What choosing them took; the score above is not part of it."""
 
 
 def evaluate_decoder(
@@ -258,7 +261,7 @@ def evaluate_decoder(
         ValueError: If there is nothing to average, or reference rewards are missing.
     """
     columns, samples, responses, estimator = _Columns(), 0, 0, None
-    cost = [0, 0, 0]
+    cost, seconds = [0, 0, 0], 0.0
     own = True
     for batch in batches:
         valid, decoded, reference = batch.prompts.valid, batch.decoded, batch.prompts.reference_rewards
@@ -278,7 +281,7 @@ def evaluate_decoder(
         for opponent, rates in win_rates(rewards, reference, cdf, n_values=n_values).items():
             columns.add(f"win_rate_{opponent}", rates, valid)
         cost = [total + part for total, part in zip(cost, decoded.cost, strict=True)]
-        responses += rewards.numel()
+        seconds, responses = seconds + batch.seconds, responses + rewards.numel()
     if len(columns) == 0:
         raise ValueError(f"there are no prompts to evaluate {name!r} on")
     return PolicyReport(
@@ -296,7 +299,8 @@ def evaluate_decoder(
         win_rate_estimator=estimator,
         length=columns.need("length"),
         finished=columns.need("finished"),
-        cost={field: total / responses for field, total in zip(DecodingCost._fields, cost, strict=True)},
+        cost={field: total / responses for field, total in zip(DecodingCost._fields, cost, strict=True)}
+        | {"seconds": seconds / responses},
     )
 
 

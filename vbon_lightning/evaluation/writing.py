@@ -99,13 +99,17 @@ def _costs(reports: Sequence[PolicyReport]) -> str:
         return ""
     fields = list(decoders[0].cost or {})
     rows = [
-        [markdown_cell(report.name), *(f"{(report.cost or {}).get(field, 0.0):,.1f}" for field in fields)]
+        [markdown_cell(report.name), *(_amount(field, (report.cost or {}).get(field, 0.0)) for field in fields)]
         for report in decoders
     ]
     table = markdown_table(
         ["a response", *(field.replace("_", " ") for field in fields)], rows, align="l" + "r" * len(fields)
     )
     return f"\n{table}"
+
+
+def _amount(field: str, value: float) -> str:
+    return f"{value:.2g}" if field == "seconds" else f"{value:,.1f}"
 
 
 def _cell(value: Estimate | None) -> str:
