@@ -1,6 +1,6 @@
 """Measure how noisy the policy gradient is under each KL estimator, along a vBoN run.
 
-python benchmarks/kl_estimators.py --config configs/demo/data.yaml
+python benchmarks/kl_estimators.py --config configs/demo/data.yaml --config configs/demo/vader.yaml
 
 With `data.value_model` also advantages from a value model, at several lambdas. All but those with a lambda below 1 are
 unbiased (tests/functional/test_targets.py and test_prefix_values.py show it by enumeration), so they differ in their

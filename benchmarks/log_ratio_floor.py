@@ -1,8 +1,8 @@
 """What a floor of the log-ratio buys: vBoN trained with several, compared on held-out prompts.
 
-python -m benchmarks.log_ratio_floor --config configs/demo/data.yaml
+python -m benchmarks.log_ratio_floor --config configs/demo/data.yaml --config configs/demo/vader.yaml
 
-Needs the demo's SFT export and reference table (the first two commands of configs/demo/run.sh). The held-out prompts
+Needs the demo's SFT export and a reference table (the commands of configs/demo/sft.yaml and vader.yaml). The held-out prompts
 are neither those trained on nor those the demo reports.
 """
 

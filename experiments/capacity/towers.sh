@@ -23,6 +23,10 @@ done
 train tower-value "{name: $reference, tilt: runs/sentiment/value/export}"
 train tower-value-no-vectors "{name: $reference, tilt: runs/sentiment/value/export}" \
   --model experiments.capacity.fixed_vectors.FixedVectorDistillation
+train tower-value-ema "{name: $reference, tilt: runs/sentiment/value/export}" --trainer.callbacks '[
+  {class_path: lightning.pytorch.callbacks.Timer},
+  {class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.98}},
+  {class_path: vbon_lightning.callbacks.DialCalibration}, {class_path: vbon_lightning.callbacks.PolicyExport}]'
 train plain "$reference" --model.init_args.optimizer.init_args.lr 3e-4 --trainer.callbacks \
   vbon_lightning.callbacks.PolicyExport
 
@@ -31,5 +35,6 @@ vbon compare $data --config configs/sentiment/compare.yaml --output runs/capacit
   "1.9M": {"name": "runs/capacity/tower-1.9m/export", "dial": 8},
   "10M": {"name": "runs/capacity/tower-10m/export", "dial": 8},
   "Value-body": {"name": "runs/capacity/tower-value/export", "dial": 8},
+  "Averaged": {"name": "runs/capacity/tower-value-ema/export", "dial": 8},
   "No-own-vectors": {"name": "runs/capacity/tower-value-no-vectors/export", "dial": 8},
   "Plain": "runs/capacity/plain/export"}'
