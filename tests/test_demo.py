@@ -31,6 +31,7 @@ def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     vbon(monkeypatch, "fit", *data, "--config", f"{configs}/sft.yaml", *quick, "--data.train.stop", "200",
          "--trainer.val_check_interval", "1")  # fmt: skip
+    vbon(monkeypatch, "fit", "--config", f"{configs}/reward.yaml", *quick)
     vbon(monkeypatch, "predict", *data, "--config", f"{configs}/table.yaml", *small,
          "--model.init_args.samples", "16", "--trainer.enable_progress_bar", "false")  # fmt: skip
     for name, strength in (("vbon", "--model.init_args.n=4"), ("kl_rl", "--model.init_args.beta=0.3")):
