@@ -80,6 +80,7 @@ def result(
         "strength": {"option": f"model.init_args.{short}", "short": short, "value": value},
         "seed": seed,
         "training": {
+            "command": f"{method}-{short}{value}-s{seed}",
             "seconds": 40.0,
             "optimizer_steps": 100,
             "sampled_responses": 2000,
@@ -130,9 +131,11 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
     written = write_report(results, output)
     assert all(path.stat().st_size > 100 for path in written)
     names = (
-        "fronts",
-        "hypervolume",
+        "gain",
         "closeness",
+        "corners",
+        "fronts",
+        "costs",
         "break_even",
         "bounds",
         "ties",
@@ -154,8 +157,9 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
         "lower": ["5", "0%", "0%"],
         "KL-RL": ["2", "0%", "0%"],
     }
-    assert rows(tables["hypervolume"])["vBoN"][1] == "0.80 (0.80 to 0.80)"
-    assert rows(tables["hypervolume"])["Best-of-N"][1] == "1.00"
+    # vBoN's gains are 0.8 of Best-of-N's at its KLs, and so is the area below them.
+    assert rows(tables["corners"])["vBoN"] == ["0.80 (0.80 to 0.80)"] * 4
+    assert rows(tables["gain"])["vBoN"][3].startswith("80 ±")
 
     closeness = [line for line in tables["closeness"].read_text().splitlines() if line.startswith("| vBoN | 4 ")]
     cells = [cell.strip() for cell in closeness[0].split("|")]
@@ -183,11 +187,11 @@ def test_break_even_by_hand(results: Path, tmp_path: Path) -> None:
 def equal_budgets() -> tuple[list[Result], Baseline]:
     """Two methods, two seeds: one keeps 80% and 84% at Best-of-N's KLs, the other stops below Best-of-4's."""
     plain = [
-        result("t", "Tilted", n, seed, bon_kl(n), 0.5 + (0.8 + 0.04 * seed) * (n / (n + 1) - 0.5), group="equal")
+        result("t", "Tilted", n, seed, bon_kl(n), 0.5 + (0.8 + 0.04 * seed) * (n / (n + 1) - 0.5))
         for n in N
         for seed in (0, 1)
     ]
-    plain += [result("s", "Short", n, 0, bon_kl(n) / 3, 0.6, group="equal") for n in (2, 4)]
+    plain += [result("s", "Short", n, 0, bon_kl(n) / 3, 0.6) for n in (2, 4)]
     for one in plain:
         one["training"] |= {"command": f"{one['method']}-s{one['seed']}", "table_responses": 500}
     first = {"seconds": 10.0, "optimizer_steps": 7, "sampled_responses": 0, "table_responses": 800, "after": None}
@@ -219,8 +223,8 @@ def test_gains_at_best_of_ns_kl_by_hand() -> None:
 def test_a_gain_between_two_strengths_is_on_the_line_between_them() -> None:
     runs, bon = equal_budgets()
     two = [run for run in runs if run.title == "Tilted" and run.seed == 0 and run.value in (2, 8)]
-    (low, below), (high, above) = sorted((run.kl, run.win_rate) for run in two)
-    part = (bon_kl(4) - low) / (high - low)
+    (low, below), (high, above) = sorted((math.sqrt(run.kl), run.win_rate) for run in two)
+    part = (math.sqrt(bon_kl(4)) - low) / (high - low)
     kept = _kept(two, bon, 4)
     assert kept is not None and kept.mean == pytest.approx((below + part * (above - below) - 0.5) / 0.3)
 

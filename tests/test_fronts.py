@@ -8,14 +8,17 @@ from itertools import pairwise
 
 import pytest
 
+from vbon_lightning.evaluation import Estimate
 from vbon_lightning.evaluation.fronts import (
     break_even,
     equivalent_n,
     front_shares,
+    gain_at,
     gain_share,
     hypervolume,
     on_front,
 )
+from vbon_lightning.evaluation.intervals import estimate_over_seeds
 
 
 def random_points(seed: int, count: int) -> list[tuple[float, float]]:
@@ -104,3 +107,30 @@ def test_break_even_is_where_the_costs_cross() -> None:
         break_even(100, n=0.5)
     with pytest.raises(ValueError, match="costs >= 0"):
         break_even(-1, n=2)
+
+
+def test_gains_between_runs_follow_the_root_of_the_kl() -> None:
+    runs = [(1.0, 0.7), (0.25, 0.6)]
+    assert gain_at(runs, 0.0) == 0.5
+    assert gain_at(runs, 0.25) == pytest.approx(0.6)
+    # Roots: 0.25 is half of the first run's 0.5, 0.75 is halfway from there to 1.
+    assert gain_at(runs, 0.125**2 * 4) == pytest.approx(0.55)
+    assert gain_at(runs, 0.75**2) == pytest.approx(0.65)
+    assert math.isnan(gain_at(runs, 1.01)), "nothing is known beyond"
+    assert gain_at([(0.0, 0.5)], 0.0) == 0.5
+    with pytest.raises(ValueError, match="0 points"):
+        gain_at([], 1.0)
+    with pytest.raises(ValueError, match="KL >= 0"):
+        gain_at(runs, -0.1)
+
+
+def test_estimates_over_seeds_by_hand() -> None:
+    one, other = Estimate(0.6, 0.03), Estimate(0.8, 0.05)
+    # Student's t for one degree of freedom is 12.706; s = 0.2 / sqrt(2), over sqrt(2) seeds: 0.1.
+    found = estimate_over_seeds([one, other])
+    assert found.mean == pytest.approx(0.7)
+    assert found.half_width == pytest.approx(math.sqrt((0.03**2 + 0.05**2) / 2 + (12.7062 * 0.1) ** 2), rel=1e-4)
+    assert estimate_over_seeds([one]) == one
+    assert estimate_over_seeds([Estimate(0.6, None)]) == Estimate(0.6, None)
+    with pytest.raises(ValueError, match="at least one run"):
+        estimate_over_seeds([])

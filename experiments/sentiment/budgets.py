@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from results import Baseline, Result, grouped
-from tables import table
+from tables import table, training_cost
 
 from vbon_lightning.evaluation import Estimate
 from vbon_lightning.evaluation.fronts import gain_at, gain_share, hypervolume
@@ -29,9 +28,9 @@ def gain_table(runs: Sequence[Result], bon: Baseline) -> str:
             cells.append(_percent(estimate_over_seeds(found)) if len(found) == len(seeds) else "not reached")
         rows.append([title, str(len(seeds)), str(len({run.value for run in own})), *cells])
     note = (
-        "Share of Best-of-N's gain in win rate at the KL of that Best-of-N, read off a seed's runs by a straight line\n"
-        "between the two strengths next to it (the reference being one). Mean over seeds; half of the 95% interval,\n"
-        "over seeds and over the prompts, which are the same for all."
+        "Share of Best-of-N's gain in win rate at the KL of that Best-of-N, read off a seed's runs: linear in the\n"
+        "root of the KL between the two strengths next to it (the reference being one). Mean over seeds; half of the\n"
+        "95% interval, over seeds and over the prompts, which are the same for all."
     )
     header = ["method", "seeds", "strengths", *(f"N = {n}" for n in _N if n in bon.win_rates)]
     return table(header, rows, note)
@@ -79,11 +78,9 @@ def costs_table(runs: Sequence[Result], bon: Baseline) -> str:
     second = bon.table["seconds_per_response"] or 0.0
     rows = []
     for title, own in grouped(runs, lambda run: run.title).items():
-        stages = [_chain(run.training) for run in own]
-        sampled = fmean(sum(stage["sampled_responses"] for stage in chain) for chain in stages)
-        cached = fmean(max(stage.get("table_responses", 0) for stage in chain) for chain in stages)
-        updates = fmean(sum(stage["optimizer_steps"] for stage in chain) for chain in stages)
-        seconds = fmean(sum(stage["seconds"] for stage in chain) for chain in stages) + cached * second
+        costs = [training_cost(run, bon) for run in own]
+        cached, sampled, updates, seconds = (fmean(values) for values in zip(*costs, strict=True))
+        seconds += cached * second
         # Runs of one command are one training, dialled.
         trainings = len({run.training["command"] for run in own})
         whole = seconds * trainings / len({run.seed for run in own})
@@ -95,8 +92,3 @@ def costs_table(runs: Sequence[Result], bon: Baseline) -> str:
     )
     header = ["method", "from the table", "sampled", "updates", "seconds a policy", "seconds all strengths"]
     return table(header, rows, note)
-
-
-def _chain(training: dict[str, Any]) -> list[dict[str, Any]]:
-    before = training.get("after")
-    return [*(_chain(before) if before else []), training]

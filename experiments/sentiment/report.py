@@ -57,17 +57,12 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
         draw("fronts", fronts_figure(main, bon))
         if any(run.judge is not None for run in main):
             draw("judge", judge_figure(main, bon))
-        write("fronts", tables.front_table(main))
-        write("hypervolume", tables.hypervolume_table(main, bon))
+        write("gain", budgets.gain_table(main, bon))
         write("closeness", tables.closeness_table(main, bon))
+        write("corners", budgets.corners_table(main, bon))
+        write("fronts", tables.front_table(main))
+        write("costs", budgets.costs_table(main, bon))
         write("break_even", tables.break_even_table(main, bon))
-    if (equal := _group(runs, "equal")) and bon:
-        draw("equal", fronts_figure(equal, bon))
-        write("equal_gain", budgets.gain_table(equal, bon))
-        write("equal_closeness", tables.closeness_table(equal, bon))
-        write("equal_corners", budgets.corners_table(equal, bon))
-        write("equal_fronts", tables.front_table(equal))
-        write("equal_costs", budgets.costs_table(equal, bon))
     for name, one, other in (("bounds", "vbon", "vbon_lower"), ("ties", "ties_exact", "ties_untied")):
         pair = [[run for run in runs if run.method == method] for method in (one, other)]
         if all(pair):
@@ -77,8 +72,8 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
         draw("table_samples", samples_figure(varied, baselines[varied[0].setting], n))
         write("table_samples", tables.samples_table(varied))
     if varied := _group(runs, "budget"):
-        write("budget", tables.budget_table([*varied, *(run for run in main if run.title == "vBoN")]))
-    for name in ("long", "floor", "few"):
+        write("budget", tables.budget_table([*varied, *(run for run in runs if run.method == "vbon")]))
+    for name in ("long", "floor", "few", "unequal"):
         if own := _group(runs, name):
             write(name, tables.closeness_table(own, baselines[own[0].setting]))
     if longer := _group(runs, "long"):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import Any, NamedTuple
 
 from results import SYMBOLS, Baseline, Result, grouped
 
 from vbon_lightning._markdown import markdown_table
 from vbon_lightning.evaluation.fronts import (
-    Point,
     break_even,
     equivalent_n,
     front_shares,
     gain_share,
-    hypervolume,
 )
 
 Gain = Callable[[Result], float]
@@ -47,24 +46,6 @@ def front_table(runs: Sequence[Result]) -> str:
         "KL and at least its gain, one of the two better. Best-of-N itself takes no part."
     )
     return table(["method", "runs", "front of win rate and KL", "front of reward and KL"], rows, note)
-
-
-def hypervolume_table(runs: Sequence[Result], bon: Baseline) -> str:
-    """Area that each method's runs dominate in the plane of KL and win rate, seed by seed."""
-    corner = (1.5 * max(bon.kls.values()), 0.5)
-    best: list[Point] = [(bon.kls[n], rate) for n, rate in bon.win_rates.items()]
-    whole = hypervolume(best, reference=corner)
-    rows = []
-    for title, own in grouped(runs, lambda run: run.title).items():
-        seeds = grouped(own, lambda run: run.seed).values()
-        areas = [hypervolume([(run.kl, run.win_rate) for run in seed], reference=corner) for seed in seeds]
-        rows.append([title, spread(areas), spread([area / whole for area in areas], 2)])
-    rows.append(["Best-of-N", f"{whole:.3f}", "1.00"])
-    note = (
-        f"Area between the runs of one seed and the corner at a KL of {corner[0]:.3f} nats (1.5 times that of\n"
-        f"Best-of-{max(bon.kls)}) and a win rate of 1/2: mean over seeds, and range. Runs beyond it add nothing."
-    )
-    return table(["method", "hypervolume", "of Best-of-N's"], rows, note)
 
 
 def closeness_table(runs: Sequence[Result], bon: Baseline) -> str:
@@ -144,13 +125,35 @@ def budget_table(runs: Sequence[Result]) -> str:
     return table(["responses", "strength", "learning rate", "seed", "win rate", "reward", "KL"], rows, note)
 
 
+class TrainingCost(NamedTuple):
+    """What a policy took, the stages before it included."""
+
+    cached: float
+    """Responses of the reference table; the stages read the same ones."""
+    sampled: float
+    updates: float
+    seconds: float
+
+
+def training_cost(run: Result, bon: Baseline) -> TrainingCost:
+    """Add up what a run and the trainings that it started from took."""
+    chain: list[dict[str, Any]] = [run.training]
+    while (before := chain[-1].get("after")) is not None:
+        chain.append(before)
+    whole = bon.table["training_responses"] if run.table else 0
+    return TrainingCost(
+        max(stage.get("table_responses", whole) for stage in chain),
+        *(sum(stage[key] for stage in chain) for key in ("sampled_responses", "optimizer_steps", "seconds")),
+    )
+
+
 def break_even_table(runs: Sequence[Result], bon: Baseline) -> str:
     """After how many queries training has paid for itself."""
     second, largest, rows = bon.table["seconds_per_response"], max(bon.win_rates), []
     for (title, strength), own in grouped(runs, lambda run: (run.title, run.strength)).items():
-        table_cost = bon.table["training_responses"] if own[0].table else 0
-        responses = fmean(run.training["sampled_responses"] for run in own) + table_cost
-        seconds = None if second is None else fmean(run.training["seconds"] for run in own) + table_cost * second
+        costs = [training_cost(run, bon) for run in own]
+        responses = fmean(cost.sampled + cost.cached for cost in costs)
+        seconds = None if second is None else fmean(cost.seconds + cost.cached * second for cost in costs)
         n = equivalent_n(fmean(run.win_rate for run in own), bon.win_rates)
         above = math.isinf(n)
         n = float(largest) if above else n
@@ -164,9 +167,9 @@ def break_even_table(runs: Sequence[Result], bon: Baseline) -> str:
     note = (
         "Queries after which training has paid for itself: cost of training / ((N - 1) x cost of a response), since a\n"
         "query costs N responses with Best-of-N and one with the policy. N is that of the Best-of-N with the policy's\n"
-        "win rate (linear in log N between the measured ones; means over seeds). The cost of training is what it\n"
-        "sampled and, for methods that read it, the training prompts' part of the reference table; in seconds, the\n"
-        f"wall time of training, and {speed} seconds a response, measured while the table was made\n"
+        "win rate (linear in log N between the measured ones; means over seeds). The cost of training is what it and\n"
+        "the stages before it sampled, and the part of the reference table that they read; in seconds, their wall\n"
+        f"time, and {speed} seconds a response, measured while the table was made\n"
         f"({bon.table['device']}). Gradients count in seconds only."
     )
     header = ["policy", "N it replaces", "responses", "queries, by responses", "seconds", "queries, by seconds"]
@@ -181,10 +184,10 @@ def runs_table(runs: Sequence[Result]) -> str:
         numbers = [run.report.win_rate, run.report.reward, run.report.kl, judge]
         cells = ["-" if number is None else str(number) for number in numbers]
         costs = [f"{training[key]:,.0f}" for key in ("seconds", "optimizer_steps", "sampled_responses")]
-        rows.append([run.title, run.setting, run.strength, str(run.seed), *cells, *costs])
-    header = ["method", "setting", "strength", "seed", "win rate", "reward", "KL", "judge's reward"]
+        rows.append([run.title, run.group, run.setting, run.strength, str(run.seed), *cells, *costs])
+    header = ["method", "group", "setting", "strength", "seed", "win rate", "reward", "KL", "judge's reward"]
     header += ["seconds", "steps", "responses"]
-    return table(header, rows, "Means over prompts ± half of the 95% interval.", words=3)
+    return table(header, rows, "Means over prompts ± half of the 95% interval.", words=4)
 
 
 def win_rate(run: Result) -> float:

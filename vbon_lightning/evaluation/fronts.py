@@ -66,14 +66,17 @@ def hypervolume(points: Sequence[Point], *, reference: Point) -> float:
 
 
 def gain_at(points: Sequence[Point], kl: float) -> float:
-    """Read the gain that a method has at a KL off its runs, linear between the two nearest.
+    """Read the win rate that a method has at a KL off its runs, linear in the root of the KL between the two nearest.
+
+    A tilt's gain grows as its strength and its KL as the strength squared: Best-of-N's own gains in win rate, from N = 1
+    to 8, are within a tenth of a straight line in the root of its KL.
 
     Args:
-        points: The method's runs at several strengths; the reference, no KL and the gain of 1/2, is added.
+        points: The method's runs at several strengths; the reference, no KL and a win rate of 1/2, is added.
         kl: Where to read, in nats.
 
     Returns:
-        The gain; NaN beyond the largest KL of the runs, where nothing is known.
+        The win rate; NaN beyond the largest KL of the runs, where nothing is known.
 
     Raises:
         ValueError: If ``kl`` is negative or there is no point.
@@ -83,7 +86,7 @@ def gain_at(points: Sequence[Point], kl: float) -> float:
     known = sorted([(0.0, 0.5), *points])
     for (low, below), (high, above) in pairwise(known):
         if low <= kl <= high:
-            part = (kl - low) / (high - low) if high > low else 1.0
+            part = (kl**0.5 - low**0.5) / (high**0.5 - low**0.5) if high > low else 1.0
             return (1 - part) * below + part * above
     return math.nan
 
