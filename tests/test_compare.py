@@ -158,7 +158,7 @@ def test_prompts_that_no_table_holds(decoded: AlignmentDataModule, tmp_path: Pat
         test=decoded.sources["test"],
         max_new_tokens=4,
         value_model=spec.value_model,
-        eval_batch_size=2,  # the last batch has a filler row
+        eval_batch_size=2,  # the last batch has one prompt
     )
     decoders = {"Best-of-2 drawn": BestOfN(2), "Guided n=4": ValueGuided(4, top=3, draws=2)}
     reports = compare(

@@ -73,6 +73,22 @@ def test_without_ties_only_the_reward_depends_on_the_distribution(n: float, prob
     assert float(binned_bon_reward(cdf, bins, n=n)) == pytest.approx(float(rewards.mean()), abs=2e-4)
 
 
+@pytest.mark.parametrize("n", [2.0, 5.5])
+def test_a_tie_among_spread_rewards(n: float) -> None:
+    """28% zeros, as a sentiment score has: by fine sums over u, the reference's rank."""
+    low, high = 0.4, 0.68
+    atoms = torch.tensor([[-1.0, -0.5], [0.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+    bins, cdf = RewardBins(torch.tensor([-0.1, 0.1], dtype=torch.float64), atoms), log_cdf(low, high - low, 1 - high)
+    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    tied = (u > low) & (u < high)
+    weight = torch.where(tied, (high**n - low**n) / (high - low), n * u ** (n - 1))
+    assert float(binned_bon_kl(cdf, bins, n=n)) == pytest.approx(float((weight * weight.log()).mean()), abs=1e-5)
+    for m in (1.0, 3.0):
+        wins = torch.where(tied, (low**m + high**m) / 2, u**m)
+        found = float(binned_bon_win_rate(cdf, bins, n=n, m=m))
+        assert found == pytest.approx(float((weight * wins).mean()), abs=1e-5)
+
+
 def test_bins_that_nothing_falls_into() -> None:
     cdf = log_cdf(0.0, 0.4, 0.0, 0.6, 0.0)
     held = log_cdf(0.4, 0.6)
