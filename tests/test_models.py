@@ -6,8 +6,10 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 from transformers import (
@@ -399,6 +401,54 @@ def test_save_in_another_dtype(llama, tmp_path):
     assert loaded.dtype == torch.bfloat16
     for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours.bfloat16(), theirs)
+
+
+WARPERS: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.4,
+    "top_k": 5,
+    "top_p": 0.7,
+    "min_p": 0.1,
+    "typical_p": 0.8,
+    "epsilon_cutoff": 0.01,
+    "eta_cutoff": 0.01,
+    "repetition_penalty": 1.8,
+    "encoder_repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[7]],
+    "suppress_tokens": [8, 9],
+    "begin_suppress_tokens": [10],
+    "sequence_bias": [[[11], -5.0]],
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": (1, 2.0),
+    "min_length": 6,
+    "min_new_tokens": 3,
+    "renormalize_logits": True,
+}
+
+
+def test_generate_draws_from_the_exported_policy_whatever_its_base_asked_for(tmp_path: Path) -> None:
+    """Chi-squared of 4,000 first tokens, and what a second one follows, against the exported logits."""
+    model = helpers.tiny_llama(vocab_size=24, spread=3.0)
+    model.generation_config.update(**WARPERS)
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 2, "eos_token_id": 2}
+    tokenizer = helpers.tiny_tokenizer()
+    models.save_pretrained(model, tokenizer, tmp_path / "export", generation=settings)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    prompt = torch.tensor([[5, 7, 5, 7]])
+    expected = (model(prompt).logits[0, -1].detach().double() / 0.7).softmax(-1)
+    torch.manual_seed(0)
+    drawn = loaded.generate(prompt, num_return_sequences=4000, pad_token_id=0)[:, 4]
+    counts = torch.bincount(drawn, minlength=24).double()
+    kept = expected * 4000 >= 5
+    observed = torch.cat([counts[kept], counts[~kept].sum()[None]])
+    wanted = torch.cat([expected[kept], expected[~kept].sum()[None]]) * 4000
+    chi_squared = float(((observed - wanted).square() / wanted).sum())
+    assert chi_squared < float(scipy.stats.chi2.ppf(0.999, len(wanted) - 1))
+    given = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+    own = {"bos_token_id", "pad_token_id", "_from_model_config", "transformers_version"}
+    assert set(given) <= set(settings) | own, "nothing else is said"
+    assert model.generation_config.repetition_penalty == 1.8, "the model at hand is not changed"
 
 
 def test_save_replaces_whole_or_not_at_all(llama, tmp_path, monkeypatch):

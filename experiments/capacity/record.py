@@ -41,24 +41,20 @@ def main() -> None:
     rows: list[list[str]] = []
     results: dict[str, Any] = {}
     for name, (run, words) in POLICIES.items():
-        if name not in reports:
-            continue
         logged = teacher_kl(RUNS / run)
         early = fmean(value for step, value in logged if 60 <= step < 100)
         last = fmean(value for _, value in logged[-5:])
-        report = reports[name]
-        kept = gain_share(report["win_rate"]["mean"], best["win_rate"]["mean"])
-        ratio = report["kl"]["mean"] / best["kl"]["mean"]
-        half = report["win_rate"]["half_width"] / (best["win_rate"]["mean"] - 0.5)
-        results[words] = {
-            "run": run,
-            "teacher_kl_steps_60_to_99": early,
-            "teacher_kl_last_40": last,
-            "gain_kept": kept,
-            "gain_half_width": half,
-            "kl_ratio": ratio,
-        }
-        rows.append([words, f"{early:.2f}", f"{last:.2f}", f"{100 * kept:.0f} ± {100 * half:.0f}%", f"{ratio:.2f}"])
+        found: dict[str, Any] = {"run": run, "steps": logged[-1][0] + 1, "teacher_kl_steps_60_to_99": early}
+        cells = [words, f"{early:.2f}", "-", "-", "-"]
+        if name in reports:  # trained to the end
+            report = reports[name]
+            kept = gain_share(report["win_rate"]["mean"], best["win_rate"]["mean"])
+            ratio = report["kl"]["mean"] / best["kl"]["mean"]
+            half = report["win_rate"]["half_width"] / (best["win_rate"]["mean"] - 0.5)
+            found |= {"teacher_kl_last_40": last, "gain_kept": kept, "gain_half_width": half, "kl_ratio": ratio}
+            cells[2:] = [f"{last:.2f}", f"{100 * kept:.0f} ± {100 * half:.0f}%", f"{ratio:.2f}"]
+        results[words] = found
+        rows.append(cells)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     about = {"what": __doc__, "made_by": "experiments/capacity/towers.sh", "command": comparison["command"]}
     (OUTPUT / "capacity.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")

@@ -68,8 +68,8 @@ def hypervolume(points: Sequence[Point], *, reference: Point) -> float:
 def gain_at(points: Sequence[Point], kl: float) -> float:
     """Read the win rate that a method has at a KL off its runs, linear in the root of the KL between the two nearest.
 
-    A tilt's gain grows as its strength and its KL as the strength squared: Best-of-N's own gains in win rate, from N = 1
-    to 8, are within a tenth of a straight line in the root of its KL.
+    A tilt's gain grows as its strength and its KL as the strength squared: Best-of-N's own gains in win rate, from N =
+    1 to 8, are within a tenth of a straight line in the root of its KL.
 
     Args:
         points: The method's runs at several strengths; the reference, no KL and a win rate of 1/2, is added.

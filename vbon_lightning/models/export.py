@@ -34,8 +34,9 @@ def save_pretrained(
             ``adapter``. A tilted model is saved with the code that loads it.
         tokenizer: Its tokenizer.
         directory: The target; replaced if it exists.
-        generation: Entries of the generation config to set, such as the temperature the policy was trained
-            at.
+        generation: All that the generation config says beside the token ids, such as the temperature the policy was
+            trained at: whatever else the base's says (penalties, cut tails, suppressed tokens) is no part of the
+            policy. None keeps the model's own.
         dtype: ``float32``, ``bfloat16`` or ``float16`` to cast the saved weights. Default: as they are.
 
     Raises:
@@ -46,7 +47,8 @@ def save_pretrained(
         raise ModelError(f"cannot save a model to {str(target)!r}: it is a file")
     generation_config = None
     if model.can_generate():
-        generation_config = copy.deepcopy(model.generation_config or GenerationConfig())
+        own = model.generation_config or GenerationConfig()
+        generation_config = copy.deepcopy(own) if generation is None else _token_ids_of(own)
         unknown = generation_config.update(**(generation or {}))
         if unknown:
             raise ModelError(f"unknown generation entry {', '.join(sorted(unknown))}")
@@ -83,6 +85,11 @@ def save_pretrained(
         shutil.rmtree(beside, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _token_ids_of(config: GenerationConfig) -> GenerationConfig:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return GenerationConfig(**{name: getattr(config, name, None) for name in names})
 
 
 def _set_config_dtype(path: Path, dtype: str) -> None:
