@@ -14,6 +14,8 @@ from vbon_lightning.encoding import (
     PromptError,
     collate_prompts,
     collate_texts,
+    encode_comparisons,
+    encode_labelled,
     encode_prompt_ids,
     encode_prompts,
     encode_texts,
@@ -48,6 +50,34 @@ A, B, C, D = PLAIN("abcd")["input_ids"]
 )
 def test_prompts_keep_the_bos_and_get_no_eos(single, expected):
     assert encode_prompt_ids(with_template(single), "ab") == expected
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
+def test_a_written_bos_gets_no_other(single):
+    """What `apply_chat_template(tokenize=False)` renders begins with the BOS."""
+    tokenizer = with_template(single)
+    closing = [EOS] if single.endswith("</s>") else []
+    assert encode_prompt_ids(tokenizer, "<s>ab") == [BOS, A, B]
+    assert encode_prompt_ids(tokenizer, "ab") == [BOS, A, B]
+    (text,) = encode_texts([row("<s>ab")], tokenizer)
+    assert text.tokens == [BOS, A, B, EOS]
+    (pair,) = encode_texts([row("<s>ab", "cd")], tokenizer)
+    assert pair == EncodedText([BOS, A, B, C, D, EOS], 3)
+    rows = [TextRow(1, "<s>ab", "c", "<s>ab", rejected="d"), TextRow(2, "ab", "c", "ab", rejected="d")]
+    for limit in (None, 20):
+        for judged in encode_comparisons(rows, tokenizer, max_tokens=limit):
+            assert judged.texts == [[BOS, A, B, C, *closing], [BOS, A, B, D, *closing]]
+    labelled = [TextRow(1, "<s>abcd", None, "<s>abcd", label="0"), TextRow(2, "abcd", None, "abcd", label="0")]
+    for limit in (None, 20, 3 + len(closing)):
+        one, other = encode_labelled(labelled, tokenizer, labels=["x"], max_tokens=limit)
+        assert one == other, f"cut to {limit}, both have the same room"
+    pieces = encode_labelled(labelled[:1], tokenizer, labels=["x"], max_tokens=4 + len(closing), long_text="split")
+    assert [BOS, BOS] not in [piece.texts[0][:2] for piece in pieces]
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_stays():
+    assert encode_prompt_ids(PLAIN, "<s>ab") == [BOS, A, B]
+    assert encode_prompt_ids(PLAIN, "<s><s>ab") == [BOS, BOS, A, B]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids
 from vbon_lightning.reference_table import prompt_key
 from vbon_lightning.sources import TextRow, TextSource
 from vbon_lightning.types import JudgedBatch, PromptBatch, TextBatch
@@ -51,9 +52,9 @@ class EncodedJudged(NamedTuple):
 def encode_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encode a prompt with the tokenizer's own opening tokens (BOS), without an EOS it would close texts with.
 
-    An EOS that the prompt itself ends with, as in a template, stays.
+    An EOS that the prompt itself ends with, as in a template, stays, and a BOS that it begins with gets no other.
     """
-    tokens = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    (tokens,) = encode_whole_texts(tokenizer, [text])
     if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
         bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if tokens[-len(bare) :] != bare or not bare:
@@ -226,13 +227,16 @@ def _encode_whole(
 ) -> list[tuple[int, list[int]]]:
     """Encode texts with their special tokens, cut or split to ``max_tokens``: (place in ``texts``, token ids)."""
     if max_tokens is None:
-        return list(enumerate(tokenizer(list(texts))["input_ids"]))
+        return list(enumerate(encode_whole_texts(tokenizer, texts)))
     least = tokenizer.num_special_tokens_to_add() + 1
     if max_tokens < least:
         raise PromptError(f"data.max_text_tokens must be at least {least} for this tokenizer, got {max_tokens}")
-    found = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_overflowing_tokens=split)
-    places = found["overflow_to_sample_mapping"] if split else range(len(texts))
-    return list(zip(places, found["input_ids"], strict=True))
+    if not split:
+        return list(enumerate(encode_whole_texts(tokenizer, texts, max_length=max_tokens)))
+    found = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_overflowing_tokens=True)
+    opening = opening_ids(tokenizer)
+    pieces = [drop_repeated_opening(ids, opening) for ids in found["input_ids"]]
+    return list(zip(found["overflow_to_sample_mapping"], pieces, strict=True))
 
 
 def collate_judged(items: Sequence[tuple[int, bool, EncodedJudged]], *, pad_id: int) -> JudgedBatch:

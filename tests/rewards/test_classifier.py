@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import jsonargparse
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests import helpers
@@ -113,6 +115,20 @@ def test_text_and_truncation(bert):
     torch.testing.assert_close(long[0, 0], long[0, 1], rtol=0, atol=1e-6)
     with pytest.raises(RewardError, match="`max_length` is 65, but the classifier takes at most 64"):
         ClassifierReward(bert, max_length=65)(PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("limit", [None, 6])
+def test_a_written_bos_gets_no_other(tmp_path: Path, limit: int | None) -> None:
+    """A rendered conversation begins with the BOS that the classifier's tokenizer adds: it is read with one."""
+    directory = helpers.save_tiny_classifier(tmp_path, "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", helpers.BOS)]
+    )
+    tokenizer.save_pretrained(directory)
+    reward = ClassifierReward(directory, text="response", max_length=limit)
+    written, plain, other = reward(["?"], [["<s>abcdefgh", "abcdefgh", "bacdefgh"]])[0].tolist()
+    assert written == plain != other
 
 
 def test_it_is_frozen_deterministic_and_loaded_at_the_first_call(tmp_path):

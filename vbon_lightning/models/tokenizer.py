@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +51,62 @@ def load_tokenizer(spec: str | Mapping[str, Any] | ModelSpec) -> PreTrainedToken
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that a tokenizer puts before every text: mostly its BOS, or none."""
+    whole = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    for place in range(len(whole) - len(bare) + 1):
+        if bare and whole[place : place + len(bare)] == bare:
+            return whole[:place]
+    return [tokenizer.bos_token_id] if whole[:1] == [tokenizer.bos_token_id] else []
+
+
+def drop_repeated_opening(tokens: list[int], opening: Sequence[int]) -> list[int]:
+    """Return tokens with one opening where a text that is written with its own got another before it.
+
+    Args:
+        tokens: Token ids with the tokenizer's special tokens.
+        opening: Its :func:`opening_ids`.
+    """
+    count = len(opening)
+    return tokens[count:] if count and tokens[: 2 * count] == [*opening, *opening] else tokens
+
+
+def encode_whole_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int | None = None
+) -> list[list[int]]:
+    """Encode texts with the tokenizer's special tokens, none of which is put before a text that begins with it.
+
+    What a chat template renders (``apply_chat_template(tokenize=False)``) has its BOS written out.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        max_length: Cut to this many tokens, special ones included.
+    """
+    opening = opening_ids(tokenizer)
+    room = None if max_length is None else max_length + len(opening)
+
+    def encode(some: Sequence[str], longest: int | None) -> list[list[int]]:
+        if not some:
+            return []
+        found = tokenizer(
+            list(some),
+            truncation=longest is not None,
+            max_length=longest,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        return [list(ids) for ids in found]
+
+    encoded = encode(texts, max_length)
+    written = [place for place, ids in enumerate(encoded) if drop_repeated_opening(ids, opening) is not ids]
+    for place, ids in zip(written, encode([texts[place] for place in written], room), strict=True):
+        encoded[place] = drop_repeated_opening(ids, opening)
+    return encoded
 
 
 def end_token_ids(model: PreTrainedModel | GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

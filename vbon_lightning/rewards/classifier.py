@@ -18,6 +18,7 @@ from vbon_lightning.models import (
     model_identity,
     parse_dtype,
 )
+from vbon_lightning.models.tokenizer import encode_whole_texts
 from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts
 
 if TYPE_CHECKING:
@@ -167,14 +168,7 @@ class ClassifierReward(RewardModel):
         suffix = _suffix_ids(self.suffix, tokenizer, longest)
         if longest is not None:
             longest -= len(suffix)
-        encoded = tokenizer(
-            texts,
-            truncation=longest is not None,
-            max_length=longest,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        encoded = encode_whole_texts(tokenizer, texts, max_length=longest)
         # A decoder's tokenizer makes nothing of an empty text, and a model needs one token to read.
         blank = next(
             token
