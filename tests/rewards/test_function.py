@@ -33,6 +33,12 @@ def required(prompts, responses, scale):
 def with_both(prompts, responses, token_ids=None, *, scale):
     return [[scale * len(ids) for ids in row] for row in token_ids]
 
+def by_position(prompts, responses, token_ids, /):
+    return lengths(prompts, responses, token_ids)
+
+def of_trl(prompts, completions, answer, **kwargs):
+    return [[float(answer == r) for r in row] for row in completions]
+
 def anything(*texts, **options):
     return [[float(len(texts)) for _ in row] for row in texts[1]]
 
@@ -89,7 +95,9 @@ def test_functions_get_what_their_signature_asks_for():
     assert score("scaled", scale=3) == [[3, 6], [9, 0]]
     assert score("required", scale=3) == [[3, 6], [9, 0]]
     assert score("with_both", scale=2) == [[2, 4], [6, 2]]
-    assert score("anything", option=1) == [[3, 3], [3, 3]]
+    assert score("by_position") == [[1, 2], [3, 1]]
+    assert score("of_trl", answer="a") == [[1, 0], [0, 0]]
+    assert score("anything", option=1) == [[2, 2], [2, 2]]
     assert score("Counter.zero") == [[0, 0], [0, 0]]
     assert CallableReward("reward_test_package.scores:text_only")(PROMPTS, RESPONSES).tolist() == [
         [1, 2],
@@ -123,6 +131,7 @@ def test_bad_rewards_stop_with_the_texts():
         ("reward_test_package.nothing:score", "No module named 'reward_test_package.nothing'"),
         ("reward_test_package.scores.number", "is not callable"),
         ("reward_test_package.scores.with_both", "missing a required.*'scale'"),
+        ("reward_test_package.scores.of_trl", "missing a required.*'answer'.*to a parameter that is named `token_ids`"),
     ],
 )
 def test_import_errors_say_what_is_wrong(function, message):

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class CallableReward(RewardModel):
     """Score text by any importable function, or by an instance of any importable class.
 
-    It is called as ``(prompts, responses, token_ids, **arguments)``: ``prompts`` are B texts, ``responses`` B
-    lists of G texts, ``token_ids`` B lists of G lists of ids; the result is ``[B, G]`` numbers. A function
-    that takes no ``token_ids`` is called without. It is imported at the first call. The fingerprint of a
+    It is called as ``(prompts, responses, **arguments)``: ``prompts`` are B texts, ``responses`` B lists of G texts;
+    the result is ``[B, G]`` numbers. A function with a parameter that is named ``token_ids`` gets these too, B lists of
+    G lists of ids; no other parameter is taken for them. It is imported at the first call. The fingerprint of a
     reference table knows the function by its name and arguments only: when its code changes, make the table
     again.
 
@@ -82,11 +82,13 @@ class CallableReward(RewardModel):
             arguments = {}
         if not callable(target):
             raise RewardError(f"{self.function} is not callable: expected a function, or a class with __call__")
-        with_tokens = _takes_token_ids(target, arguments, self.function)
+        place = _place_of_token_ids(target, arguments, self.function)
 
         def call(prompts: Any, responses: Any, token_ids: Any) -> Any:
-            positional = (prompts, responses, token_ids) if with_tokens else (prompts, responses)
-            return target(*positional, **arguments)
+            if place == "position":
+                return target(prompts, responses, token_ids, **arguments)
+            named = {"token_ids": token_ids} if place == "name" else {}
+            return target(prompts, responses, **named, **arguments)
 
         self._call, self._target = call, target
         self._move()
@@ -131,25 +133,27 @@ def _attribute(module: Any, names: Sequence[str], path: str) -> Any:
     return found
 
 
-def _takes_token_ids(target: Callable[..., Any], arguments: dict[str, Any], path: str) -> bool:
-    """Say whether the third position is for token ids, and check that the call will fit."""
+def _place_of_token_ids(
+    target: Callable[..., Any], arguments: dict[str, Any], path: str
+) -> Literal["position", "name", "nowhere"]:
+    """Say how token ids are passed, and check that the call will fit."""
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # some builtins do not tell
-        return True
-    parameters = list(signature.parameters.values())
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    third = places[2] if len(places) > 2 else None
-    if third is not None:
-        # A third parameter with a default is an option of the function, unless it has the name.
-        wanted = third.name == "token_ids" or (third.default is third.empty and third.name not in arguments)
-    else:
-        wanted = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        return "nowhere"
+    found = signature.parameters.get("token_ids")
+    place: Literal["position", "name", "nowhere"] = "nowhere"
+    if found is not None and "token_ids" not in arguments and found.kind is not found.VAR_KEYWORD:
+        place = "position" if found.kind is found.POSITIONAL_ONLY else "name"
+    if found is not None and found.kind is found.VAR_POSITIONAL:
+        place = "nowhere"
+    positional = [None] * (3 if place == "position" else 2)
+    named = {"token_ids": None} if place == "name" else {}
     try:
-        signature.bind(*([None] * (3 if wanted else 2)), **arguments)
+        signature.bind(*positional, **named, **arguments)
     except TypeError as error:
         raise RewardError(
-            f"cannot call {path} as (prompts, responses, token_ids, **{arguments}): {error}; its "
-            f"signature is {signature}"
+            f"cannot call {path} as (prompts, responses, **{arguments}): {error}; its signature is {signature}. Token "
+            "ids go to a parameter that is named `token_ids`, everything else comes from `arguments`"
         ) from error
-    return wanted
+    return place
