@@ -171,6 +171,16 @@ def test_select_prompts() -> None:
         (VBoN, {"n": float("inf")}, "model.n must be a number > 1"),
         (VBoN, {"bound": "upper"}, "model.bound must be one of exact, lower, untied; got 'upper'"),
         (VBoN, {"log_ratio_floor": 4.0}, r"model.log_ratio_floor must be negative \(nats\), got 4.0"),
+        (
+            VBoN,
+            {"log_ratio_floor": -4.0, "bound": "lower"},
+            "log_ratio_floor is for model.bound=exact, got lower",
+        ),
+        (
+            KLRL,
+            {"normalise": True},
+            "normalise divides the advantages, and with model.kl_estimator=rao_",
+        ),
         (VBoN, {"cdf_estimator": "x"}, "model.cdf_estimator must be one of"),
         (KLRL, {"beta": 0.0}, "model.beta must be a number > 0"),
         (KLRL, {"beta": -1.0}, "model.beta must be a number > 0"),

@@ -60,18 +60,24 @@ def vbon_target(
         n: number of samples of Best-of-N, any real > 1.
         bound: ``"exact"`` for the log-ratio with ties, ``"untied"`` for the one without, ``"lower"`` for its lower
             bound.
-        log_ratio_floor: negative nats to which lower log-ratios are raised; None for none.
+        log_ratio_floor: negative nats to which lower log-ratios are raised, for ``"exact"``; None for none.
 
     Returns:
         :class:`Target` with ``kl_coef = 1 / (n - 1)``.
 
     Raises:
         TypeError: on a wrong dtype or an ``n`` that is not a number.
-        ValueError: if the shapes differ, ``n <= 1``, ``bound`` is unknown or the floor is not negative.
+        ValueError: if the shapes differ, ``n <= 1``, ``bound`` is unknown, or the floor is not negative or not of the
+            exact target.
     """
     weight = kl_weight(n)
     if log_ratio_floor is not None:
         check_real("log_ratio_floor", log_ratio_floor, below=0.0)
+        if bound != "exact":
+            raise ValueError(
+                f"log_ratio_floor bounds what it costs for bound='exact' only, got {bound!r}: the other log-ratios are "
+                "not those of a distribution"
+            )
     check_float("log_reference", log_reference)
     if bound == "exact":
         log_ratio = bon_log_ratio(log_reference, cdf.log_below, n=n, log_at_or_below=cdf.log_at_or_below)

@@ -57,8 +57,9 @@ class PolicyGradient(AlignmentModule):
         value_clip: Clip range of the value.
         value_coef: Weight of the value loss.
         gae_lambda: Lambda of generalised advantage estimation (gamma is 1: responses are episodes).
-        normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on this rank.
-            This biases the objective: the KL weight is then no longer the one asked for.
+        normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on this rank,
+            for ``kl_estimator="sampled"``, where the KL is part of them: the whole gradient is divided. The exact KL
+            has a gradient of its own, which would keep its size.
         value_model: Take advantages from the value model that ``data.value_model`` names, on top of the exact KL: by
             default where one is named and the estimator has no critic of its own.
         value_lambda: Lambda of these advantages: at 1 the value model is a baseline and the gradient unbiased; below,
@@ -108,6 +109,7 @@ class PolicyGradient(AlignmentModule):
             epochs_per_rollout,
             minibatches,
             valued=self.uses_value_model,
+            normalise=normalise,
         )
         _check_value_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
         _check_numbers(
@@ -398,7 +400,7 @@ def _token_rewards(target: Target, rollout: Rollout, *, sampled: bool) -> Tensor
 
 
 def _check_options(
-    estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int, *, valued: bool
+    estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int, *, valued: bool, normalise: bool
 ) -> None:
     if estimator not in (known := ("reinforce", "clipped", "ppo")):
         raise ValueError(f"model.estimator must be one of {', '.join(known)}; got {estimator!r}")
@@ -408,6 +410,12 @@ def _check_options(
         raise ValueError(
             "model.kl_estimator=prefix_baseline is a leave-one-out baseline, and ppo has a critic instead: "
             "set rao_blackwell or sampled"
+        )
+    if normalise and kl_estimator != "sampled":
+        raise ValueError(
+            f"model.normalise divides the advantages, and with model.kl_estimator={kl_estimator} not the KL's own "
+            "gradient: its weight would be another than the one asked for. Set kl_estimator to sampled, or normalise "
+            "to false"
         )
     if epochs < 1 or minibatches < 1:
         raise ValueError(f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}")

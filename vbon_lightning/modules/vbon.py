@@ -43,7 +43,7 @@ class VBoN(PolicyGradient):
             1), ``add_one`` (the authors'), ``laplace`` or ``digamma``.
         log_ratio_floor: Raise log-ratios of Best-of-N to the reference below this many nats (negative) to it: -L
             spares the gradient the noise of the worst responses and moves the optimum by at most exp(-L) in total
-            variation. None keeps the target exact.
+            variation; for ``bound="exact"``. None keeps the target exact.
         prior_samples: How many reference rewards of a prompt the value model's prediction counts for, beside the M
             that are known: few responses a prompt then do as well as many. 0 leaves the prediction to prompts of which
             none is known.
@@ -71,6 +71,11 @@ class VBoN(PolicyGradient):
             raise ValueError(f"model.cdf_estimator must be one of {', '.join(known)}; got {cdf_estimator!r}")
         if log_ratio_floor is not None and not log_ratio_floor < 0:
             raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
+        if log_ratio_floor is not None and bound != "exact":
+            raise ValueError(
+                f"model.log_ratio_floor is for model.bound=exact, got {bound}: with the others the optimum may move by "
+                "far more than exp(floor)"
+            )
         check_prior_samples(prior_samples)
         if prior_samples and not self.uses_value_model:
             raise ValueError("model.prior_samples counts a value model's prediction: set data.value_model")
