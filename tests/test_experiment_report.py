@@ -173,6 +173,13 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
     assert len(tables["runs"].read_text().splitlines()) > len(made_up()) - 2
 
 
+def test_other_documents_have_their_tables_filled_too(results: Path, tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- table gain -->\n<!-- end -->\nafter\n")
+    assert document in write_report(results, tmp_path / "docs", [document])
+    assert "| vBoN | 2 | 5 |" in document.read_text() and document.read_text().endswith("<!-- end -->\nafter\n")
+
+
 def test_break_even_by_hand(results: Path, tmp_path: Path) -> None:
     write_report(results, tmp_path)
     found = rows(tmp_path / "tables" / "break_even.md")

@@ -1,7 +1,7 @@
 """Draw the pictures and write the tables of the experiment from the committed results.
 
-Where the output has a document, ``sentiment.md``, its tables are brought up to date: what stands between
-``<!-- table NAME -->`` and ``<!-- end -->`` is replaced.
+Where the output has a document, ``sentiment.md``, its tables and the README's are brought up to date: what stands
+between ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced.
 
 python experiments/sentiment/report.py
 python experiments/sentiment/report.py --results experiments/sentiment/results --output docs/experiments
@@ -22,12 +22,13 @@ from results import Result, read_results
 ROOT = Path(__file__).parents[2]
 
 
-def write_report(results: str | Path, output: str | Path) -> list[Path]:
+def write_report(results: str | Path, output: str | Path, documents: Sequence[str | Path] = ()) -> list[Path]:
     """Write all tables and pictures that the results allow.
 
     Args:
         results: Directory of the results.
         output: Where to: pictures there, tables in ``tables``.
+        documents: Other documents with marks for tables.
 
     Returns:
         The files written.
@@ -79,10 +80,10 @@ def write_report(results: str | Path, output: str | Path) -> list[Path]:
     if longer := _group(runs, "long"):
         draw("long", fronts_figure(longer, baselines[longer[0].setting]))
     write("runs", tables.runs_table(runs))
-    document = output / "sentiment.md"
-    if document.exists():
-        document.write_text(with_tables(document.read_text(encoding="utf-8"), made), encoding="utf-8")
-        written.append(document)
+    for document in (output / "sentiment.md", *map(Path, documents)):
+        if document.exists():
+            document.write_text(with_tables(document.read_text(encoding="utf-8"), made), encoding="utf-8")
+            written.append(document)
     return written
 
 
@@ -111,7 +112,8 @@ def main() -> None:
     parser.add_argument("--results", default=Path(__file__).with_name("results"))
     parser.add_argument("--output", default=ROOT / "docs" / "experiments")
     args = parser.parse_args()
-    for path in write_report(args.results, args.output):
+    documents = [ROOT / "README.md"] if Path(args.output).resolve() == ROOT / "docs" / "experiments" else []
+    for path in write_report(args.results, args.output, documents):
         print(f"wrote {path}")
 
 
