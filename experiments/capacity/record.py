@@ -18,12 +18,13 @@ from vbon_lightning.evaluation.fronts import gain_share
 RUNS, OUTPUT = Path("runs/capacity"), Path("docs/experiments/tilted")
 POLICIES = {
     "Plain": ("plain", "the reference's own weights, trained"),
+    "Plain-untied": ("plain-untied", "the same, with an output embedding of their own"),
     "0.26M": ("tower-0.26m", "a tower of 0.26M parameters beside it"),
     "1.9M": ("tower-1.9m", "a tower of 1.9M"),
     "10M": ("tower-10m", "a tower of 10M"),
     "Value-body": ("tower-value", "a tower of 1.9M that starts as the value model"),
     "No-own-vectors": ("tower-value-no-vectors", "the same, through the reference's embeddings of the tokens"),
-    "Averaged": ("tower-value-ema", "the same as the last but one, its weights averaged (0.98)"),
+    "Averaged": ("tower-value-ema", "the one before that, its weights averaged (0.98)"),
 }
 
 

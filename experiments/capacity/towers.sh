@@ -27,11 +27,12 @@ train tower-value "{name: $reference, tilt: runs/sentiment/value/export}"
 train tower-value-no-vectors "{name: $reference, tilt: runs/sentiment/value/export}" \
   --model experiments.capacity.fixed_vectors.FixedVectorDistillation
 train tower-value-ema "{name: $reference, tilt: runs/sentiment/value/export}" --trainer.callbacks '[
-  {class_path: lightning.pytorch.callbacks.Timer},
   {class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.98}},
   {class_path: vbon_lightning.callbacks.DialCalibration}, {class_path: vbon_lightning.callbacks.PolicyExport}]'
-train plain "$reference" --model.init_args.optimizer.init_args.lr 3e-4 --trainer.callbacks \
-  vbon_lightning.callbacks.PolicyExport
+[ -d runs/capacity/untied ] || python experiments/capacity/untie.py "$reference" runs/capacity/untied
+train plain-untied runs/capacity/untied --data.reference "$reference" \
+  --trainer.callbacks vbon_lightning.callbacks.PolicyExport
+train plain "$reference" --trainer.callbacks vbon_lightning.callbacks.PolicyExport
 
 vbon compare $data --config configs/sentiment/compare.yaml --output runs/capacity/comparison --n '[2,4,8,16]' --policies '{
   "0.26M": {"name": "runs/capacity/tower-0.26m/export", "dial": 8},
@@ -39,4 +40,4 @@ vbon compare $data --config configs/sentiment/compare.yaml --output runs/capacit
   "Value-body": {"name": "runs/capacity/tower-value/export", "dial": 8},
   "Averaged": {"name": "runs/capacity/tower-value-ema/export", "dial": 8},
   "No-own-vectors": {"name": "runs/capacity/tower-value-no-vectors/export", "dial": 8},
-  "Plain": "runs/capacity/plain/export"}'
+  "Plain-untied": "runs/capacity/plain-untied/export", "Plain": "runs/capacity/plain/export"}'
