@@ -43,9 +43,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, (run, words) in POLICIES.items():
         logged = teacher_kl(RUNS / run)
-        early = fmean(value for step, value in logged if 60 <= step < 100)
+        early = fmean(value for step, value in logged if 60 <= step < 80)
         last = fmean(value for _, value in logged[-5:])
-        found: dict[str, Any] = {"run": run, "steps": logged[-1][0] + 1, "teacher_kl_steps_60_to_99": early}
+        found: dict[str, Any] = {"run": run, "steps": logged[-1][0] + 1, "teacher_kl_steps_60_to_79": early}
         cells = [words, f"{early:.2f}", "-", "-", "-"]
         if name in reports:  # trained to the end
             report = reports[name]
@@ -59,7 +59,7 @@ def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     about = {"what": __doc__, "made_by": "experiments/capacity/towers.sh", "command": comparison["command"]}
     (OUTPUT / "capacity.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-    header = ["policy", "KL to the teacher, steps 60 to 99", "last 40", "gain kept, N = 8", "KL / Best-of-8's"]
+    header = ["policy", "KL to the teacher, steps 60 to 79", "last 40", "gain kept, N = 8", "KL / Best-of-8's"]
     table = markdown_table(header, rows, align="lrrrr")
     (OUTPUT / "capacity.md").write_text(f"`bash experiments/capacity/towers.sh`\n\n{table}")
     print(table)
