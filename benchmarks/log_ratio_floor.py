@@ -2,8 +2,8 @@
 
 python -m benchmarks.log_ratio_floor --config configs/demo/data.yaml --config configs/demo/vader.yaml
 
-Needs the demo's SFT export and a reference table (the commands of configs/demo/sft.yaml and vader.yaml). The held-out prompts
-are neither those trained on nor those the demo reports.
+Needs the demo's SFT export and a reference table (the commands of configs/demo/sft.yaml and vader.yaml). The held-out
+prompts are neither those trained on nor those the demo reports.
 """
 
 from __future__ import annotations

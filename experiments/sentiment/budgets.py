@@ -24,13 +24,15 @@ def gain_table(runs: Sequence[Result], bon: Baseline) -> str:
         cells = []
         for n in (n for n in _N if n in bon.win_rates):
             found = [read for seed in seeds if (read := _kept(seed, bon, n)) is not None]
-            # A mean over those seeds alone that reach the KL would be of other seeds in each column.
-            cells.append(_percent(estimate_over_seeds(found)) if len(found) == len(seeds) else "not reached")
+            # Of a seed whose strengths are not all run yet nothing may be known so far out.
+            some = f" ({len(found)} of {len(seeds)})" if len(found) < len(seeds) else ""
+            cells.append(_percent(estimate_over_seeds(found)) + some if found else "not reached")
         rows.append([title, str(len(seeds)), str(len({run.value for run in own})), *cells])
     note = (
         "Share of Best-of-N's gain in win rate at the KL of that Best-of-N, read off a seed's runs: linear in the\n"
         "root of the KL between the two strengths next to it (the reference being one). Mean over seeds; half of the\n"
-        "95% interval, over seeds and over the prompts, which are the same for all."
+        "95% interval, over seeds and over the prompts, which are the same for all. In brackets, how many of the\n"
+        "seeds reach that KL."
     )
     header = ["method", "seeds", "strengths", *(f"N = {n}" for n in _N if n in bon.win_rates)]
     return table(header, rows, note)
