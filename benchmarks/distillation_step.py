@@ -28,7 +28,7 @@ from benchmarks import training_steps
 from benchmarks.bench import answer, isolated, median, table, write
 from benchmarks.models import directory, spec
 
-PROMPTS, SAMPLES, TABLE, CANDIDATES = 8, 8, 32, 16
+PROMPTS, SAMPLES, CANDIDATES = training_steps.PROMPTS, 8, 16
 CASES: list[dict[str, Any]] = [
     {"model": "demo", "words": 5, "length": 16},
     {"model": "demo", "words": 5, "length": 32},
@@ -65,34 +65,13 @@ def ours(job: dict[str, Any]) -> dict[str, float]:
     import torch
     from lightning.pytorch import Callback, Trainer
 
-    from vbon_lightning import AlignmentDataModule, BoNDistillation, TextSource
-    from vbon_lightning.callbacks import ReferenceTableWriter
-    from vbon_lightning.modules import ReferenceSampler
-    from vbon_lightning.rewards import VaderReward
+    from vbon_lightning import BoNDistillation
 
-    root = Path(job["root"])
-    file = root / f"prompts-{job['words']}.txt"
-    file.write_text("\n".join(training_steps.prompts(job["words"])) + "\n")
-
-    def data(**more: Any) -> AlignmentDataModule:
-        return AlignmentDataModule(
-            reward=VaderReward(),
-            train=TextSource(path=str(file)),
-            reference_table=str(root / f"table-{job['model']}-{job['words']}-{job['length']}"),
-            max_new_tokens=job["length"],
-            batch_size=PROMPTS,
-            **more,
-        )
-
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    made = data(policy=job["path"])
-    if not Path(str(made.reference_table)).exists():
-        sampler = ReferenceSampler(made.actors, samples=TABLE)
-        Trainer(**quiet, callbacks=[ReferenceTableWriter()]).predict(sampler, made, return_predictions=False)
-    value = value_model(job["path"], root, made.fingerprint(), job["length"])
+    made = training_steps.data_with_table(job)
+    value = value_model(job["path"], Path(job["root"]), made.fingerprint(), job["length"])
     policy = job["path"] if job["side"] == "plain" else {"name": job["path"], "tilt": value}
     dtype = "bfloat16" if job["side"] == "tilted_bf16" else "float32"
-    run = data(policy=policy, value_model={"name": value, "dtype": dtype})
+    run = training_steps.data_module(job, policy=policy, value_model={"name": value, "dtype": dtype})
     marks, tokens = [], []
 
     class Clock(Callback):
@@ -115,7 +94,9 @@ def ours(job: dict[str, Any]) -> dict[str, float]:
         return whole(prompts, cached, step)
 
     module.distil = counted  # type: ignore[method-assign]
-    Trainer(**quiet, max_steps=job["steps"], enable_checkpointing=False, callbacks=[Clock()]).fit(module, run)
+    Trainer(**training_steps.QUIET, max_steps=job["steps"], enable_checkpointing=False, callbacks=[Clock()]).fit(
+        module, run
+    )
     return training_steps.rate(marks, tokens)
 
 
@@ -162,22 +143,12 @@ def gkd(job: dict[str, Any]) -> dict[str, float]:
         train_dataset=Dataset.from_list([{"prompt_ids": ids} for ids in encoded for _ in range(SAMPLES)]),
         callbacks=[Clock()],
         args=GKDConfig(
-            output_dir=job["root"],
             per_device_train_batch_size=PROMPTS * SAMPLES,
-            max_steps=job["steps"],
             lmbda=0.0,
             beta=0.0,
-            temperature=1.0,
-            learning_rate=1e-6,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_steps=10_000,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             remove_unused_columns=False,
             dataset_kwargs={"skip_prepare_dataset": True},
+            **training_steps.trl_arguments(job),
         ),
     )
     trainer.train()

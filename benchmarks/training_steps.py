@@ -46,31 +46,72 @@ def prompts(words: int) -> list[str]:
     return [row.prompt for row in read_rows(source)]
 
 
-def ours(job: dict[str, Any]) -> dict[str, float]:
-    """Time vBoN's training steps in Lightning's Trainer."""
-    import torch
-    from lightning.pytorch import Callback, Trainer
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
-    from vbon_lightning import AlignmentDataModule, TextSource, VBoN
-    from vbon_lightning.callbacks import ReferenceTableWriter
-    from vbon_lightning.modules import ReferenceSampler
+
+def data_module(job: dict[str, Any], **more: Any) -> Any:
+    """Make the data module of a case: its prompts, VADER, and where its reference table is."""
+    from vbon_lightning import AlignmentDataModule, TextSource
     from vbon_lightning.rewards import VaderReward
 
     root = Path(job["root"])
     file = root / f"prompts-{job['words']}.txt"
     file.write_text("\n".join(prompts(job["words"])) + "\n")
-    data = AlignmentDataModule(
-        policy=job["path"],
-        reward=VaderReward(),
-        train=TextSource(path=str(file)),
-        reference_table=str(root / f"table-{job['model']}-{job['words']}-{job['length']}"),
-        max_new_tokens=job["length"],
-        batch_size=PROMPTS,
-    )
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    named = {
+        "policy": job["path"],
+        "reward": VaderReward(),
+        "train": TextSource(path=str(file)),
+        "reference_table": str(root / f"table-{job['model']}-{job['words']}-{job['length']}"),
+        "max_new_tokens": job["length"],
+        "batch_size": PROMPTS,
+    }
+    return AlignmentDataModule(**(named | more))
+
+
+def data_with_table(job: dict[str, Any]) -> Any:
+    """Make the data module of a case, and its reference table where there is none yet."""
+    from lightning.pytorch import Trainer
+
+    from vbon_lightning.callbacks import ReferenceTableWriter
+    from vbon_lightning.modules import ReferenceSampler
+
+    data = data_module(job)
     if not Path(str(data.reference_table)).exists():
         sampler = ReferenceSampler(data.actors, samples=TABLE)
-        Trainer(**quiet, callbacks=[ReferenceTableWriter()]).predict(sampler, data, return_predictions=False)
+        Trainer(**QUIET, callbacks=[ReferenceTableWriter()]).predict(sampler, data, return_predictions=False)
+    return data
+
+
+def trl_arguments(job: dict[str, Any]) -> dict[str, Any]:
+    """Return what all of TRL's trainers are run with: on the CPU, without what is not training."""
+    return {
+        "output_dir": job["root"],
+        "max_steps": job["steps"],
+        "temperature": 1.0,
+        "learning_rate": 1e-6,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 10_000,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def ours(job: dict[str, Any]) -> dict[str, float]:
+    """Time vBoN's training steps in Lightning's Trainer."""
+    import torch
+    from lightning.pytorch import Callback, Trainer
+
+    from vbon_lightning import VBoN
+
+    data = data_with_table(job)
     marks, tokens = [], []
 
     class Clock(Callback):
@@ -79,7 +120,7 @@ def ours(job: dict[str, Any]) -> dict[str, float]:
             tokens.append(int(outputs["rollout"].completions.mask.sum()))
 
     module = VBoN(data.actors, n=4, samples_per_prompt=SAMPLES, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-6))
-    Trainer(**quiet, max_steps=job["steps"], enable_checkpointing=False, callbacks=[Clock()]).fit(module, data)
+    Trainer(**QUIET, max_steps=job["steps"], enable_checkpointing=False, callbacks=[Clock()]).fit(module, data)
     return rate(marks, tokens)
 
 
@@ -108,23 +149,13 @@ def trl(job: dict[str, Any]) -> dict[str, float]:
         train_dataset=Dataset.from_dict({"prompt": prompts(job["words"])}),
         callbacks=[Clock()],
         args=RLOOConfig(
-            output_dir=job["root"],
             per_device_train_batch_size=PROMPTS * SAMPLES,
             num_generations=SAMPLES,
             max_completion_length=job["length"],
-            max_steps=job["steps"],
-            temperature=1.0,
             top_k=0,
             top_p=1.0,
             beta=0.05,
-            learning_rate=1e-6,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_steps=10_000,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **trl_arguments(job),
         ),
     )
     trainer.train()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo: SFT and a reward model -> reference table -> value model -> one policy for every N, and beside it vBoN and KL-RL by
-# policy gradient -> comparison. `make demo` runs it. Each stage is one `vbon` command, printed before it runs. The two branches run side by
-# side, one thread each, which suits a model this small.
+# policy gradient -> comparison. `make demo` runs it. Each stage is one `vbon` command, printed before it runs. What does not
+# wait for each other runs side by side, one thread each, which suits a model this small.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data="--config configs/demo/data.yaml"
@@ -11,6 +11,13 @@ began=$SECONDS
 stage() {  # print a command, run it
   printf '\n\033[1m[%3ds] vbon %s\033[0m\n' $((SECONDS - began)) "$*"
   vbon "$@"
+}
+
+side_by_side() {  # log of the one behind, it, the one in front
+  "$2" > "$1" 2>&1 &
+  local behind=$!
+  "$3" || { wait; exit 1; }
+  wait "$behind" || { cat "$1"; exit 1; }
 }
 
 reward() (
@@ -40,10 +47,7 @@ mkdir -p runs/demo
 log=runs/demo/reward.log
 printf '\n\033[1m[%3ds] vbon fit --config configs/demo/reward.yaml\033[0m\n       (beside the next; output in %s)\n' \
   $((SECONDS - began)) "$log"
-reward > "$log" 2>&1 &
-other=$!
-supervised || { wait; exit 1; }
-wait "$other" || { cat "$log"; exit 1; }
+side_by_side "$log" reward supervised
 
 stage predict $data --config configs/demo/table.yaml
 
@@ -52,10 +56,7 @@ printf '\n\033[1m[%3ds] vbon fit %s --config configs/demo/vbon.yaml --model.init
        vbon fit %s --config configs/demo/kl_rl.yaml --model.init_args.beta 0.6\033[0m
        (both beside the next two; output in %s)\n' \
   $((SECONDS - began)) "$data" "$data" "$log"
-by_policy_gradient > "$log" 2>&1 &
-other=$!
-by_distillation || { wait; exit 1; }
-wait "$other" || { cat "$log"; exit 1; }
+side_by_side "$log" by_policy_gradient by_distillation
 
 stage compare $data --config configs/demo/compare.yaml
 printf '\nDone in %d s. Table, picture and texts: runs/demo/comparison. Curves: tensorboard --logdir runs/demo\n' \

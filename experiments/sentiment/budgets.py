@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from results import Baseline, Result, grouped
-from tables import table, training_cost
+from tables import spread, table, training_cost
 
 from vbon_lightning.evaluation import Estimate
 from vbon_lightning.evaluation.fronts import gain_at, gain_share, hypervolume
@@ -65,7 +65,7 @@ def corners_table(runs: Sequence[Result], bon: Baseline) -> str:
         cells = []
         for n, kl in corners.items():
             areas = [hypervolume([(r.kl, r.win_rate) for r in seed], reference=(kl, 0.5)) / whole[n] for seed in seeds]
-            cells.append(f"{fmean(areas):.2f}" + (f" ({min(areas):.2f} to {max(areas):.2f})" if len(areas) > 1 else ""))
+            cells.append(spread(areas, 2))
         rows.append([title, *cells])
     note = (
         "Area between the runs of one seed and the corner at the KL of that Best-of-N and a win rate of 1/2, as a\n"

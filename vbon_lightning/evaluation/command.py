@@ -35,7 +35,6 @@ from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_t
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
-from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.rewards import RewardModel, check_rewards
 from vbon_lightning.types import PromptBatch, Rollout
@@ -160,18 +159,19 @@ def compare(
         reports = _best_of_n(data.table(), prompts, rewards, n, judge if judge_table else None)
     else:
         assert scorer is not None
+        predicted: list[Tensor] = []
         reports = [
             evaluate_policy(
-                rollouts("reference", samples),
+                _keep_predictions(rollouts("reference", samples), predicted),
                 name="reference",
                 method=REFERENCE,
                 n_values=n,
                 judge=judged,
                 scorer=scorer,
                 n=1,
-            ),
-            *predicted_bon_reports(_predicted(data, scorer, split, place), scorer.bins, n_values=n),
+            )
         ]
+        reports += predicted_bon_reports(torch.cat(predicted), scorer.bins, n_values=n)
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=name, leave=False):
@@ -218,14 +218,6 @@ def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: in
     return DecodedBatch(batch, decoded, texts, actors.score(batch.text, texts, ids, decoded.finished), seconds)
 
 
-def _predicted(data: AlignmentDataModule, scorer: PrefixScorer, split: Split, device: torch.device) -> Tensor:
-    """Predict the distribution of the reward for each prompt of a split, ``[B, K + 1]``."""
-    found = []
-    for batch in data.split_dataloader(split):
-        found.append(scorer.log_cdf(_to(batch, device))[batch.valid.to(device)])
-    return torch.cat(found)
-
-
 def _best_of_n(
     table: ReferenceTable, prompts: list[EncodedPrompt], rewards: Tensor, n: Sequence[int], judge: RewardModel | None
 ) -> list[PolicyReport]:
@@ -261,6 +253,14 @@ def _keep(rollouts: Iterator[Rollout], kept: list[Rollout], prompts: int) -> Ite
     for rollout in rollouts:
         if sum(len(part.responses) for part in kept) < prompts:
             kept.append(rollout)
+        yield rollout
+
+
+def _keep_predictions(rollouts: Iterator[Rollout], kept: list[Tensor]) -> Iterator[Rollout]:
+    """Pass rollouts on, keeping the predicted distribution of each prompt's reward."""
+    for rollout in rollouts:
+        assert rollout.reference_log_cdf is not None
+        kept.append(rollout.reference_log_cdf[rollout.prompts.valid])
         yield rollout
 
 

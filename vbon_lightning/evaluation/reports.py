@@ -266,16 +266,21 @@ def evaluate_decoder(
     for batch in batches:
         valid, decoded, reference = batch.prompts.valid, batch.decoded, batch.prompts.reference_rewards
         samples, rewards, own = batch.rewards.shape[1], batch.rewards.double(), decoded.token_kl is not None
-        cdf = None
-        if reference is not None:
-            kl = bon_kl(reference.double(), n=n)
-        elif scorer is not None:
+        cdf = log_cdf = None
+        if reference is None:
+            if scorer is None:
+                raise ValueError(f"{name!r} is compared with the reference's rewards: name a reference table")
             log_cdf, estimator = scorer.log_cdf(batch.prompts), PREDICTED_WIN_RATE
-            cdf, kl = scorer.reward_cdf(rewards, log_cdf), binned_bon_kl(log_cdf, scorer.bins, n=n)
+            cdf = scorer.reward_cdf(rewards, log_cdf)
+        if decoded.token_kl is not None:
+            kl = decoded.token_kl.sum(-1)
+        elif log_cdf is not None and scorer is not None:
+            kl = binned_bon_kl(log_cdf, scorer.bins, n=n)
         else:
-            raise ValueError(f"{name!r} is compared with the reference's rewards: name a reference table")
+            assert reference is not None
+            kl = bon_kl(reference.double(), n=n)
         columns.add("reward", rewards, valid)
-        columns.add("kl", kl if decoded.token_kl is None else decoded.token_kl.sum(-1), valid)
+        columns.add("kl", kl, valid)
         columns.add("length", decoded.mask.sum(-1), valid)
         columns.add("finished", decoded.finished, valid)
         for opponent, rates in win_rates(rewards, reference, cdf, n_values=n_values).items():

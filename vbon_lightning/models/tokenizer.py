@@ -86,8 +86,6 @@ def encode_whole_texts(
         texts: The texts.
         max_length: Cut to this many tokens, special ones included.
     """
-    opening = opening_ids(tokenizer)
-    room = None if max_length is None else max_length + len(opening)
 
     def encode(some: Sequence[str], longest: int | None) -> list[list[int]]:
         if not some:
@@ -103,6 +101,10 @@ def encode_whole_texts(
         return [list(ids) for ids in found]
 
     encoded = encode(texts, max_length)
+    if not any(ids[0] in ids[1:] for ids in encoded if ids):
+        return encoded  # nothing repeats: no need to ask what the opening is
+    opening = opening_ids(tokenizer)
+    room = None if max_length is None else max_length + len(opening)
     written = [place for place, ids in enumerate(encoded) if drop_repeated_opening(ids, opening) is not ids]
     for place, ids in zip(written, encode([texts[place] for place in written], room), strict=True):
         encoded[place] = drop_repeated_opening(ids, opening)

@@ -250,6 +250,12 @@ class AlignmentModule(LightningModule):
             raise ValueError(f"the checkpoint does not hold this policy's weights: {problem}") from problem
 
 
+def check_log_ratio_floor(log_ratio_floor: float | None) -> None:
+    """Refuse a floor of log-ratios that is not negative."""
+    if log_ratio_floor is not None and not log_ratio_floor < 0:
+        raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
+
+
 def check_prior_samples(prior_samples: float) -> None:
     """Refuse a weight of the value model's prediction that is no number >= 0."""
     if isinstance(prior_samples, bool) or not 0 <= prior_samples < math.inf:

@@ -12,7 +12,7 @@ from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
 from vbon_lightning.models import TiltedLM
-from vbon_lightning.modules.base import check_prior_samples
+from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import noise_seed, pick_some, pick_weighted, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
@@ -85,8 +85,7 @@ class BoNDistillation(OfflineBestOfN):
             raise ValueError(f"model.states must be one of {', '.join(known)}; got {states!r}")
         if divergence not in (known := get_args(Divergence)):
             raise ValueError(f"model.divergence must be one of {', '.join(known)}; got {divergence!r}")
-        if log_ratio_floor is not None and not log_ratio_floor < 0:
-            raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
+        check_log_ratio_floor(log_ratio_floor)
         self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
         self.responses_per_prompt, self.states, self.divergence = responses_per_prompt, states, divergence
         self.request = CandidateRequest(top=top, draws=draws)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
-from vbon_lightning.modules.base import check_prior_samples
+from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Rollout
@@ -69,8 +69,7 @@ class VBoN(PolicyGradient):
             raise ValueError(f"model.bound must be one of {', '.join(known)}; got {bound!r}")
         if cdf_estimator not in (known := get_args(CDFEstimator)):
             raise ValueError(f"model.cdf_estimator must be one of {', '.join(known)}; got {cdf_estimator!r}")
-        if log_ratio_floor is not None and not log_ratio_floor < 0:
-            raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
+        check_log_ratio_floor(log_ratio_floor)
         if log_ratio_floor is not None and bound != "exact":
             raise ValueError(
                 f"model.log_ratio_floor is for model.bound=exact, got {bound}: with the others the optimum may move by "

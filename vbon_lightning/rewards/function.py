@@ -143,10 +143,9 @@ def _place_of_token_ids(
         return "nowhere"
     found = signature.parameters.get("token_ids")
     place: Literal["position", "name", "nowhere"] = "nowhere"
-    if found is not None and "token_ids" not in arguments and found.kind is not found.VAR_KEYWORD:
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if found is not None and "token_ids" not in arguments and found.kind not in several:
         place = "position" if found.kind is found.POSITIONAL_ONLY else "name"
-    if found is not None and found.kind is found.VAR_POSITIONAL:
-        place = "nowhere"
     positional = [None] * (3 if place == "position" else 2)
     named = {"token_ids": None} if place == "name" else {}
     try:
