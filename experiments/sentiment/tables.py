@@ -147,13 +147,20 @@ def training_cost(run: Result, bon: Baseline) -> TrainingCost:
     )
 
 
+def first_seed_seconds(runs: Sequence[Result], costs: Sequence[TrainingCost]) -> float:
+    """Return the mean seconds of the first seed's runs: other seeds may have run on other machines."""
+    first = min(run.seed for run in runs)
+    return fmean(cost.seconds for run, cost in zip(runs, costs, strict=True) if run.seed == first)
+
+
 def break_even_table(runs: Sequence[Result], bon: Baseline) -> str:
     """After how many queries training has paid for itself."""
     second, largest, rows = bon.table["seconds_per_response"], max(bon.win_rates), []
     for (title, strength), own in grouped(runs, lambda run: (run.title, run.strength)).items():
         costs = [training_cost(run, bon) for run in own]
         responses = fmean(cost.sampled + cost.cached for cost in costs)
-        seconds = None if second is None else fmean(cost.seconds + cost.cached * second for cost in costs)
+        cached = fmean(cost.cached for cost in costs)
+        seconds = None if second is None else first_seed_seconds(own, costs) + cached * second
         n = equivalent_n(fmean(run.win_rate for run in own), bon.win_rates)
         above = math.isinf(n)
         n = float(largest) if above else n
@@ -169,7 +176,7 @@ def break_even_table(runs: Sequence[Result], bon: Baseline) -> str:
         "query costs N responses with Best-of-N and one with the policy. N is that of the Best-of-N with the policy's\n"
         "win rate (linear in log N between the measured ones; means over seeds). The cost of training is what it and\n"
         "the stages before it sampled, and the part of the reference table that they read; in seconds, their wall\n"
-        f"time, and {speed} seconds a response, measured while the table was made\n"
+        f"time in the first seed, and {speed} seconds a response, measured while the table was made\n"
         f"({bon.table['device']}). Gradients count in seconds only."
     )
     header = ["policy", "N it replaces", "responses", "queries, by responses", "seconds", "queries, by seconds"]
