@@ -122,7 +122,8 @@ def test_a_table_is_that_of_the_cpu(files: Path, tmp_path: Path) -> None:
         tables[accelerator] = ReferenceTable.open(table)
     ours, theirs = tables[DEVICE], tables["cpu"]
     assert len(ours) == len(theirs) > 0
-    for key in theirs.keys():
+    keys = theirs.keys()
+    for key in keys:
         torch.testing.assert_close(ours.rewards(key), theirs.rewards(key))
         torch.testing.assert_close(ours.log_probs(key), theirs.log_probs(key), atol=1e-4, rtol=1e-4)
 
