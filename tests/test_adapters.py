@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from tests.modules.setting import make_data, make_files, make_module, make_trainer, weights
+from tests.helpers import save_tiny_model
+from tests.modules.setting import ALPHABET, make_data, make_files, make_module, make_trainer, weights
 from tests.test_actors import Lengths
 from vbon_lightning import TextSource
 from vbon_lightning.actors import Actors, ActorSpec
@@ -242,3 +243,44 @@ def test_lightnings_weight_averaging(first: bool, lora: Any, files: Path, tmp_pa
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     tokens = torch.tensor([[3, 4, 5]])
     assert torch.allclose(exported(tokens).logits, module.policy(tokens).logits, atol=1e-5)
+
+
+TIED = {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}
+
+
+@pytest.mark.parametrize("lora", TIED, ids=str)
+def test_adapters_on_tied_embeddings_are_refused_before_training(lora: dict[str, Any], tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "tied", alphabet=ALPHABET, tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"`lora` trains \S*(embed_tokens|lm_head).*tie_word_embeddings: false"):
+        load_causal_lm(ModelSpec(model, lora=LORA | lora), trainable=True)
+
+
+def test_adapters_that_would_change_the_reference_are_refused(files: Path) -> None:
+    with pytest.raises(ModelError, match="`lora` has bias 'all'"):
+        load_causal_lm(ModelSpec(str(files / "gpt2"), lora=LORA | {"bias": "all"}), trainable=True)
+    with pytest.raises(ModelError, match="`lora` trains parts of model.embed_tokens"):
+        load_causal_lm(ModelSpec(str(files / "llama"), lora=LORA | {"trainable_token_indices": [3]}), trainable=True)
+
+
+@pytest.mark.parametrize("lora", TIED, ids=str)
+def test_whole_layers_beside_adapters_are_exported_as_they_are(
+    lora: dict[str, Any], files: Path, tmp_path: Path
+) -> None:
+    spec = ModelSpec(str(files / "llama"), lora=LORA | lora)  # its embeddings are two matrices
+    data = make_data(files, policy=spec)
+    module = make_module("klrl", data)
+    export = PolicyExport(str(tmp_path / "export"))
+    make_trainer(tmp_path, export, steps=3).fit(module, data)
+    tokens = torch.tensor([[1, 4, 5, 6, 7]])
+    exported = load_causal_lm(str(tmp_path / "export"), trainable=False)
+    base = load_causal_lm(str(files / "llama"), trainable=False)
+    policy = module.policy.eval()
+    with torch.no_grad():
+        live, merged = policy(tokens).logits, dict(merged_parameters(policy))
+        torch.testing.assert_close(exported(tokens).logits, live)
+        assert (live - base(tokens).logits).abs().max() > 1e-3
+        for name, weight in exported.named_parameters():
+            torch.testing.assert_close(merged.pop(name), weight)
+        assert not merged
+        with module.loaded.as_reference() as reference:
+            torch.testing.assert_close(reference(tokens).logits, base(tokens).logits)

@@ -41,6 +41,33 @@ def add_lora(model: PreTrainedModel, entries: Mapping[str, Any], *, seed: int = 
             model.add_adapter(LoraConfig(**settings))
         except (TypeError, ValueError) as error:
             raise AdapterError(f"`lora` is refused by peft: {error}") from error
+    _check_base_untouched(model, settings)
+
+
+def _check_base_untouched(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Refuse adapters with which the base could not be had by switching them off, or the whole not be exported."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if settings.get("bias", "none") != "none":
+        raise AdapterError(
+            f"`lora` has bias {settings['bias']!r}: the base's own biases would be trained, and the base is the "
+            "reference; leave `bias` out"
+        )
+    changed = {name: part for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)}
+    for name, part in changed.items():
+        if not isinstance(part, ModulesToSaveWrapper):
+            raise AdapterError(f"`lora` trains parts of {name}, which cannot be switched off to have the reference")
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            name = next(name for name, module in model.named_modules() if module is layer)
+            raise AdapterError(
+                f"`lora` trains {name}, and this model's input and output embeddings are one matrix: they would be two "
+                "after training, which its config cannot say; leave it out of `target_modules` and `modules_to_save`, "
+                "or start from a copy of the model whose embeddings are untied (`tie_word_embeddings: false`)"
+            )
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -61,12 +88,15 @@ def adapters_off(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a model with its adapters added into the weights: a plain model, which needs no peft."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     copied = copy.deepcopy(model)
     for name, module in list(copied.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
             copied.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            copied.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
     del copied.peft_config
     copied._hf_peft_config_loaded = False
     return copied
@@ -92,11 +122,19 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach()
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    copies = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     for name, parameter in model.named_parameters():
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        if owner is None:
+        copied = next((wrapper for wrapper in copies if name.startswith(f"{wrapper}.")), None)
+        if copied is not None:
+            wrapper: Any = copies[copied]
+            used = "original_module" if wrapper.disable_adapters else f"modules_to_save.{wrapper.active_adapters[0]}"
+            if name.startswith(f"{copied}.{used}."):
+                yield name.replace(f".{used}.", "."), parameter.detach()
+        elif owner is None:
             yield name, parameter.detach()
         elif name.startswith(f"{owner}.base_layer."):
             layer: Any = layers[owner]

@@ -18,6 +18,7 @@ from tests.callbacks.replay import make_trainer
 from tests.helpers import EOS, tiny_llama, tiny_tokenizer
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.callbacks import PolicyExport, policy_export
+from vbon_lightning.models import ReadBackError
 from vbon_lightning.rewards import CallableReward
 
 
@@ -222,3 +223,14 @@ def test_stopped_before_there_was_a_best(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no checkpoint was kept by 'val/score': the last weights are exported"):
         module = fit_keeping(tmp_path, keep_best(tmp_path), PolicyExport(str(tmp_path / "out"), best=True), max_steps=1)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(module.policy))
+
+
+def test_a_policy_that_cannot_be_exported_leaves_its_weights(tmp_path: Path) -> None:
+    module = Tiny()
+    module.policy.config.hidden_act = "relu"  # what is read again has it, the policy has not
+    trainer = make_trainer(tmp_path, PolicyExport(), max_epochs=1, default_root_dir=str(tmp_path))
+    with pytest.raises(ReadBackError, match="another model.*weights are in .*export.state_dict.pt"):
+        trainer.fit(module)
+    assert not (tmp_path / "export").exists()
+    kept = torch.load(tmp_path / "export.state_dict.pt", weights_only=True)
+    assert all(torch.equal(kept[name], value) for name, value in module.state_dict().items())

@@ -18,15 +18,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.callbacks.model_card import BestWeights, model_card
-from vbon_lightning.models import save_pretrained
+from vbon_lightning.models import ReadBackError, save_pretrained
 
 
 class PolicyExport(Callback):
     """Export the policy at the end of training as a plain Hugging Face directory.
 
     The directory holds the model, its tokenizer, a generation config with the sampling settings the policy
-    was trained at, and a model card. It appears whole or not at all, and replaces an older one. With
-    ``fast_dev_run`` nothing is written.
+    was trained at, and a model card. It is read again and compared with the policy, appears whole or not at all, and
+    replaces an older one. With ``fast_dev_run`` nothing is written.
 
     Args:
         directory: Where to; ``export`` in the trainer's ``default_root_dir`` by default.
@@ -85,9 +85,14 @@ class PolicyExport(Callback):
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.staged")
         try:
-            save_pretrained(
-                policy, tokenizer, staged, generation=settings() if callable(settings) else None, dtype=self.dtype
-            )
+            try:
+                save_pretrained(
+                    policy, tokenizer, staged, generation=settings() if callable(settings) else None, dtype=self.dtype
+                )
+            except ReadBackError as error:
+                kept = target.with_name(f"{target.name}.state_dict.pt")
+                torch.save(pl_module.state_dict(), kept)
+                raise ReadBackError(f"{error}; the policy's weights are in {kept}, and checkpoints stay") from error
             Path(staged, "README.md").write_text(model_card(trainer, pl_module, best), encoding="utf-8")
             replace_directory(staged, target)
         finally:

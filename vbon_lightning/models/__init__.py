@@ -7,6 +7,7 @@ from vbon_lightning.models.export import save_pretrained
 from vbon_lightning.models.files import locate
 from vbon_lightning.models.identity import model_identity
 from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout
+from vbon_lightning.models.read_back import ReadBackError
 from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
 from vbon_lightning.models.tilted import TiltedConfig, TiltedLM, new_tilted_lm
 from vbon_lightning.models.tokenizer import check_same_vocabulary, end_token_ids, load_tokenizer
@@ -15,6 +16,7 @@ from vbon_lightning.models.value import ValueModel, ValueModelConfig, load_value
 __all__ = [
     "ModelError",
     "ModelSpec",
+    "ReadBackError",
     "TiltedConfig",
     "TiltedLM",
     "ValueModel",

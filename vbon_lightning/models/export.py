@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from vbon_lightning.adapters import has_adapters, merged_copy
 from vbon_lightning.models.errors import ModelError
+from vbon_lightning.models.read_back import check_read_back
 from vbon_lightning.models.spec import parse_dtype
 
 
@@ -27,7 +28,7 @@ def save_pretrained(
     generation: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Write a model and its tokenizer in Hugging Face layout, whole or not at all.
+    """Write a model and its tokenizer in Hugging Face layout, whole or not at all, and read it again to compare.
 
     Args:
         model: The model; it is not changed. Adapters are merged into the weights, and also saved on their own in
@@ -41,6 +42,7 @@ def save_pretrained(
 
     Raises:
         ModelError: If a generation entry is unknown, or the dtype.
+        ReadBackError: If what was written is another model; nothing is left of it.
     """
     target = Path(os.path.abspath(directory))
     if target.exists() and not target.is_dir():
@@ -57,6 +59,7 @@ def save_pretrained(
     mark = uuid.uuid4().hex[:8]
     beside = target.with_name(f".{target.name}.{mark}.partial")
     old = target.with_name(f".{target.name}.{mark}.old")
+    live = model
     try:
         beside.mkdir()
         if has_adapters(model):
@@ -74,6 +77,7 @@ def save_pretrained(
         if generation_config is not None:
             generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        check_read_back(live, beside, vocabulary=len(tokenizer))
         if target.exists():
             target.rename(old)
         beside.rename(target)
