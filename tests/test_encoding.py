@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -197,6 +199,51 @@ def test_split_pieces_teach_every_token_once(length, limit):
     assert learnt == whole[1:]
     assert pieces[0].tokens[0] == BOS
     assert [EOS in piece.tokens for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def pieces_of_words() -> PreTrainedTokenizerFast:
+    """A SentencePiece-like tokenizer: a word's first piece has the space before it, and a text begins with one."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for piece in ("▁", "a", "b", "c", "▁a", "▁b", "▁c", "ab", "▁ab", "bc"):
+        vocabulary[piece] = len(vocabulary)
+    merges = [("▁", "a"), ("▁", "b"), ("▁", "c"), ("▁a", "b"), ("a", "b"), ("b", "c")]
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "context", "learnt"),
+    [
+        ("a", " b c", ["<s>", "▁a"], ["▁b", "▁c", "</s>"]),  # no space of the tokenizer's own between them
+        ("a", "cb", ["<s>", "▁a"], ["c", "b", "</s>"]),
+        ("c a", "b", ["<s>", "▁c"], ["▁ab", "</s>"]),  # one token straddles the seam
+        ("a", "", ["<s>", "▁a"], ["</s>"]),
+    ],
+)
+def test_pairs_have_the_tokens_of_the_text_they_are(prompt, response, context, learnt):
+    tokenizer = pieces_of_words()
+    (encoded,) = encode_texts([row(prompt, response)], tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(encoded.tokens)
+    assert tokens[: encoded.context] == context
+    assert tokens[encoded.context :] == learnt
+    assert encoded.tokens[:-1] == tokenizer(prompt + response)["input_ids"]
+    # A reward model is taught on the same tokens.
+    (judged,) = encode_comparisons([TextRow(1, prompt, response, prompt, rejected="ccc")], tokenizer)
+    assert judged.texts[0] == encoded.tokens[:-1]
+
+
+@pytest.mark.parametrize(("text", "response"), [("ab</s>", None), ("a", "b</s>"), ("abd", None), ("a", "bd")])
+def test_a_text_that_ends_itself_gets_no_other_end(text, response):
+    tokenizer = with_template("<s> $A")
+    (encoded,) = encode_texts([row(text, response)], tokenizer, ends=[D])
+    assert encoded.tokens == [BOS, A, B, EOS if "</s>" in text + (response or "") else D]
+
+
+def test_an_empty_response_teaches_to_stop_whatever_the_prompt_ends_in():
+    (encoded,) = encode_texts([row("ab</s>", "")], with_template("<s> $A"))
+    assert encoded.tokens == [BOS, A, B, EOS, EOS] and encoded.context == 4
 
 
 def test_pairs_are_cut_and_never_split():

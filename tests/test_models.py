@@ -180,12 +180,18 @@ def test_disable_dropout_leaves_other_numbers_alone():
 
 def test_end_token_ids():
     tokenizer = helpers.tiny_tokenizer()
-    assert models.end_token_ids(GenerationConfig(eos_token_id=7), tokenizer) == (7,)
-    assert models.end_token_ids(GenerationConfig(eos_token_id=[9, 7, 9]), tokenizer) == (9, 7)
+    # What the generation config stops at, and what supervised fine-tuning teaches.
+    assert models.end_token_ids(GenerationConfig(eos_token_id=7), tokenizer) == (7, helpers.EOS)
+    assert models.end_token_ids(GenerationConfig(eos_token_id=[9, 7, 9]), tokenizer) == (9, 7, helpers.EOS)
     assert models.end_token_ids(GenerationConfig(), tokenizer) == (helpers.EOS,)
     model = helpers.tiny_llama()
     model.generation_config.eos_token_id = [2, 1]
     assert models.end_token_ids(model, tokenizer) == (2, 1)
+    assert models.end_token_ids(model, tokenizer, ["a", "</s>"]) == (2, 1, tokenizer.get_vocab()["a"])
+    with pytest.raises(ModelError, match=r"data.end_tokens: '<\|im_end\|>' is no token.*'</s>'"):
+        models.end_token_ids(model, tokenizer, ["a", "<|im_end|>"])
+    said = models.describe_ends(tokenizer, (1, 2))
+    assert said == "<s> (1), </s> (2); SFT teaches </s>"
     model.generation_config.eos_token_id = 259
     with pytest.raises(ModelError, match="259 lies outside"):
         models.end_token_ids(model, tokenizer)

@@ -705,3 +705,16 @@ def test_summary_says_what_it_cannot_know(tmp_path: Path) -> None:
     summary = table_summary(ReferenceTable.open(tmp_path / "table"))
     assert summary["finished_share"] is None
     assert summary["tie_fraction"] != summary["tie_fraction"]
+
+
+def test_responses_that_go_on_behind_an_end_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, make_row(0), make_row(5))
+    write(tmp_path, make_row(7), shard="rank1")
+    table = ReferenceTable.open(tmp_path)
+    table.check_ends([999])
+    with pytest.raises(ReferenceTableError, match="'prompt 7'.*go on behind the token 7, which ends a response"):
+        table.check_ends([7, 999])
+    write(tmp_path / "ended", make_row(0, samples=2))
+    ReferenceTable.open(tmp_path / "ended").check_ends([1])  # only ever the last token
+    with pytest.raises(ReferenceTableError, match="'prompt 0'.*go on behind the token 0,"):
+        ReferenceTable.open(tmp_path / "ended").check_ends([0])

@@ -66,6 +66,8 @@ class ActorSpec:
         max_rows: Most responses that are sampled at once; None for no limit. Bounds the memory.
         engine_options: Arguments of vLLM's engine, for ``vllm``.
         value_model: A model of the reward to come (what ``ValueModelling`` exported), where a method uses one.
+        end_tokens: Tokens that end a response beside the tokenizer's EOS and those of the generation config, as the
+            vocabulary writes them.
     """
 
     # Not a dataclass: jsonargparse would spread its fields over every module's options.
@@ -81,6 +83,7 @@ class ActorSpec:
         max_rows: int | None = None,
         engine_options: dict[str, Any] | None = None,
         value_model: str | ModelSpec | None = None,
+        end_tokens: Sequence[str] = (),
     ) -> None:
         check_sampler(sampler, max_rows=max_rows, engine_options=engine_options)
         if not 0 < temperature < math.inf:
@@ -95,7 +98,11 @@ class ActorSpec:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.missing_eos_penalty = missing_eos_penalty
         self.sampler, self.max_rows, self.engine_options = sampler, max_rows, engine_options
-        self.value_model = value_model
+        self.value_model, self.end_tokens = value_model, tuple(end_tokens)
+
+    def replaced(self, **changes: Any) -> ActorSpec:
+        """Return a copy with other values of some arguments."""
+        return ActorSpec(**(vars(self) | changes))
 
     @property
     def policy_spec(self) -> ModelSpec:
@@ -126,10 +133,14 @@ class ActorSpec:
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "missing_eos_penalty": self.missing_eos_penalty,
+            **self._ends(),
             # The other samplers draw the same samples.
             **({"sampler": "vllm"} if self.sampler == "vllm" else {}),
             **({} if self.value_model is None else {"value_model": model_identity(as_spec(self.value_model))}),
         }
+
+    def _ends(self) -> dict[str, Any]:
+        return {"end_tokens": list(self.end_tokens)} if self.end_tokens else {}
 
     def table_fingerprint(self, *, seed: int, model_seed: int = 0) -> dict[str, Any]:
         """Describe what the reference table's responses and rewards depend on, in plain values.
@@ -146,6 +157,7 @@ class ActorSpec:
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
             "eos_rule": "first end token, kept; none added to a cut response",
+            **self._ends(),
             "seed": seed,
         }
 
@@ -222,7 +234,7 @@ class Actors:
             reference=frozen,
             reward=spec.reward,
             tokenizer=tokenizer,
-            end_ids=end_token_ids(policy, tokenizer),
+            end_ids=end_token_ids(policy, tokenizer, spec.end_tokens),
             max_new_tokens=spec.max_new_tokens,
             temperature=spec.temperature,
             missing_eos_penalty=spec.missing_eos_penalty,

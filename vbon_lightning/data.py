@@ -27,7 +27,7 @@ from vbon_lightning.encoding import (
     encode_prompts,
     encode_texts,
 )
-from vbon_lightning.models import ModelSpec, load_tokenizer
+from vbon_lightning.models import ModelSpec, load_tokenizer, named_token_ids
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable
 from vbon_lightning.rewards import RewardModel
@@ -94,6 +94,8 @@ class AlignmentDataModule(LightningDataModule):
             replayed as a CUDA graph) or ``vllm`` (needs the extra ``vllm``). docs/sampling.md says more.
         max_rows: Most responses that are sampled at once, which bounds the memory; by default all of a batch.
         engine_options: Arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``, for ``vllm``.
+        end_tokens: Tokens that end a response, as the vocabulary writes them (``<|im_end|>``), beside those that always
+            do: the tokenizer's EOS, which supervised fine-tuning teaches, and the generation config's.
         batch_size: Prompts (or texts) a step and rank.
         eval_batch_size: The same for validation, test and predict; ``batch_size`` by default.
         max_prompt_tokens: Longest prompt, in tokens.
@@ -124,6 +126,7 @@ class AlignmentDataModule(LightningDataModule):
         sampler: Literal["eager", "graph", "vllm"] = "eager",
         max_rows: int | None = None,
         engine_options: dict[str, Any] | None = None,
+        end_tokens: list[str] = [],  # noqa: B006 (never mutated)
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_prompt_tokens: int | None = None,
@@ -159,6 +162,7 @@ class AlignmentDataModule(LightningDataModule):
             max_rows=max_rows,
             engine_options=engine_options,
             value_model=value_model,
+            end_tokens=end_tokens,
         )
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
         self.reference_table, self.table_samples = reference_table, table_samples
@@ -267,7 +271,13 @@ class AlignmentDataModule(LightningDataModule):
             elif kind == "comparisons":
                 encoded = encode_comparisons(rows, self.tokenizer, max_tokens=self.max_text_tokens)
             else:
-                encoded = encode_texts(rows, self.tokenizer, max_tokens=self.max_text_tokens, long_text=self.long_text)
+                encoded = encode_texts(
+                    rows,
+                    self.tokenizer,
+                    ends=named_token_ids(self.tokenizer, self.actors.end_tokens),
+                    max_tokens=self.max_text_tokens,
+                    long_text=self.long_text,
+                )
             self._rows[split, kind] = _Rows(encoded)
         return self._rows[split, kind]
 

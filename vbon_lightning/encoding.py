@@ -107,14 +107,23 @@ def encode_texts(
     rows: Sequence[TextRow],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    ends: Sequence[int] = (),
     max_tokens: int | None = None,
     long_text: Literal["truncate", "split"] = "truncate",
 ) -> list[EncodedText]:
-    """Encode texts for supervised fine-tuning, each closed by the EOS unless it is cut.
+    """Encode texts for supervised fine-tuning, each closed by the EOS unless it is cut or ends itself.
 
-    A prompt/response pair is learnt on the response and its EOS only; plain text on all but its first token.
+    A prompt/response pair is learnt on the response and its EOS only; plain text on all but its first token. A pair has
+    the tokens of the two written together: one that straddles the seam belongs to the response.
     Pieces of a split text share one token, the last of one piece and the first of the next, so that every token
     but the text's first is learnt once.
+
+    Args:
+        rows: The texts.
+        tokenizer: The policy's tokenizer.
+        ends: Tokens that end a text beside the EOS: one that ends in them gets no EOS.
+        max_tokens: Longest text, in tokens.
+        long_text: What to do with a longer one.
 
     Raises:
         PromptError: If the tokenizer has no EOS, a text has no tokens, or a prompt leaves no room for its
@@ -128,14 +137,14 @@ def encode_texts(
     encoded = []
     for row in rows:
         if row.response is None:
-            tokens = [*encode_prompt_ids(tokenizer, row.text), eos]
+            tokens = encode_prompt_ids(tokenizer, row.text)
             context = 1
-            if len(tokens) == 1:
+            if not tokens:
                 raise PromptError(f"row {row.row}: the text {row.text!r} has no tokens")
         else:
             prompt = encode_prompt_ids(tokenizer, row.prompt)
-            tokens = [*prompt, *tokenizer(row.response, add_special_tokens=False)["input_ids"], eos]
-            context = len(prompt)
+            tokens = encode_prompt_ids(tokenizer, row.prompt + row.response)
+            context = max(1, _shared_start(prompt, tokens))
             if not prompt:
                 raise PromptError(f"row {row.row}: the prompt {row.prompt!r} has no tokens")
             if max_tokens is not None and context >= max_tokens:
@@ -143,6 +152,8 @@ def encode_texts(
                     f"row {row.row}: its prompt of {context} tokens leaves no room for a response within "
                     f"data.max_text_tokens={max_tokens}"
                 )
+        if len(tokens) <= context or tokens[-1] not in (eos, *ends):
+            tokens = [*tokens, eos]
         if max_tokens is None or len(tokens) <= max_tokens:
             pieces = [tokens]
         elif long_text == "truncate" or row.response is not None:
@@ -152,6 +163,12 @@ def encode_texts(
             pieces = [tokens[start : start + max_tokens] for start in starts]
         encoded += [EncodedText(piece, context) for piece in pieces]
     return encoded
+
+
+def _shared_start(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def encode_labelled(

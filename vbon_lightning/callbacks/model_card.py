@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
-from vbon_lightning.models import TiltedLM, ValueModel
+from vbon_lightning.models import TiltedLM, ValueModel, describe_ends
 
 _PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers", "datasets")
 
@@ -32,7 +32,7 @@ A {kind} trained with {method} by `vbon_lightning`.
 - **Base model:** {base}
 - **Reward:** {reward}
 - **Optimizer steps:** {steps}
-{weights}
+{ends}{weights}
 {usage}
 ## Hyper-parameters
 
@@ -172,10 +172,17 @@ def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights |
         base=base,
         reward=_reward(actors) if getattr(pl_module, "uses_reward", True) else "none",
         steps=trainer.global_step,
+        ends=_ends(getattr(pl_module, "actors", None)) if kind.task == "text-generation" else "",
         settings=_table(("setting", "value"), _flatten(dict(pl_module.hparams)), "ll"),
         metrics=_table(("metric", "value"), {k: _number(v) for k, v in trainer.callback_metrics.items()}, "lr"),
         versions=_table(("package", "version"), _versions(), "ll"),
     )
+
+
+def _ends(actors: Any) -> str:
+    if actors is None:
+        return ""
+    return f"- **A response ends at:** {markdown_cell(describe_ends(actors.tokenizer, actors.end_ids))}\n"
 
 
 def _base(spec: Any) -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from vbon_lightning.actors import Actors, ActorSpec
+from vbon_lightning.actors import Actors
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.encoding import EncodedPrompt
@@ -114,21 +114,13 @@ def compare(
         check_same_vocabulary(data.tokenizer, load_tokenizer(as_spec(path)))
 
     actors = Actors.load(
-        ActorSpec(
-            policy=spec.reference_spec,
-            reward=spec.reward,
-            max_new_tokens=spec.max_new_tokens,
-            temperature=spec.temperature,
-            missing_eos_penalty=spec.missing_eos_penalty,
-            sampler=spec.sampler,
-            max_rows=spec.max_rows,
-            engine_options=spec.engine_options,
-            value_model=spec.value_model,
-        ),
+        spec.replaced(policy=spec.reference_spec, reference=None),
         trainable=False,
         reference=False,
         value=bool(guided) or rewards is None,
     )
+    if rewards is not None:
+        data.table().check_ends(actors.end_ids)
     _move(actors.policy, place)
     actors.reference = actors.policy
     judged = None if judge is None else _judge(actors, judge)

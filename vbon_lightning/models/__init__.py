@@ -10,7 +10,13 @@ from vbon_lightning.models.loading import check_no_missing_weights, disable_drop
 from vbon_lightning.models.read_back import ReadBackError
 from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
 from vbon_lightning.models.tilted import TiltedConfig, TiltedLM, new_tilted_lm
-from vbon_lightning.models.tokenizer import check_same_vocabulary, end_token_ids, load_tokenizer
+from vbon_lightning.models.tokenizer import (
+    check_same_vocabulary,
+    describe_ends,
+    end_token_ids,
+    load_tokenizer,
+    named_token_ids,
+)
 from vbon_lightning.models.value import ValueModel, ValueModelConfig, load_value_model, new_value_model
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "as_spec",
     "check_no_missing_weights",
     "check_same_vocabulary",
+    "describe_ends",
     "disable_dropout",
     "end_token_ids",
     "load_causal_lm",
@@ -32,6 +39,7 @@ __all__ = [
     "load_value_model",
     "locate",
     "model_identity",
+    "named_token_ids",
     "new_tilted_lm",
     "new_value_model",
     "parse_dtype",

@@ -111,26 +111,51 @@ def encode_whole_texts(
     return encoded
 
 
-def end_token_ids(model: PreTrainedModel | GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids of the tokens that end a response, the generation config's before the tokenizer's.
+def named_token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[int]:
+    """Return the ids of tokens that a user names, such as ``<|im_end|>``.
+
+    Args:
+        tokenizer: The tokenizer.
+        names: Tokens as its vocabulary writes them.
+
+    Raises:
+        ModelError: Naming one that is no token of the vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab()
+    unknown = [name for name in names if name not in vocabulary]
+    if unknown:
+        raise ModelError(
+            f"data.end_tokens: {unknown[0]!r} is no token of the policy's vocabulary (a token is meant, not a text): "
+            f"its special tokens are {', '.join(map(repr, tokenizer.all_special_tokens)) or 'none'}"
+        )
+    return [vocabulary[name] for name in names]
+
+
+def end_token_ids(
+    model: PreTrainedModel | GenerationConfig, tokenizer: PreTrainedTokenizerBase, names: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Return the ids of the tokens that end a response: the generation config's, the tokenizer's EOS and named ones.
+
+    All of them do: supervised fine-tuning teaches the tokenizer's EOS, and ``generate`` stops at the config's.
 
     Args:
         model: The model, or its generation config, whose ``eos_token_id`` may be one id or a list.
-        tokenizer: Gives its EOS token where the generation config names none.
+        tokenizer: The tokenizer.
+        names: Further tokens, as the vocabulary writes them (``data.end_tokens``).
 
     Raises:
-        ModelError: If there is no such token, or it lies outside the vocabulary.
+        ModelError: If there is no such token, a name is none, or one lies outside the vocabulary.
     """
     generation = model if isinstance(model, GenerationConfig) else getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    if ends is None or ends == []:
-        ends = tokenizer.eos_token_id
-    if ends is None:
+    given = getattr(generation, "eos_token_id", None)
+    ends = list(given) if isinstance(given, (list, tuple)) else [given]
+    ends = [end for end in (*ends, tokenizer.eos_token_id) if end is not None] + named_token_ids(tokenizer, names)
+    if not ends:
         raise ModelError(
-            "neither the generation config nor the tokenizer names an EOS token, so no response could "
-            "ever end: set `eos_token_id` in generation_config.json, or the tokenizer's `eos_token`"
+            "neither the generation config nor the tokenizer names an EOS token, so no response could ever end: set "
+            "data.end_tokens, `eos_token_id` in generation_config.json, or the tokenizer's `eos_token`"
         )
-    ids = tuple(dict.fromkeys(int(end) for end in (ends if isinstance(ends, (list, tuple)) else [ends])))
+    ids = tuple(dict.fromkeys(int(end) for end in ends))
     config = getattr(model, "config", None)
     size = max(len(tokenizer), getattr(config, "vocab_size", 0) or 0)
     outside = [end for end in ids if not 0 <= end < size]
@@ -140,6 +165,14 @@ def end_token_ids(model: PreTrainedModel | GenerationConfig, tokenizer: PreTrain
             "correct `eos_token_id` in generation_config.json"
         )
     return ids
+
+
+def describe_ends(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> str:
+    """Say what ends a response, in words for a log or a model card."""
+    taught = tokenizer.eos_token_id
+    names = [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in end_ids]
+    which = f"; SFT teaches {tokenizer.convert_ids_to_tokens(taught)}" if len(names) > 1 and taught is not None else ""
+    return ", ".join(names) + which
 
 
 def check_same_vocabulary(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.decode import check_context
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -118,8 +120,19 @@ class AlignmentModule(LightningModule):
                     check_context(model, longest(), response_tokens)
 
     def on_fit_start(self) -> None:
-        """Check that the texts fit the model's context."""
+        """Check that the texts fit the model's context, and the table's responses what ends one; say what does."""
         self.check_lengths(self.response_room)
+        self.check_ends()
+
+    def check_ends(self) -> None:
+        """Log what ends a response, and refuse a table whose responses go on behind it."""
+        actors = self.actors
+        if actors is None:
+            return
+        rank_zero_info(f"A response ends at {describe_ends(actors.tokenizer, actors.end_ids)}")
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.needs_reference and getattr(data, "reference_table", None) is not None:
+            data.table().check_ends(actors.end_ids)
 
     def on_validation_start(self) -> None:
         """Check that the texts fit the model's context."""

@@ -85,6 +85,7 @@ class OfflineBestOfN(AlignmentModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         cached = data.table().longest_response if self.batch_kind == "responses" and hasattr(data, "table") else 0
         self.check_lengths(max(cached, self.response_room))
+        self.check_ends()
 
     # -- steps -------------------------------------------------------------------------------------
 

@@ -74,15 +74,9 @@ class ReferenceSampler(AlignmentModule):
     def configure_model(self) -> None:
         """Load the reference; the policy is not needed."""
         if self.actors is None:
-            spec = self.actor_spec
-            only_reference = ActorSpec(
-                policy=spec.reference_spec,
-                reward=spec.reward,
-                max_new_tokens=spec.max_new_tokens,
-                temperature=spec.temperature,
-                sampler=spec.sampler,
-                max_rows=spec.max_rows,
-                engine_options=spec.engine_options,
+            # Finished responses are told in the table, so that a penalty may be chosen later.
+            only_reference = self.actor_spec.replaced(
+                policy=self.actor_spec.reference_spec, reference=None, missing_eos_penalty=0.0, value_model=None
             )
             self.actors = Actors.load(only_reference, seed=self.seed, trainable=False, reference=False)
             self.policy = self.actors.policy

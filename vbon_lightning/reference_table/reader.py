@@ -223,6 +223,24 @@ class ReferenceTable:
         tokens[mask] = torch.cat(kept).long()
         return tokens, mask
 
+    def check_ends(self, end_ids: Sequence[int]) -> None:
+        """Refuse a table whose responses go on behind a token that ends a response: other tokens ended them.
+
+        Args:
+            end_ids: tokens that end a response.
+
+        Raises:
+            ReferenceTableError: naming the prompt and the token.
+        """
+        found = self._retrying(lambda: self._load("response_tokens", _early_ends(frozenset(end_ids))))
+        for key, token in found.items():
+            if token:
+                raise ReferenceTableError(
+                    f"the reference table {self.path} has responses, first to {self.row(key).prompt!r}, that go on "
+                    f"behind the token {token[0]}, which ends a response in this run: make it again, or "
+                    "name the model that it was made with"
+                )
+
     @property
     def longest_response(self) -> int:
         """Return the most tokens that a response has."""
@@ -357,6 +375,27 @@ class ReferenceTable:
 def _numbers(lists: pa.ListArray) -> Callable[[int], Tensor]:
     bounds, values = lists.offsets.to_pylist(), lists.values.to_numpy(zero_copy_only=False)
     return lambda i: torch.from_numpy(values[bounds[i] : bounds[i + 1]].copy())
+
+
+def _early_ends(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], list[int]]]:
+    """Return what finds, of a prompt's responses, end tokens that are not their last."""
+    ends = torch.tensor(sorted(end_ids))
+
+    def part(lists: pa.ListArray) -> Callable[[int], list[int]]:
+        bounds = lists.offsets.to_pylist()
+        edges = torch.from_numpy(lists.values.offsets.to_numpy().copy()).long()
+        tokens = torch.from_numpy(lists.values.values.to_numpy(zero_copy_only=False).copy()).long()
+        early = torch.isin(tokens, ends)
+        filled = edges[1:][edges.diff() > 0]
+        early[filled - 1 - edges[0]] = False
+
+        def take(i: int) -> list[int]:
+            first, last = (int(edges[bounds[place]] - edges[0]) for place in (i, i + 1))
+            return tokens[first:last][early[first:last]].tolist()
+
+        return take
+
+    return part
 
 
 def _token_lists(lists: pa.ListArray) -> Callable[[int], TokenLists]:
