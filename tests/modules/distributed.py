@@ -30,6 +30,13 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"value_model": "value"},
         "model": {"states": "policy", "divergence": "reverse", "n_range": [2, 8]},
     },
+    "normalised": {"kind": "klrl", "model": {"kl_estimator": "sampled", "normalise": True}},
+    "accumulated": {
+        "kind": "sft",
+        "data": {"train": "texts.txt"},
+        "model": {"dropout": False},
+        "trainer": {"accumulate_grad_batches": 2},
+    },
     "bonbon": {"kind": "dpo", "table": True, "model": {"loss": "bonbon"}},
 }
 """Whose weights are compared."""
@@ -65,7 +72,7 @@ def fit(kind: str, files: Path, directory: Path, *, ranks: int) -> dict[str, Any
     callbacks: list[Callback] = [remember]
     if kind in ("vbon", "bonsft"):
         callbacks += [KLMonitor(), RewardMonitor(), BestOfNWinRate()]
-    trainer = make_trainer(directory, *callbacks, steps=9, **strategy(ranks))
+    trainer = make_trainer(directory, *callbacks, steps=9, **strategy(ranks), **changes.get("trainer", {}))
     trainer.fit(module, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return {"weights": weights(module), "metrics": metrics, "tokens": remember.tokens}

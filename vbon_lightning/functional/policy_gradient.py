@@ -6,6 +6,7 @@ several processes average to the loss of the whole batch. A token mean would not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,13 @@ def leave_one_out(values: Tensor) -> Tensor:
     return (values - values.mean(1, keepdim=True)) * (group / (group - 1))
 
 
-def normalise_advantages(advantages: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:
+def normalise_advantages(
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-8,
+    add_up: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Tensor:
     """Shift and scale advantages to mean 0 and standard deviation 1 over the batch.
 
     This changes the objective: the scale depends on the sampled batch, so the expected gradient is no longer
@@ -54,6 +61,7 @@ def normalise_advantages(advantages: Tensor, mask: Tensor | None = None, *, eps:
         advantages: any shape.
         mask: the same shape, bool: only these entries count, the others become 0. None means all.
         eps: added to the standard deviation.
+        add_up: adds a tensor up over the parts of the batch that other processes hold; the batch is whole by default.
 
     Returns:
         The same shape.
@@ -68,11 +76,11 @@ def normalise_advantages(advantages: Tensor, mask: Tensor | None = None, *, eps:
         mask = torch.ones_like(advantages, dtype=torch.bool)
     check_mask("mask", mask)
     check_same_shape("mask", mask, "advantages", advantages)
-    count = mask.sum().clamp(min=1)
     zero = torch.zeros_like(advantages)
-    mean = torch.where(mask, advantages, zero).sum() / count
-    centred = torch.where(mask, advantages - mean, zero)
-    return centred / ((centred.square().sum() / count).sqrt() + eps)
+    total, count = add_up(torch.stack([torch.where(mask, advantages, zero).sum(), mask.sum().to(advantages.dtype)]))
+    count = count.clamp(min=1)
+    centred = torch.where(mask, advantages - total / count, zero)
+    return centred / ((add_up(centred.square().sum()) / count).sqrt() + eps)
 
 
 def cost_to_go(costs: Tensor) -> Tensor:

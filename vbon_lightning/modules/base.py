@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +58,8 @@ class AlignmentModule(LightningModule):
         self.policy: PreTrainedModel | None = None
         self.batches_seen = 0
         """Training batches dealt to this rank since the start of training, earlier runs included."""
+        self._weights: list[Tensor] = []
+        """What the batches count whose gradients are accumulated for the next update."""
         self._settings: dict[str, Any] = {}
         self._optimizer_settings: dict[str, Any] | None = None
         self._resumed_optimizer_settings: dict[str, Any] | None = None
@@ -177,6 +179,37 @@ class AlignmentModule(LightningModule):
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Count a batch for the update that it belongs to: all weigh the same, unless a step says otherwise."""
+        self._weights.append(torch.ones((), device=self.device))
+
+    def weigh_batch(self, weight: Tensor) -> Tensor:
+        """Say what the loss of this batch weighs in the update, where it is a mean over more or less than the others'.
+
+        Args:
+            weight: Scalar, over all ranks.
+
+        Returns:
+            The factor that this batch's mean loss is to be multiplied by: its weight over the update's first one.
+        """
+        self._weights[-1] = weight.detach()
+        return weight / self._weights[0]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the mean of accumulated gradients the gradient of the mean over all their rows.
+
+        Lightning divides each batch's loss by ``accumulate_grad_batches``, also where an epoch's end leaves fewer.
+        """
+        weights, self._weights = self._weights, []
+        planned = self.trainer.accumulate_grad_batches
+        if planned == 1 or not weights:
+            return
+        factor = planned * weights[0] / torch.stack(weights).sum()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor.to(parameter.grad.device))
 
     def _check_optimizer(self) -> None:
         # A strategy may build the optimizer before or after it loads the checkpoint.

@@ -57,9 +57,9 @@ class PolicyGradient(AlignmentModule):
         value_clip: Clip range of the value.
         value_coef: Weight of the value loss.
         gae_lambda: Lambda of generalised advantage estimation (gamma is 1: responses are episodes).
-        normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on this rank,
+        normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on all ranks,
             for ``kl_estimator="sampled"``, where the KL is part of them: the whole gradient is divided. The exact KL
-            has a gradient of its own, which would keep its size.
+            has a gradient of its own, which would keep its size. Gradients cannot be accumulated with it.
         value_model: Take advantages from the value model that ``data.value_model`` names, on top of the exact KL: by
             default where one is named and the estimator has no critic of its own.
         value_lambda: Lambda of these advantages: at 1 the value model is a baseline and the gradient unbiased; below,
@@ -172,6 +172,11 @@ class PolicyGradient(AlignmentModule):
         """Refuse to start without what the method needs, before anything expensive."""
         if self.actor_spec.reward is None:
             raise ValueError(f"{type(self).__name__} needs a reward: set `data.reward`")
+        if stage == "fit" and self.normalise and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                "model.normalise divides by the spread of one batch, so gradients accumulated over several are not "
+                "those of a larger one: set trainer.accumulate_grad_batches to 1, or normalise to false"
+            )
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if stage == "fit" and size is not None:
             self._check_minibatches(size)
@@ -319,6 +324,12 @@ class PolicyGradient(AlignmentModule):
         logs["objective"] = (target.score - target.kl_coef * rollout.token_kl.sum(-1)).mean()
         return loss, rollout, logs
 
+    def _over_ranks(self, part: Tensor) -> Tensor:
+        if self._trainer is None:
+            return part
+        reduced: Tensor = self.trainer.strategy.reduce(part.clone(), reduce_op="sum")
+        return reduced
+
     # -- advantages --------------------------------------------------------------------------------
 
     def _advantages(self, target: Target, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -354,7 +365,7 @@ class PolicyGradient(AlignmentModule):
             baseline = log_ratio if self.kl_estimator == "prefix_baseline" else None
             advantages = rao_blackwell_advantages(target, rollout.token_kl, mask, log_ratio=baseline)
         if self.normalise:
-            advantages = normalise_advantages(advantages, mask)
+            advantages = normalise_advantages(advantages, mask, add_up=self._over_ranks)
         return advantages, returns
 
     # -- checkpoints -------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from vbon_lightning.types import TextBatch
 class SFT(SupervisedModule):
     r"""Fit the policy to text, or to responses given prompts, the EOS included.
 
-    The loss is :math:`-\sum_t \log \pi(y_t \mid y_{<t}) / \#\text{tokens}`, the count taken over all ranks, so
-    that it does not depend on how the batch is split among them.
+    The loss is :math:`-\sum_t \log \pi(y_t \mid y_{<t}) / \#\text{tokens}`, the count taken over all ranks and all
+    batches whose gradients are accumulated, so that it does not depend on how they are split.
 
     Args:
         actors: The policy, as the data module names it.
@@ -57,6 +57,8 @@ class SFT(SupervisedModule):
         total, count = self._negative_log_likelihood(batch)
         all_tokens = self.trainer.strategy.reduce(count.clone(), reduce_op="sum")  # works in place
         loss = total * self.trainer.world_size / all_tokens.clamp(min=1)
+        if self.trainer.accumulate_grad_batches > 1:
+            loss = loss * self.weigh_batch(all_tokens.clamp(min=1))
         self.log("train/nll", (total / count.clamp(min=1)).detach(), prog_bar=True)
         return {"loss": loss}
 
