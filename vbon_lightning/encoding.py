@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids
+from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids, shared_start
 from vbon_lightning.reference_table import prompt_key
 from vbon_lightning.sources import TextRow, TextSource
 from vbon_lightning.types import JudgedBatch, PromptBatch, TextBatch
@@ -144,7 +144,7 @@ def encode_texts(
         else:
             prompt = encode_prompt_ids(tokenizer, row.prompt)
             tokens = encode_prompt_ids(tokenizer, row.prompt + row.response)
-            context = max(1, _shared_start(prompt, tokens))
+            context = max(1, shared_start(prompt, tokens))
             if not prompt:
                 raise PromptError(f"row {row.row}: the prompt {row.prompt!r} has no tokens")
             if max_tokens is not None and context >= max_tokens:
@@ -163,12 +163,6 @@ def encode_texts(
             pieces = [tokens[start : start + max_tokens] for start in starts]
         encoded += [EncodedText(piece, context) for piece in pieces]
     return encoded
-
-
-def _shared_start(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two texts begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def encode_labelled(

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from tests.modules.setting import make_data, make_files, make_module, make_trainer
+from tests.modules.setting import VowelReward, make_data, make_files, make_module, make_trainer
 from vbon_lightning import KLRL, VBoN
 from vbon_lightning.modules.policy_gradient import select_prompts
 from vbon_lightning.types import Rollout
@@ -211,3 +211,14 @@ def test_ppo_may_have_one_sample(files: Path, tmp_path: Path) -> None:
     module: Any = make_module("ppo", data, samples_per_prompt=1)
     make_trainer(tmp_path, steps=4, limit_val_batches=0).fit(module, data)
     assert module.batches_seen == 4
+
+
+def test_texts_that_a_reward_model_could_not_read_whole_are_counted(files: Path, tmp_path: Path) -> None:
+    class Cutting(VowelReward):
+        cut_prompts, cut_responses = 3, 0
+
+    record = Record()
+    data = make_data(files, reward=Cutting(), val=None)
+    make_trainer(tmp_path, record, steps=1).fit(make_module("klrl", data), data)
+    assert record.logged[0]["reward_cut_prompts"] == 3
+    assert "reward_cut_responses" not in record.logged[0]

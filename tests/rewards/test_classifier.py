@@ -111,10 +111,41 @@ def test_text_and_truncation(bert):
     cut = ClassifierReward(bert, text="response", max_length=3)(["p"], [["abc", "abcdef", "abd"]])
     torch.testing.assert_close(cut[0, 0], cut[0, 1], rtol=0, atol=1e-6)
     assert (cut[0, 0] - cut[0, 2]).abs() > 1e-4
-    long = ClassifierReward(bert, text="response")(["p"], [["x" * 64, "x" * 500]])  # the model takes 64
-    torch.testing.assert_close(long[0, 0], long[0, 1], rtol=0, atol=1e-6)
+    with pytest.raises(RewardError, match="row 1: the response takes 65 tokens of the reward model, which reads 64"):
+        ClassifierReward(bert, text="response")(["p"], [["x" * 64, "x" * 65]])
     with pytest.raises(RewardError, match="`max_length` is 65, but the classifier takes at most 64"):
         ClassifierReward(bert, max_length=65)(PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_prompt_that_fills_the_context_leaves_the_response(kind: str, template: str, tmp_path: Path) -> None:
+    directory = helpers.save_tiny_classifier(tmp_path, kind)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", helpers.BOS), ("</s>", helpers.EOS)]
+    )
+    tokenizer.save_pretrained(directory)
+    room = 64 - template.count("<")
+    prompt = "abcdefghij" * 10
+    reward = ClassifierReward(directory)
+    with pytest.warns(UserWarning, match="2 of 3 texts are longer than the 64 tokens .* the start of their prompt"):
+        rewards = reward([prompt, "ab", prompt], [["xyz"], ["c"], ["zyx"]])
+    # What is left is what a prompt without its start gives.
+    for row, response in ((0, "xyz"), (2, "zyx")):
+        expected = reference_logits(directory, [(prompt + response)[-room:]])[0, 1]
+        torch.testing.assert_close(rewards[row, 0], expected, rtol=0, atol=1e-5)
+    assert (rewards[0] - rewards[2]).abs() > 1e-4
+    assert (reward.cut_prompts, reward.cut_responses) == (2, 0)
+
+
+def test_a_response_that_is_too_long_by_itself_is_cut_only_where_asked_for(bert: str) -> None:
+    with pytest.raises(RewardError, match="row 0: the response takes 70 tokens .* lower data.max_new_tokens"):
+        ClassifierReward(bert)(["ab"], [["x" * 70]])
+    reward = ClassifierReward(bert, max_length=5)
+    cut = reward(["ab"], [["abcdefg", "abcd"]])
+    torch.testing.assert_close(cut[0], reference_logits(bert, ["abcde", "babcd"])[:, 1], rtol=0, atol=1e-5)
+    assert (reward.cut_prompts, reward.cut_responses) == (1, 1)
 
 
 @pytest.mark.parametrize("limit", [None, 6])
@@ -217,9 +248,10 @@ def test_a_suffix_goes_behind_every_text_and_is_read(gpt2):
     torch.testing.assert_close(reward(PROMPTS, RESPONSES), expected, rtol=0, atol=1e-5)
     plain = ClassifierReward(gpt2, tokenizer=_padded(gpt2))(PROMPTS, RESPONSES)
     assert (plain - expected).abs().min() > 1e-4
-    # A long text loses its end, not the suffix.
+    # A long text loses its start, not the suffix.
     cut = ClassifierReward(gpt2, suffix="</s>", tokenizer=_padded(gpt2), max_length=8)(["abcdefg"], [["h", "xyz"]])
-    torch.testing.assert_close(cut, reference_logits(gpt2, ["abcdefg</s>"])[:, 1:].expand(1, 2), rtol=0, atol=1e-5)
+    kept = reference_logits(gpt2, ["bcdefgh</s>", "defgxyz</s>"])[:, 1].view(1, 2)
+    torch.testing.assert_close(cut, kept, rtol=0, atol=1e-5)
     assert ClassifierReward(gpt2, suffix="x").identity() != ClassifierReward(gpt2).identity()
     assert "suffix" not in ClassifierReward(gpt2).identity()  # tables made before there was one stay valid
 

@@ -74,6 +74,12 @@ def drop_repeated_opening(tokens: list[int], opening: Sequence[int]) -> list[int
     return tokens[count:] if count and tokens[: 2 * count] == [*opening, *opening] else tokens
 
 
+def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with alike: where a prompt ends in the text that begins with it."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 def encode_whole_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int | None = None
 ) -> list[list[int]]:

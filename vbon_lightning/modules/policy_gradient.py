@@ -217,6 +217,9 @@ class PolicyGradient(AlignmentModule):
             loss, rollout, logs = self._minibatch_update(self._next_minibatch(number, update))
         if update == 0 and self.loaded.sampler_mismatch is not None:
             logs["sampler_mismatch"] = torch.tensor(self.loaded.sampler_mismatch)
+        for name in ("cut_prompts", "cut_responses"):
+            if count := getattr(self.loaded.reward, name, 0):
+                logs[f"reward_{name}"] = torch.tensor(float(count))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, prog_bar=False)
         return {"loss": loss, "rollout": rollout}
 

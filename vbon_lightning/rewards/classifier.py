@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -18,8 +19,8 @@ from vbon_lightning.models import (
     model_identity,
     parse_dtype,
 )
-from vbon_lightning.models.tokenizer import encode_whole_texts
-from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts
+from vbon_lightning.models.tokenizer import encode_whole_texts, opening_ids, shared_start
+from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,8 +42,9 @@ class ClassifierReward(RewardModel):
         suffix: Put behind every text, finished or cut, such as ``<|endoftext|>`` for a decoder that was trained to be
             read at that token.
         batch_size: Texts in one forward pass; texts of similar length go together.
-        max_length: Longest text in tokens, the suffix included; longer ones lose their end, not the suffix. Default:
-            the longest the model takes.
+        max_length: Longest text in tokens, the suffix included. Default: the longest the model takes. Of a longer text
+            the prompt's start is left out (``cut_prompts`` counts them, and a run logs it). A response that is too long
+            by itself loses its end (``cut_responses``) where ``max_length`` is given, and is an error otherwise.
         tokenizer: Hub name or local directory of the tokenizer. Default: the model's own.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         revision: Branch, tag or commit of a hub model.
@@ -82,6 +84,8 @@ class ClassifierReward(RewardModel):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.suffix = suffix
+        self.cut_prompts = self.cut_responses = 0
+        """Texts that lost the start of their prompt, or the end of their response, so far."""
         self._device = torch.device("cpu")
         self._loaded: tuple[Any, PreTrainedTokenizerBase, int] | None = None
 
@@ -97,7 +101,8 @@ class ClassifierReward(RewardModel):
         columns = len(responses[0]) if responses else 0
         if any(len(row) != columns for row in responses):
             raise RewardError(f"every prompt needs the same number of responses: {[len(row) for row in responses]}")
-        scores = self._scores(texts).view(len(prompts), columns)
+        starts = [prompt if self.text == "prompt_and_response" else "" for prompt in prompts for _ in range(columns)]
+        scores = self._scores(texts, starts).view(len(prompts), columns)
         return check_rewards(scores, prompts, responses)
 
     def identity(self) -> dict[str, str]:
@@ -111,6 +116,8 @@ class ClassifierReward(RewardModel):
         }
         if self.suffix:
             arguments["suffix"] = self.suffix
+        if self.text == "prompt_and_response":
+            arguments["long_text"] = "the prompt loses its start"
         return arguments | {f"model.{key}": value for key, value in model_identity(self._spec()).items()}
 
     def to(self, device: torch.device | str) -> Self:
@@ -158,7 +165,7 @@ class ClassifierReward(RewardModel):
         return model, tokenizer, _label_index(self.label, model.config, name)
 
     @torch.no_grad()
-    def _scores(self, texts: list[str]) -> Tensor:
+    def _scores(self, texts: list[str], starts: list[str]) -> Tensor:
         if self._loaded is None:
             self._loaded = self._load()
         model, tokenizer, label = self._loaded
@@ -168,7 +175,7 @@ class ClassifierReward(RewardModel):
         suffix = _suffix_ids(self.suffix, tokenizer, longest)
         if longest is not None:
             longest -= len(suffix)
-        encoded = encode_whole_texts(tokenizer, texts, max_length=longest)
+        encoded = self._fitting(texts, starts, tokenizer, longest)
         # A decoder's tokenizer makes nothing of an empty text, and a model needs one token to read.
         blank = next(
             token
@@ -186,6 +193,42 @@ class ClassifierReward(RewardModel):
                 logits = model(input_ids=ids, attention_mask=mask).logits.float()
             scores[torch.tensor(rows, device=self._device)] = self._read(logits, label, model.config)
         return scores
+
+    def _fitting(
+        self, texts: list[str], starts: list[str], tokenizer: PreTrainedTokenizerBase, longest: int | None
+    ) -> list[list[int]]:
+        """Encode texts; where one is too long, what it starts with gives way to the rest."""
+        encoded = encode_whole_texts(tokenizer, texts)
+        long = [] if longest is None else [row for row, ids in enumerate(encoded) if len(ids) > longest]
+        if longest is None or not long:
+            return encoded
+        known = self.cut_prompts + self.cut_responses
+        opening = opening_ids(tokenizer)
+        prompts = dict.fromkeys(starts[row] for row in long)
+        prompt_ids = dict(zip(prompts, encode_whole_texts(tokenizer, list(prompts)), strict=True))
+        for row in long:
+            ids = encoded[row]
+            first = len(opening) if ids[: len(opening)] == opening else 0
+            spare = max(0, shared_start(prompt_ids[starts[row]], ids) - first)
+            excess = len(ids) - longest
+            if excess <= spare:
+                encoded[row] = ids[:first] + ids[first + excess :]
+                self.cut_prompts += 1
+            elif self.max_length is not None:
+                (encoded[row],) = encode_whole_texts(tokenizer, [texts[row][len(starts[row]) :]], max_length=longest)
+                self.cut_responses += 1
+            else:
+                raise RewardError(
+                    f"row {row}: the response takes {len(ids) - spare} tokens of the reward model, which reads "
+                    f"{longest}: lower data.max_new_tokens, take a reward model that reads more, or set `max_length` "
+                    f"to cut responses; response {shorten(texts[row][len(starts[row]) :])}"
+                )
+        if not known:  # said once; a run logs how many there are
+            rank_zero_warn(
+                f"{len(long)} of {len(texts)} texts are longer than the {longest} tokens that the reward model reads and "
+                f"lose the start of their prompt, {self.cut_responses} of them also the end of their response"
+            )
+        return encoded
 
     def _read(self, logits: Tensor, label: int, config: Any) -> Tensor:
         chosen = logits[:, label]
