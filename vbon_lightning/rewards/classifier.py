@@ -225,8 +225,8 @@ class ClassifierReward(RewardModel):
                 )
         if not known:  # said once; a run logs how many there are
             rank_zero_warn(
-                f"{len(long)} of {len(texts)} texts are longer than the {longest} tokens that the reward model reads and "
-                f"lose the start of their prompt, {self.cut_responses} of them also the end of their response"
+                f"{len(long)} of {len(texts)} texts are longer than the {longest} tokens that the reward model reads "
+                f"and lose the start of their prompt, {self.cut_responses} of them also the end of their response"
             )
         return encoded
 
