@@ -78,6 +78,11 @@ def roll(actors: Actors, batch: PromptBatch | None = None, **settings: Any) -> A
     return actors.rollout(prompts() if batch is None else batch, **(entries | settings))
 
 
+def score_some(actors: Actors, **settings: Any) -> Any:
+    entries: dict = {"num_samples": 6, "seed": 3, "stream": "train", "step": 0}
+    return actors.scored_responses(prompts(), **(entries | settings))
+
+
 # --- spec ---
 
 
@@ -327,12 +332,12 @@ def test_the_reference_draws_other_noise_than_the_policy(models):
 
 def test_without_a_reference(models):
     actors = Actors.load(ActorSpec(models["policy"], reward=Lengths()), reference=False)
-    rollout = roll(actors, statistics=False)
-    assert not rollout.log_probs.any()
+    scored = score_some(actors)
+    assert not {"log_probs", "reference_log_probs", "token_kl"} & set(scored._fields), "what is unknown has no number"
     with pytest.raises(ValueError, match="this needs the reference model"):
         roll(actors)
     with pytest.raises(ValueError, match="this needs the reference model"):
-        roll(actors, reference_samples=2, statistics=False)
+        score_some(actors, reference_samples=2)
 
 
 # --- statistics ---
@@ -382,7 +387,7 @@ def test_statistics_equal_an_independent_computation(models, temperature):
 def test_the_gradient_goes_to_the_policy_only(models):
     actors = load(models)
     assert actors.reference is not None
-    rollout = roll(actors, statistics=False)
+    rollout = score_some(actors)
     actors.reference.requires_grad_(True)
     live, _ = actors.statistics(rollout)
     (live.log_probs.sum() + live.token_kl.sum()).backward()

@@ -37,7 +37,7 @@ from vbon_lightning.sampling import (
     response_statistics,
     sample_completions,
 )
-from vbon_lightning.types import Completions, PromptBatch, Rollout
+from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses
 
 
 class _Tokens(Protocol):
@@ -365,10 +365,38 @@ class Actors:
         stream: str,
         step: int,
         reference_samples: int = 0,
-        statistics: bool = True,
         predict_rewards: bool = False,
     ) -> Rollout:
-        """Sample from the policy, score the responses and, where asked, compare policy and reference token by token.
+        """Sample from the policy, score the responses, and compare policy and reference token by token.
+
+        Takes what :meth:`scored_responses` does.
+        """
+        scored = self.scored_responses(
+            prompts,
+            num_samples=num_samples,
+            seed=seed,
+            stream=stream,
+            step=step,
+            reference_samples=reference_samples,
+            predict_rewards=predict_rewards,
+        )
+        return self.statistics(scored)[0]
+
+    @torch.no_grad()
+    def scored_responses(
+        self,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        reference_samples: int = 0,
+        predict_rewards: bool = False,
+    ) -> ScoredResponses:
+        """Sample from the policy and score the responses.
+
+        A training step that does one update a rollout gets the rest from its own forward pass.
 
         Args:
             prompts: B prompts.
@@ -378,8 +406,6 @@ class Actors:
             step: The rollout's number within the stream.
             reference_samples: M reference responses a prompt to sample and score where the batch brings no
                 reference rewards (the ``online`` mode); 0 for none.
-            statistics: Fill in the policy's log-probabilities and the exact KL. A training step that does one
-                update a rollout gets them from its own forward pass, and leaves them out here.
             predict_rewards: Predict the distribution of the reward also where there are reference rewards.
         """
         self.place()
@@ -396,21 +422,14 @@ class Actors:
         predicted = None
         if (reference_rewards is None or predict_rewards) and self.value is not None:
             predicted = self.value.log_cdf(prompts)
-        zeros = torch.zeros_like(completions.log_probs)
-        rollout = Rollout(
+        return ScoredResponses(
             prompts=prompts,
             completions=completions,
             responses=responses,
             rewards=rewards,
-            log_probs=zeros,
-            reference_log_probs=zeros,
-            token_kl=zeros,
             reference_rewards=reference_rewards,
             reference_log_cdf=predicted,
         )
-        if statistics:
-            rollout, _ = self.statistics(rollout)
-        return rollout
 
     def reference_rewards(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
         """Sample M responses a prompt from the reference and return their rewards ``[B, M]``."""
@@ -419,8 +438,8 @@ class Actors:
         token_ids = self.token_ids(completions)
         return self.score(prompts.text, self.decode(token_ids, prompts), token_ids, completions.finished)
 
-    def statistics(self, rollout: Rollout, *, hidden: bool = False) -> tuple[Rollout, Tensor | None]:
-        """Fill in log-probabilities and the exact KL of a rollout's responses, differentiable in the policy.
+    def statistics(self, rollout: ScoredResponses | Rollout, *, hidden: bool = False) -> tuple[Rollout, Tensor | None]:
+        """Find log-probabilities and the exact KL of given responses, differentiable in the policy.
 
         Args:
             rollout: Prompts and responses.
@@ -434,10 +453,8 @@ class Actors:
             temperature=self.temperature,
             hidden=hidden,
         )
-        filled = rollout._replace(
-            log_probs=found.log_probs, reference_log_probs=found.reference_log_probs, token_kl=found.kl
-        )
-        return filled, found.hidden
+        known = {"log_probs": found.log_probs, "reference_log_probs": found.reference_log_probs, "token_kl": found.kl}
+        return Rollout(**(rollout._asdict() | known)), found.hidden
 
 
 def _load_scorer(spec: ActorSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PrefixScorer:

@@ -85,6 +85,22 @@ class TableBatch(NamedTuple):
     """``[B, M, T]``: the M cached responses, as they were sampled: an EOS only where one was."""
 
 
+class ScoredResponses(NamedTuple):
+    """Responses and their rewards, before any model said how likely they are."""
+
+    prompts: PromptBatch
+    completions: Completions
+    responses: list[list[str]]
+    """B lists of G decoded responses, special tokens left out."""
+    rewards: Tensor
+    """``[B, G]`` float32: rewards, the missing-EOS penalty included."""
+    reference_rewards: Tensor | None
+    """``[B, M]`` float32: rewards of reference responses, from the table or sampled on the spot."""
+    reference_log_cdf: Tensor | None = None
+    """``[B, K + 1]``: log of the reference's reward distribution at a value model's bin edges, predicted from the
+    prompt; only where there are no reference rewards and a value model is named."""
+
+
 class Rollout(NamedTuple):
     """What a training or evaluation step learned about its prompts; callbacks read only this."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -127,21 +127,25 @@ def compare(
     scorer = actors.value if rewards is None else None
 
     # Each batch prompts x samples rows; the loader is rebuilt for every policy, so that all see the same batches.
-    def rollouts(label: str, number: int, limit: int | None = None, *, statistics: bool = True) -> Iterator[Rollout]:
+    def batches(label: str, limit: int | None = None) -> Iterator[PromptBatch]:
         loader = data.split_dataloader(split)
         for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
             if limit is not None and done * data.eval_batch_size >= limit:
                 return
-            yield actors.rollout(
-                _to(batch, place), num_samples=number, seed=seed, stream="compare", step=0, statistics=statistics
-            )
+            yield _to(batch, place)
+
+    noise: dict[str, Any] = {"seed": seed, "stream": "compare", "step": 0}
+
+    def rollouts(label: str, number: int, limit: int | None = None) -> Iterator[Rollout]:
+        return (actors.rollout(batch, num_samples=number, **noise) for batch in batches(label, limit))
 
     by_temperature: list[TemperatureReport] = []
 
     def at_temperatures(name: str) -> None:
         for temperature in temperatures:
             actors.temperature = temperature
-            found = rollouts(f"{name}, T = {temperature:g}", samples, statistics=False)
+            drawn = batches(f"{name}, T = {temperature:g}")
+            found = (actors.scored_responses(batch, num_samples=samples, **noise) for batch in drawn)
             by_temperature.append(evaluate_temperature(found, name=name, temperature=temperature, scorer=scorer))
         actors.temperature = spec.temperature
 

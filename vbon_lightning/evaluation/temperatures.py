@@ -21,7 +21,7 @@ from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
 from vbon_lightning.evaluation.reports import REFERENCE, win_rates
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.reference_table.shards import atomic_file
-from vbon_lightning.types import Rollout
+from vbon_lightning.types import ScoredResponses
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TemperatureReport:
 
 @torch.no_grad()
 def evaluate_temperature(
-    rollouts: Iterable[Rollout], *, name: str, temperature: float, scorer: PrefixScorer | None = None
+    rollouts: Iterable[ScoredResponses], *, name: str, temperature: float, scorer: PrefixScorer | None = None
 ) -> TemperatureReport:
     """Average rollouts that were sampled at a temperature over prompts.
 

@@ -23,7 +23,7 @@ from vbon_lightning.functional import (
 )
 from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.sampling import noise_seed
-from vbon_lightning.types import Completions, PromptBatch, Rollout
+from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses
 
 
 class Experience(NamedTuple):
@@ -49,8 +49,11 @@ class PolicyGradient(AlignmentModule):
             ratio) or ``ppo`` (clipped ratio, generalised advantages from a critic).
         kl_estimator: How the KL enters: ``rao_blackwell`` (exact over the vocabulary at each step, its own gradient,
             the KL still to come as a cost-to-go), ``sampled`` (the log-ratio of the sampled tokens) or
-            ``prefix_baseline`` (``rao_blackwell`` with the log-ratio so far as a further baseline). All unbiased.
-        epochs_per_rollout: Passes over each rollout.
+            ``prefix_baseline`` (``rao_blackwell`` with the log-ratio so far as a further baseline). All are unbiased
+            for one update a rollout.
+        epochs_per_rollout: Passes over each rollout. From the second update on the responses are those of an older
+            policy: ``clip`` bounds how far advantages may pull, but the exact KL's own gradient is taken where that
+            policy went, not where this one would go, and is biased the more, the further the policy has moved.
         minibatches: Updates a pass, each on its share of the prompts; must divide the batch of prompts. The shares
             stay the same in every pass, their order does not.
         clip: Clip range of the probability ratio.
@@ -241,21 +244,20 @@ class PolicyGradient(AlignmentModule):
             reference_samples=self.reference_samples,
         )
 
-    def _sample(self, batch: PromptBatch, number: int) -> Rollout:
-        return self.loaded.rollout(
+    def _sample(self, batch: PromptBatch, number: int) -> ScoredResponses:
+        return self.loaded.scored_responses(
             batch,
             num_samples=self.samples_per_prompt,
             seed=self.seed,
             stream="train",
             step=number,
             reference_samples=self.reference_samples,
-            statistics=False,
             predict_rewards=self.predicts_rewards,
         )
 
     # -- one update a rollout: the pass that learns also gives the log-probabilities and the KL ----
 
-    def _on_policy_update(self, rollout: Rollout) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
+    def _on_policy_update(self, rollout: ScoredResponses) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
         live, values = self._evaluate_responses(rollout)
         fixed = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach())
         experience = self._experience_of(fixed, None if values is None else values.detach())
@@ -264,7 +266,7 @@ class PolicyGradient(AlignmentModule):
     # -- several updates a rollout -----------------------------------------------------------------
 
     @torch.no_grad()
-    def _collect(self, rollout: Rollout) -> list[Experience]:
+    def _collect(self, rollout: ScoredResponses) -> list[Experience]:
         """Split a rollout into minibatches and evaluate each as it will be when it is learnt from.
 
         The same rows in the same shapes give the same bits: the ratio is exactly 1 before the first update.
@@ -286,7 +288,7 @@ class PolicyGradient(AlignmentModule):
 
     # -- the loss ----------------------------------------------------------------------------------
 
-    def _evaluate_responses(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+    def _evaluate_responses(self, rollout: ScoredResponses | Rollout) -> tuple[Rollout, Tensor | None]:
         """Fill in log-probabilities, exact KL and values ``[B, G, T]``, differentiable in the policy."""
         critic = self.critic
         evaluated, hidden = self.loaded.statistics(rollout, hidden=critic is not None)
