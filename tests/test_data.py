@@ -197,6 +197,25 @@ def test_the_first_samples_of_the_table(make, tmp_path, penalty):
         assert torch.equal(one.reference_rewards[:, :3], other.reference_rewards)
 
 
+def test_the_samples_behind_those_that_taught(make, tmp_path):
+    table = str(tmp_path / "table")
+    write_table(make(reference_table=table), [*TRAIN, *VAL], samples=4)
+    skipping = ({}, {"table_skip": 1}, {"table_skip": 1, "table_samples": 2})
+    whole, rest, one = (make(reference_table=table, **more) for more in skipping)
+    assert (whole.reference_rewards, rest.reference_rewards, one.reference_rewards) == (4, 3, 2)
+    for all_of_them, last, some in zip(*(data.val_dataloader() for data in (whole, rest, one)), strict=True):
+        assert torch.equal(all_of_them.reference_rewards[:, 1:], last.reference_rewards)
+        assert torch.equal(all_of_them.reference_rewards[:, 1:3], some.reference_rewards)
+    responses = one.table_batch(one.prompts("train")[:2]).responses
+    assert torch.equal(responses.tokens, whole.table_batch(whole.prompts("train")[:2]).responses.tokens[:, 1:3])
+    with pytest.raises(ValueError, match=r"data.table_samples=4 behind data.table_skip=1, but .* holds 4 responses"):
+        make(reference_table=table, table_skip=1, table_samples=4).reference_rewards  # noqa: B018
+    with pytest.raises(ValueError, match=r"behind data.table_skip=4"):
+        make(reference_table=table, table_skip=4).reference_rewards  # noqa: B018
+    with pytest.raises(ValueError, match="data.table_skip must be at least 0, got -1"):
+        make(reference_table=table, table_skip=-1)
+
+
 def test_batches_of_prompts(make):
     data = make()
     data.setup("fit")

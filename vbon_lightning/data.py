@@ -84,6 +84,9 @@ class AlignmentDataModule(LightningDataModule):
         test: Where held-out text for ``vbon test`` and ``vbon compare`` comes from.
         reference_table: Directory of the reference table: read when it is there, written by ``vbon predict``.
         table_samples: M, how many of the table's responses a prompt to use, the first ones; all by default.
+        table_skip: Leave out so many of the table's responses a prompt before that. Where a policy is judged on the
+            prompts that it learnt from, those that judge are to be others than those that taught: train with
+            ``table_samples: 64``, compare with ``table_skip: 64``.
         table_seed: Seeds the table's responses; part of its fingerprint.
         table_splits: Splits whose prompts ``vbon predict`` fills into the table.
         max_new_tokens: Longest response, in tokens.
@@ -118,6 +121,7 @@ class AlignmentDataModule(LightningDataModule):
         test: TextSource | None = None,
         reference_table: str | None = None,
         table_samples: int | None = None,
+        table_skip: int = 0,
         table_seed: int = 0,
         table_splits: list[Split] = ["train", "val", "test"],  # noqa: B006 (never mutated; a tuple reads worse in YAML)
         max_new_tokens: int = 32,
@@ -165,7 +169,9 @@ class AlignmentDataModule(LightningDataModule):
             end_tokens=end_tokens,
         )
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
-        self.reference_table, self.table_samples = reference_table, table_samples
+        if table_skip < 0:
+            raise ValueError(f"data.table_skip must be at least 0, got {table_skip}")
+        self.reference_table, self.table_samples, self.table_skip = reference_table, table_samples, table_skip
         self.table_seed, self.table_splits = table_seed, list(table_splits)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -207,17 +213,22 @@ class AlignmentDataModule(LightningDataModule):
         """Return M, the number of reference rewards a prompt that the table brings to training.
 
         Raises:
-            ValueError: If ``table_samples`` asks for more than the table holds.
+            ValueError: If ``table_skip`` and ``table_samples`` ask for more than the table holds.
         """
-        held = self.table().samples
-        if self.table_samples is None:
-            return held
-        if self.table_samples > held:
+        held, skipped = self.table().samples, self.table_skip
+        wanted = max(1, held - skipped) if self.table_samples is None else self.table_samples
+        if skipped + wanted > held:
+            behind = f" behind data.table_skip={skipped}" if skipped else ""
             raise ValueError(
-                f"data.table_samples={self.table_samples}, but the reference table {self.reference_table} holds "
+                f"data.table_samples={wanted}{behind}, but the reference table {self.reference_table} holds "
                 f"{held} responses a prompt: lower it, or make a larger table with `vbon predict`"
             )
-        return self.table_samples
+        return wanted
+
+    @property
+    def table_columns(self) -> slice:
+        """Return which of the table's responses a prompt are used."""
+        return slice(self.table_skip, self.table_skip + self.reference_rewards)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the table's responses and rewards depend on."""
@@ -332,6 +343,7 @@ class AlignmentDataModule(LightningDataModule):
             settings["train_content"] = self._split("train", self._batch_kind).digest
         if self._reads_table:
             settings |= {"table_seed": self.table_seed, "reference rewards a prompt": self.reference_rewards}
+            settings |= {"table_skip": self.table_skip} if self.table_skip else {}
         return settings
 
     def train_dataloader(self) -> DataLoader:
@@ -436,8 +448,8 @@ class AlignmentDataModule(LightningDataModule):
     def _collate_responses(self, items: list[tuple[int, bool, EncodedPrompt]]) -> TableBatch:
         keys, texts = [row.key for _, _, row in items], [row.text for _, _, row in items]
         tokens, mask = self.table().response_matrix(keys, texts, pad_id=self._pad_id())
-        samples = self.reference_rewards
-        return TableBatch(self._collate_prompts(items), Responses(tokens[:, :samples], mask[:, :samples]))
+        used = self.table_columns
+        return TableBatch(self._collate_prompts(items), Responses(tokens[:, used], mask[:, used]))
 
     def prompt_batch(self, prompts: Sequence[EncodedPrompt], first: int = 0) -> PromptBatch:
         """Return given prompts without their rewards, numbered from ``first``: their numbers fix the sampling noise."""
@@ -451,10 +463,10 @@ class AlignmentDataModule(LightningDataModule):
         """Return the table's rewards ``[B, M]`` of given prompts, the missing-EOS penalty subtracted."""
         table = self.table()
         keys, texts = [row.key for row in prompts], [row.text for row in prompts]
-        samples = self.reference_rewards
-        rewards = table.rewards_matrix(keys, texts)[:, :samples]
+        used = self.table_columns
+        rewards = table.rewards_matrix(keys, texts)[:, used]
         if self.actors.missing_eos_penalty:
-            finished = table.finished_matrix(keys, texts)[:, :samples]
+            finished = table.finished_matrix(keys, texts)[:, used]
             rewards = rewards - self.actors.missing_eos_penalty * (1.0 - finished.float())
         return rewards
 

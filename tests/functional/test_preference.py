@@ -6,10 +6,11 @@ import itertools
 import math
 
 import pytest
+import scipy.integrate
 import torch
 from torch import Tensor
 
-from vbon_lightning.functional import bonbon_beta, bonbon_loss, dpo_loss
+from vbon_lightning.functional import bonbon_beta, bonbon_gap, bonbon_loss, dpo_loss
 
 REFERENCE = torch.tensor([0.15, 0.4, 0.25, 0.2], dtype=torch.float64)
 REWARDS = torch.tensor([0.5, -1.0, 2.0, 1.0], dtype=torch.float64)
@@ -116,6 +117,78 @@ def test_bonbon_gradient_reaches_both_terms() -> None:
     torch.testing.assert_close(log_prob.grad, torch.full((3,), -0.25 / 3, dtype=torch.float64))
     torch.testing.assert_close(best.grad, 0.75 * 2 * off / 3)
     torch.testing.assert_close(worst.grad, -0.75 * 2 * off / 3)
+
+
+def gap_by_enumeration(rewards: list[float], n: int) -> tuple[float, float]:
+    """Mean gap and share of ties over all n-tuples of the rewards, each as likely."""
+    count = len(rewards)
+
+    def log_ratio(reward: float) -> float:
+        low, high = (
+            sum(other < reward for other in rewards) / count,
+            sum(other <= reward for other in rewards) / count,
+        )
+        return math.log((high**n - low**n) / (high - low))
+
+    groups = list(itertools.product(rewards, repeat=n))
+    gaps = [log_ratio(max(group)) - log_ratio(min(group)) for group in groups]
+    return sum(gaps) / len(groups), sum(max(group) == min(group) for group in groups) / len(groups)
+
+
+@pytest.mark.parametrize("rewards", [[0, 0, 1, 1, 1], [2, 2, 5, 5, 3, 3], [1, 1, 1], [0] * 7 + [1] * 3])
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_gap_of_rewards_that_tie(rewards: list[float], n: int) -> None:
+    found = bonbon_gap(torch.tensor([rewards], dtype=torch.float64), n=n)
+    gap, tied = gap_by_enumeration(rewards, n)
+    assert found.mean.item() == pytest.approx(gap, abs=1e-12)
+    assert found.tied.item() == pytest.approx(tied, abs=1e-12)
+    assert found.told_apart.item() == pytest.approx(gap / (1 - tied) if tied < 1 else 0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 30])
+def test_without_ties_the_gap_is_bonbons(n: int) -> None:
+    found = bonbon_gap(torch.rand(3, 17), n=n)
+    assert found.mean.tolist() == pytest.approx([1 / (2 * bonbon_beta(n))] * 3, rel=1e-12)
+    assert not found.tied.any() and torch.equal(found.told_apart, found.mean)
+
+
+def gap_by_quadrature(rewards: list[float], n: int) -> tuple[float, float]:
+    """Mean gap and share of ties: a reward that ties with none is a continuous one between its neighbours."""
+    count, gap, tied = len(rewards), 0.0, 0.0
+    for reward in set(rewards):
+        low, high = sum(other < reward for other in rewards) / count, sum(other <= reward for other in rewards) / count
+        ties = rewards.count(reward) > 1
+        level = math.log((high**n - low**n) / (high - low))
+
+        def density(u: float, ties: bool = ties, level: float = level) -> float:
+            log_ratio = level if ties else math.log(n) + (n - 1) * math.log(u)
+            return n * (u ** (n - 1) - (1 - u) ** (n - 1)) * log_ratio
+
+        gap += scipy.integrate.quad(density, low, high)[0]
+        tied += (high - low) ** n if ties else 0.0
+    return gap, tied
+
+
+def test_a_reward_that_ties_with_none_is_a_continuous_one() -> None:
+    rewards = [0.0, 1.0, 1.0, 4.0, 9.0, 9.0, 9.0, 2.0]
+    found = bonbon_gap(torch.tensor([rewards]), n=3)
+    assert (found.mean.item(), found.tied.item()) == pytest.approx(gap_by_quadrature(rewards, 3), abs=1e-6)
+
+
+def test_pairs_that_tie_teach_nothing() -> None:
+    log_prob, best, worst = (draw(4).requires_grad_() for _ in range(3))
+    apart = torch.tensor([True, False, True, False])
+    for found in (
+        dpo_loss(best, worst, beta=BETA, told_apart=apart),
+        bonbon_loss(log_prob, best, worst, n=3, alpha=0.0, goal=torch.tensor(1.5), told_apart=apart),
+    ):
+        best.grad = worst.grad = None
+        found.loss.backward()
+        assert (best.grad[~apart] == 0).all() and (worst.grad[~apart] == 0).all() and best.grad[apart].all()
+        assert found.accuracy.item() == (best > worst)[apart].double().mean().item()
+    whole = bonbon_loss(log_prob, best, worst, n=3, alpha=0.0, goal=torch.tensor(1.5), told_apart=apart)
+    by_hand = (best - worst - 1.5)[apart].square().sum() / 4
+    torch.testing.assert_close(whole.loss, by_hand)
 
 
 # -- both --

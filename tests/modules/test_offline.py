@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tests.functional.test_preference import gap_by_quadrature
 from tests.helpers import EOS
 from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer
 from vbon_lightning import DPO, BoNSFT
@@ -164,23 +165,25 @@ def test_dpo_by_hand(loss_name: str, files: Path) -> None:
     pairs = pick_groups(rewards, [0, 1, 2, 3], n=4, groups=2, seed=module.seed, stream="pick", step=3)
     terms, gaps = [], []
     for place in range(4):
+        goal, ties = gap_by_quadrature(rewards[place].tolist(), 4)
         for best, worst in zip(pairs.best[place].tolist(), pairs.worst[place].tolist(), strict=True):
             assert rewards[place, best] >= rewards[place, worst]
             ours = [by_hand(module.policy, batch, place, sample) for sample in (best, worst)]
             with torch.no_grad():
                 theirs = [by_hand(reference, batch, place, sample) for sample in (best, worst)]
             gap = ours[0] - theirs[0] - ours[1] + theirs[1]
-            gaps.append(gap.item())
+            apart = float(rewards[place, best] > rewards[place, worst])
+            gaps += [gap.item()] if apart else []
             if loss_name == "dpo":
-                terms.append(torch.log1p(torch.exp(-0.4 * gap)))
+                terms.append(apart * torch.log1p(torch.exp(-0.4 * gap)))
             else:
-                terms.append(-0.1 * ours[0] + 0.9 * (gap - 3 * (1 + 1 / 2 + 1 / 3)) ** 2)
+                terms.append(-0.1 * ours[0] + 0.9 * apart * (gap - goal / (1 - ties)) ** 2)
     assert_gradients_equal(module, loss, torch.stack(terms).mean())
-    # Where a group has the same response twice and no other reward, it may be paired with itself.
-    right = sum(0.5 if gap == 0 else float(gap > 0) for gap in gaps)
-    assert logs["accuracy"].item() == pytest.approx(right / 8, abs=1e-6)
+    assert 0 < len(gaps) < 8, "some groups tie"
+    assert logs["tied_pairs"].item() == pytest.approx(1 - len(gaps) / 8)
+    assert logs["accuracy"].item() == pytest.approx(sum(gap > 0 for gap in gaps) / len(gaps), abs=1e-6)
     beta = 0.4 if loss_name == "dpo" else 1 / (2 * 3 * (1 + 1 / 2 + 1 / 3))
-    assert logs["margin"].item() == pytest.approx(beta * sum(gaps) / 8, rel=1e-4)
+    assert logs["margin"].item() == pytest.approx(beta * sum(gaps) / len(gaps), rel=1e-4)
 
 
 # -- training --
@@ -189,7 +192,9 @@ def test_dpo_by_hand(loss_name: str, files: Path) -> None:
 def test_dpo_starts_at_the_reference_and_learns(files: Path, tmp_path: Path) -> None:
     data, record = table_data(files), Record()
     make_trainer(tmp_path, record, steps=30, limit_val_batches=0).fit(make_module("dpo", data, beta=1.0), data)
-    assert record.logged[0] == pytest.approx({"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}, abs=1e-6)
+    first = record.logged[0]
+    apart = 1 - first.pop("tied_pairs")
+    assert first == pytest.approx({"loss": apart * math.log(2), "accuracy": 0.5, "margin": 0.0}, abs=1e-6)
     last = record.logged[-5:]
     assert sum(logged["accuracy"] for logged in last) / 5 > 0.8
     assert sum(logged["margin"] for logged in last) / 5 > 0.5

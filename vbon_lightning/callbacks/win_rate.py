@@ -19,8 +19,9 @@ class BestOfNWinRate(RolloutMetrics):
 
     Logs ``win_rate`` (against one reference sample; at most about N/(N+1) for a policy that imitates
     Best-of-N) and ``win_rate_vs_bon{n}`` (against the best of n; 1/2 for a policy that equals Best-of-n).
-    Both are unbiased estimates from M cached reference rewards a prompt, which Best-of-n needs at least n of,
-    and better 4n.
+    Both are means over M cached reference rewards a prompt, which Best-of-n needs at least n of, and better 4n:
+    unbiased on prompts that training does not see. On those that it does (``train/``), the rewards that judge are those
+    that the target was made of, and the rates are too high, the more, the smaller M / n.
 
     Args:
         n: The Best-of-n opponents. By default the one with the module's own ``n``, if it has one.

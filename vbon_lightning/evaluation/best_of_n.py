@@ -9,13 +9,12 @@ from vbon_lightning.functional import bon_kl, bon_order_weights
 from vbon_lightning.functional import bon_selection_weights as selection_weights
 from vbon_lightning.functional.reward_cdf import reward_counts
 
-__all__ = ["KL_CHECK_ESTIMATOR", "KL_ESTIMATOR", "bon_against_bon", "bon_kl", "selection_weights"]
+__all__ = ["KL_ESTIMATOR", "bon_against_bon", "bon_kl", "selection_weights"]
 
 KL_ESTIMATOR = (
     "the cached responses stand for the reference, "
     "sum_j w_j log(M w_j), w_j = (F_le^N - F_lt^N) / (M (F_le - F_lt)); never above log N - (N-1)/N"
 )
-KL_CHECK_ESTIMATOR = "estimator of Beirami et al. (2024) from the selected response's probability"
 
 
 def bon_against_bon(reference_rewards: Tensor, *, n: int, m: int) -> Tensor:

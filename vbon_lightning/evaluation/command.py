@@ -35,7 +35,7 @@ from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_t
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
-from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
+from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel, check_rewards
 from vbon_lightning.types import PromptBatch, Rollout
 
@@ -152,7 +152,7 @@ def compare(
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
     at_temperatures("reference")
     if rewards is not None:
-        reports = _best_of_n(data.table(), prompts, rewards, n, judge if judge_table else None)
+        reports = _best_of_n(data, prompts, rewards, n, judge if judge_table else None)
     else:
         assert scorer is not None
         predicted: list[Tensor] = []
@@ -215,23 +215,25 @@ def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: in
 
 
 def _best_of_n(
-    table: ReferenceTable, prompts: list[EncodedPrompt], rewards: Tensor, n: Sequence[int], judge: RewardModel | None
+    data: AlignmentDataModule,
+    prompts: list[EncodedPrompt],
+    rewards: Tensor,
+    n: Sequence[int],
+    judge: RewardModel | None,
 ) -> list[PolicyReport]:
     """Report on the reference and on Best-of-N from the table."""
-    keys, texts, samples = [prompt.key for prompt in prompts], [prompt.text for prompt in prompts], rewards.shape[1]
+    table, used = data.table(), data.table_columns
+    keys, texts = [prompt.key for prompt in prompts], [prompt.text for prompt in prompts]
     rows = [table.row(key, text) for key, text in zip(keys, texts, strict=True)]
-    lengths = torch.tensor([[len(ids) for ids in row.response_tokens[:samples]] for row in rows])
-    log_probs = finished = judged = None
+    lengths = torch.tensor([[len(ids) for ids in row.response_tokens[used]] for row in rows])
+    finished = judged = None
     with suppress(ReferenceTableError):  # imported tables do not know them
-        log_probs = table.log_probs_matrix(keys, texts)[:, :samples]
-        finished = table.finished_matrix(keys, texts)[:, :samples]
+        finished = table.finished_matrix(keys, texts)[:, used]
     if judge is not None:
-        responses = [list(row.responses[:samples]) for row in rows]
-        ids = [[list(tokens) for tokens in row.response_tokens[:samples]] for row in rows]
+        responses = [list(row.responses[used]) for row in rows]
+        ids = [[list(tokens) for tokens in row.response_tokens[used]] for row in rows]
         judged = check_rewards(judge(texts, responses, ids), texts, responses)
-    return bon_reports(
-        rewards, n_values=n, log_probs=log_probs, lengths=lengths, finished=finished, judge_rewards=judged
-    )
+    return bon_reports(rewards, n_values=n, lengths=lengths, finished=finished, judge_rewards=judged)
 
 
 def _judge(actors: Actors, judge: RewardModel) -> Judge:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vbon_lightning.decoding import Decoded, DecodingCost
 from vbon_lightning.evaluation.best_of_n import (
-    KL_CHECK_ESTIMATOR,
     KL_ESTIMATOR,
     bon_against_bon,
     bon_kl,
@@ -22,7 +21,6 @@ from vbon_lightning.functional import (
     RewardCDF,
     binned_bon_kl,
     bon_kl_bound,
-    bon_kl_estimate,
     bon_win_rate,
     bon_win_rate_bound,
     win_rate_by_cdf,
@@ -132,9 +130,10 @@ def evaluate_policy(
     """Average a policy's rollouts over prompts.
 
     The KL is the mean over responses of the exact KL over the vocabulary, summed over each response's tokens;
-    the mean log-ratio of the sampled responses stands beside it as a check. Win rates are unbiased estimates
-    from the M reference rewards a prompt; where rollouts bring the predicted distribution of the reference's reward
-    in their place, they are that distribution's.
+    the mean log-ratio of the sampled responses stands beside it as a check. Win rates are
+    over the M reference rewards a prompt: unbiased for policies that never learnt from these very rewards, too high for
+    others (``data.table_skip`` keeps some apart); where rollouts bring the predicted distribution of the reference's
+    reward in their place, they are that distribution's.
 
     Args:
         rollouts: Rollouts with log-probabilities and KL filled in; filler rows count nowhere.
@@ -314,7 +313,6 @@ def bon_reports(
     reference_rewards: Tensor,
     *,
     n_values: Sequence[int],
-    log_probs: Tensor | None = None,
     lengths: Tensor | None = None,
     finished: Tensor | None = None,
     judge_rewards: Tensor | None = None,
@@ -327,8 +325,6 @@ def bon_reports(
     Args:
         reference_rewards: ``[B, M]``.
         n_values: The N to report on; 1 is the reference, and comes first whether asked for or not.
-        log_probs: ``[B, M]`` log-probabilities of the responses under the reference; with them comes a second
-            estimate of the KL (Beirami et al., https://arxiv.org/abs/2401.01879).
         lengths: ``[B, M]`` tokens of each response.
         finished: ``[B, M]`` whether an EOS ended it.
         judge_rewards: ``[B, M]`` a second scorer's rewards.
@@ -337,16 +333,13 @@ def bon_reports(
         ValueError: If shapes differ or N > M.
     """
     rewards = reference_rewards.double()
-    named = {"log_probs": log_probs, "lengths": lengths, "finished": finished, "judge_rewards": judge_rewards}
+    named = {"lengths": lengths, "finished": finished, "judge_rewards": judge_rewards}
     for name, values in named.items():
         if values is not None and values.shape != rewards.shape:
             raise ValueError(f"{name} must have the rewards' shape {tuple(rewards.shape)}, got {tuple(values.shape)}")
     wanted = sorted({1, *n_values})
     _check_samples(wanted, rewards.shape[1])
-    return [
-        _bon_report(rewards, n, wanted, log_probs=log_probs, lengths=lengths, finished=finished, judge=judge_rewards)
-        for n in wanted
-    ]
+    return [_bon_report(rewards, n, wanted, lengths=lengths, finished=finished, judge=judge_rewards) for n in wanted]
 
 
 def _bon_report(
@@ -354,14 +347,11 @@ def _bon_report(
     n: int,
     opponents: Sequence[int],
     *,
-    log_probs: Tensor | None,
     lengths: Tensor | None,
     finished: Tensor | None,
     judge: Tensor | None,
 ) -> PolicyReport:
     weights, samples = selection_weights(rewards, n=n), rewards.shape[1]
-    # The reference's KL to itself needs no second estimate.
-    kl_check = None if log_probs is None or n == 1 else bon_kl_estimate(log_probs.double(), n=n)
 
     def selected(values: Tensor | None) -> Estimate | None:
         return None if values is None else estimate_mean((weights * values.double()).sum(-1))
@@ -379,8 +369,6 @@ def _bon_report(
         reward=estimate_mean((weights * rewards).sum(-1)),
         kl=estimate_mean(bon_kl(rewards, n=n)),
         kl_estimator=KL_ESTIMATOR,
-        kl_check=selected(kl_check),
-        kl_check_estimator=None if kl_check is None else KL_CHECK_ESTIMATOR,
         kl_bound=bon_kl_bound(n),
         win_rate=against(1),
         win_rate_bound=bon_win_rate_bound(n),

@@ -51,7 +51,14 @@ from vbon_lightning.functional.policy_gradient import (
     normalise_advantages,
     reinforce_loss,
 )
-from vbon_lightning.functional.preference import PreferenceLoss, bonbon_beta, bonbon_loss, dpo_loss
+from vbon_lightning.functional.preference import (
+    BonbonGap,
+    PreferenceLoss,
+    bonbon_beta,
+    bonbon_gap,
+    bonbon_loss,
+    dpo_loss,
+)
 from vbon_lightning.functional.prefix_values import (
     prefix_log_values,
     ranked_probability_score,
@@ -87,6 +94,7 @@ from vbon_lightning.functional.targets import (
 __all__ = [
     "CDF_ESTIMATORS",
     "AdvantageEstimate",
+    "BonbonGap",
     "Candidates",
     "GroupExtremes",
     "PreferenceLoss",
@@ -115,6 +123,7 @@ __all__ = [
     "bon_win_rate",
     "bon_win_rate_bound",
     "bonbon_beta",
+    "bonbon_gap",
     "bonbon_loss",
     "bradley_terry_loss",
     "candidate_teacher",

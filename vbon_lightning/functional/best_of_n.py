@@ -171,7 +171,8 @@ def bon_kl_estimate(log_reference: Tensor, *, n: float) -> Tensor:
 
         (1-e)^n (log n + (n-1) log(1-e) - (n-1)/n) + (1 - (1-e)^n) log((1 - (1-e)^n) / e);
 
-    the mean over selected responses is the estimate. https://arxiv.org/abs/2401.01879.
+    the mean over selected responses is the estimate. https://arxiv.org/abs/2401.01879. It knows nothing of the reward:
+    of long responses, whose probabilities are all small, it is :func:`bon_kl_bound`, also where rewards tie.
 
     Args:
         log_reference: any shape, log p of the selected responses under the reference.

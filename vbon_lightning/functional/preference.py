@@ -6,13 +6,15 @@ pairs, so that equal shares of a batch on several processes average to the loss 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vbon_lightning.functional._validate import check_float, check_real, check_same_shape
+from vbon_lightning.functional._validate import check_float, check_mask, check_real, check_same_shape
+from vbon_lightning.functional.reward_cdf import reward_counts
 
 
 class PreferenceLoss(NamedTuple):
@@ -26,7 +28,9 @@ class PreferenceLoss(NamedTuple):
     """A scalar: the mean difference of the implicit rewards, ``beta (D_best - D_worst)``."""
 
 
-def dpo_loss(best_log_ratio: Tensor, worst_log_ratio: Tensor, *, beta: float) -> PreferenceLoss:
+def dpo_loss(
+    best_log_ratio: Tensor, worst_log_ratio: Tensor, *, beta: float, told_apart: Tensor | None = None
+) -> PreferenceLoss:
     """Compute the loss of direct preference optimisation, ``-mean log sigmoid(beta (D_best - D_worst))``.
 
     ``beta D`` is the implicit reward. Where preferences follow a Bradley-Terry model of a reward r, the optimum is that
@@ -37,6 +41,8 @@ def dpo_loss(best_log_ratio: Tensor, worst_log_ratio: Tensor, *, beta: float) ->
         best_log_ratio: any shape, D of the better responses, differentiable.
         worst_log_ratio: the same shape, D of the worse ones.
         beta: weight of the KL to the reference that the implicit reward stands for, > 0.
+        told_apart: the same shape, bool: False for pairs of equal rewards, of which nothing is to be learnt; they count
+            nowhere but in the number of pairs. None for all.
 
     Returns:
         :class:`PreferenceLoss`.
@@ -47,7 +53,7 @@ def dpo_loss(best_log_ratio: Tensor, worst_log_ratio: Tensor, *, beta: float) ->
     """
     check_real("beta", beta, above=0.0)
     gap = _gap(best_log_ratio, worst_log_ratio)
-    return _with_diagnostics(-logsigmoid(beta * gap).mean(), gap, beta)
+    return _with_diagnostics(_mean_of(-logsigmoid(beta * gap), told_apart), gap, beta, told_apart)
 
 
 def bonbon_beta(n: int) -> float:
@@ -73,13 +79,75 @@ def bonbon_beta(n: int) -> float:
     return 1 / (2 * (n - 1) * sum(1 / k for k in range(1, n)))
 
 
+class BonbonGap(NamedTuple):
+    """How far Best-of-n tells the best and the worst of n apart, on average."""
+
+    mean: Tensor
+    """``[B]`` float64: mean difference of ``log pi_bon/ref``, groups whose rewards all tie counted with 0."""
+    tied: Tensor
+    """``[B]`` float64: the share of groups whose rewards all tie."""
+
+    @property
+    def told_apart(self) -> Tensor:
+        """``[B]`` float64: the mean difference over groups that do not tie; 0 where all do."""
+        return torch.where(self.tied < 1, self.mean / (1 - self.tied), 0.0)
+
+
+def bonbon_gap(reference_rewards: Tensor, *, n: int) -> BonbonGap:
+    """Compute BoNBoN's regression goal for rewards that may tie.
+
+    Without ties the mean difference is ``1 / (2 beta_n)`` of :func:`bonbon_beta`, whatever the rewards. Rewards of M
+    reference responses that tie are a level of the reward, and its log-ratio is ``log((F_le^n - F_lt^n) / (F_le -
+    F_lt))``; one that ties with none stands for the continuous reward between its neighbours.
+
+    Args:
+        reference_rewards: ``[B, M]``, rewards of reference responses.
+        n: number of samples of Best-of-N, an integer > 1.
+
+    Returns:
+        :class:`BonbonGap`.
+
+    Raises:
+        TypeError: on a wrong dtype or if ``n`` is not an integer.
+        ValueError: if ``n <= 1``.
+    """
+    bonbon_beta(n)  # checks n
+    check_float("reference_rewards", reference_rewards)
+    samples = reference_rewards.shape[1]
+    below, at_or_below = (count.double() for count in reward_counts(reference_rewards, reference_rewards))
+    ties, low, high = at_or_below - below, below / samples, at_or_below / samples
+    best, worst = high**n - low**n, (1 - low) ** n - (1 - high) ** n
+    level = (best - worst) * (best / (high - low)).log()
+    single = _of_continuous(high, n) - _of_continuous(low, n)
+    tied = torch.where(ties > 1, (high - low) ** n, 0.0)
+    # Every response of a level brings the level's term.
+    mean = (torch.where(ties > 1, level, single) / ties).sum(-1)
+    return BonbonGap(mean, (tied / ties).sum(-1))
+
+
+def _of_continuous(u: Tensor, n: int) -> Tensor:
+    """Integrate the densities of best less worst, times log n + (n - 1) log F, from F = 0 to u."""
+    log_u, rest = u.clamp(min=1e-300).log(), 1 - u
+    best = u**n * log_u - u**n / n
+    harmonic = sum((1 - rest**k) / k for k in range(1, n + 1))
+    worst = (1 - rest**n) * log_u - harmonic
+    return (u**n - 1 + rest**n) * math.log(n) + (n - 1) * (best - worst)
+
+
 def bonbon_loss(
-    best_log_prob: Tensor, best_log_ratio: Tensor, worst_log_ratio: Tensor, *, n: int, alpha: float = 0.005
+    best_log_prob: Tensor,
+    best_log_ratio: Tensor,
+    worst_log_ratio: Tensor,
+    *,
+    n: int,
+    alpha: float = 0.005,
+    goal: Tensor | None = None,
+    told_apart: Tensor | None = None,
 ) -> PreferenceLoss:
     """Compute the loss of BoNBoN alignment, cross-entropy on the best of n and a regression on the pair.
 
-    ``alpha mean(-log pi(y_best)) + (1 - alpha) mean((D_best - D_worst - 1 / (2 beta_n))^2)`` with :func:`bonbon_beta`;
-    https://arxiv.org/abs/2406.00832.
+    ``alpha mean(-log pi(y_best)) + (1 - alpha) mean((D_best - D_worst - 1 / (2 beta_n))^2)`` with :func:`bonbon_beta`,
+    https://arxiv.org/abs/2406.00832, which takes rewards never to tie; ``goal`` and ``told_apart`` are for such as do.
 
     Args:
         best_log_prob: any shape, log pi of the best responses, differentiable.
@@ -87,6 +155,9 @@ def bonbon_loss(
         worst_log_ratio: the same shape, D of the worst ones.
         n: number of samples of Best-of-N, an integer > 1.
         alpha: weight of the cross-entropy, in [0, 1].
+        goal: what the regression is towards in place of ``1 / (2 beta_n)``, broadcast against the pairs
+            (:attr:`BonbonGap.told_apart`).
+        told_apart: the same shape as the pairs, bool: False for those of equal rewards, which are not regressed on.
 
     Returns:
         :class:`PreferenceLoss`, its margin in units of ``beta_n``: 1/2 where the regression is met on average.
@@ -100,8 +171,8 @@ def bonbon_loss(
     gap = _gap(best_log_ratio, worst_log_ratio)
     check_float("best_log_prob", best_log_prob)
     check_same_shape("best_log_prob", best_log_prob, "best_log_ratio", best_log_ratio)
-    regression = (gap - 1 / (2 * beta)).square().mean()
-    return _with_diagnostics(-alpha * best_log_prob.mean() + (1 - alpha) * regression, gap, beta)
+    regression = _mean_of((gap - (1 / (2 * beta) if goal is None else goal)).square(), told_apart)
+    return _with_diagnostics(-alpha * best_log_prob.mean() + (1 - alpha) * regression, gap, beta, told_apart)
 
 
 def _gap(best_log_ratio: Tensor, worst_log_ratio: Tensor) -> Tensor:
@@ -111,6 +182,18 @@ def _gap(best_log_ratio: Tensor, worst_log_ratio: Tensor) -> Tensor:
     return best_log_ratio - worst_log_ratio
 
 
-def _with_diagnostics(loss: Tensor, gap: Tensor, beta: float) -> PreferenceLoss:
+def _mean_of(losses: Tensor, told_apart: Tensor | None) -> Tensor:
+    """Return the mean over all pairs, those that tell nothing counted with 0: shares of a batch then average."""
+    if told_apart is None:
+        return losses.mean()
+    check_mask("told_apart", told_apart)
+    check_same_shape("told_apart", told_apart, "best_log_ratio", losses)
+    return torch.where(told_apart, losses, 0.0).mean()
+
+
+def _with_diagnostics(loss: Tensor, gap: Tensor, beta: float, told_apart: Tensor | None) -> PreferenceLoss:
     gap = gap.detach()
-    return PreferenceLoss(loss=loss, accuracy=((torch.sign(gap) + 1) / 2).mean(), margin=beta * gap.mean())
+    kept = torch.ones_like(gap) if told_apart is None else told_apart.to(gap.dtype)
+    count = kept.sum().clamp(min=1)
+    right = (torch.sign(gap) + 1) / 2
+    return PreferenceLoss(loss, accuracy=(kept * right).sum() / count, margin=beta * (kept * gap).sum() / count)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.functional import PreferenceLoss, bonbon_loss, dpo_loss, sequence_log_prob
+from vbon_lightning.functional import bonbon_gap, bonbon_loss, dpo_loss, sequence_log_prob
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import pick_groups, response_statistics
 from vbon_lightning.types import TableBatch
@@ -23,8 +23,10 @@ class DPO(OfflineBestOfN):
     With the log-ratio :math:`D = \log \pi(y) - \log \pi_{ref}(y)` of whole responses it minimises
     :math:`-\log \sigma(\beta [D_{best} - D_{worst}])` (Rafailov et al., "Direct Preference Optimization", 2023), or
     :math:`-\alpha \log \pi(y_{best}) + (1 - \alpha)(D_{best} - D_{worst} - 1/(2 \beta_n))^2` with
-    :math:`1/(2 \beta_n) = (n-1) \sum_{k<n} 1/k` (Gui, Gârbacea and Veitch, "BoNBoN Alignment", 2024). Pairs are drawn
-    afresh at every step: the M responses a prompt are put into random groups of n, ties broken at random.
+    :math:`1/(2 \beta_n) = (n-1) \sum_{k<n} 1/k` (Gui, Gârbacea and Veitch, "BoNBoN Alignment", 2024); where rewards of
+    a prompt tie, the goal is that of tie-aware log-ratios (:func:`~vbon_lightning.functional.bonbon_gap`). Pairs are
+    drawn afresh at every step: the M responses a prompt are put into random groups of n, ties broken at random; nothing
+    is learnt of groups whose rewards all tie.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
@@ -82,10 +84,19 @@ class DPO(OfflineBestOfN):
         log_probs = sequence_log_prob(found.log_probs, picked.mask)
         log_ratios = log_probs - sequence_log_prob(found.reference_log_probs, picked.mask)
         best, worst = log_ratios.chunk(2, dim=1)
-        result = self._preference_loss(log_probs.chunk(2, dim=1)[0], best, worst)
-        return result.loss, {"accuracy": result.accuracy, "margin": result.margin}
-
-    def _preference_loss(self, best_log_prob: Tensor, best: Tensor, worst: Tensor) -> PreferenceLoss:
+        apart = rewards.gather(1, pairs.best) > rewards.gather(1, pairs.worst)
         if self.loss == "dpo":
-            return dpo_loss(best, worst, beta=self.beta)
-        return bonbon_loss(best_log_prob, best, worst, n=int(self.n), alpha=self.alpha)
+            result = dpo_loss(best, worst, beta=self.beta, told_apart=apart)
+        else:
+            goal = bonbon_gap(rewards, n=int(self.n)).told_apart[:, None].to(best.dtype)
+            result = bonbon_loss(
+                log_probs.chunk(2, dim=1)[0],
+                best,
+                worst,
+                n=int(self.n),
+                alpha=self.alpha,
+                goal=goal,
+                told_apart=apart,
+            )
+        tied = (~apart).float().mean()
+        return result.loss, {"accuracy": result.accuracy, "margin": result.margin, "tied_pairs": tied}
