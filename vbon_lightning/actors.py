@@ -20,6 +20,7 @@ from vbon_lightning.models import (
     TiltedLM,
     as_spec,
     check_same_vocabulary,
+    check_vocabulary_fits,
     end_token_ids,
     load_causal_lm,
     load_tokenizer,
@@ -223,6 +224,7 @@ class Actors:
             check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
         scorer = None if spec.value_model is None or not value else _load_scorer(spec, tokenizer, seed=seed)
         policy = load_causal_lm(policy_spec, seed=seed, trainable=trainable, dropout=keep_dropout)
+        check_vocabulary_fits(policy, tokenizer)
         if isinstance(policy, TiltedLM) and spec.sampler != "eager":
             raise ModelError(f"a tilted policy is two models: sample with data.sampler eager, not {spec.sampler}")
         frozen = None

@@ -14,6 +14,7 @@ from vbon_lightning.functional import response_mask, token_log_probs
 from vbon_lightning.sampling import decode as decode_module
 from vbon_lightning.sampling import prompt_noise, response_logits, sample_completions
 from vbon_lightning.sampling.cache import can_share_prompts
+from vbon_lightning.sampling.plain import runs_plain
 from vbon_lightning.types import Completions, PromptBatch
 
 VOCABULARY, PAD = 24, 0
@@ -102,7 +103,7 @@ def shared(request, monkeypatch):
 )
 def test_equals_a_decode_without_cache(kind, ends, early, shared, monkeypatch):
     model = MODELS[kind](VOCABULARY, seed=1, spread=2.0, **DEEPER[kind])
-    assert can_share_prompts(model)
+    assert can_share_prompts(model) and not runs_plain(model)
     before = model.config._attn_implementation
     ends = ends or [VOCABULARY + 1]
     kept: list[int] = []

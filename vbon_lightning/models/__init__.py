@@ -12,6 +12,7 @@ from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
 from vbon_lightning.models.tilted import TiltedConfig, TiltedLM, new_tilted_lm
 from vbon_lightning.models.tokenizer import (
     check_same_vocabulary,
+    check_vocabulary_fits,
     describe_ends,
     end_token_ids,
     load_tokenizer,
@@ -30,6 +31,7 @@ __all__ = [
     "as_spec",
     "check_no_missing_weights",
     "check_same_vocabulary",
+    "check_vocabulary_fits",
     "describe_ends",
     "disable_dropout",
     "end_token_ids",

@@ -173,6 +173,27 @@ def end_token_ids(
     return ids
 
 
+def check_vocabulary_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that a model has no embedding for, before training meets one.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ModelError: Naming the first such token.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    beyond = [] if rows is None else sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        place, token = beyond[0]
+        raise ModelError(
+            f"the tokenizer has {len(beyond)} token(s) that the model has no embedding for, first {token!r} with the "
+            f"id {place} of {rows}: resize the model (`model.resize_token_embeddings({beyond[-1][0] + 1})`, then save "
+            "it), or take its own tokenizer"
+        )
+
+
 def describe_ends(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> str:
     """Say what ends a response, in words for a log or a model card."""
     taught = tokenizer.eos_token_id

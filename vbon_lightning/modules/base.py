@@ -178,6 +178,16 @@ class AlignmentModule(LightningModule):
         self._check_optimizer()
         if scheduler is None:
             return optimizer
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitor = getattr(scheduler, "monitor", None)
+            if monitor is None:
+                raise ValueError(
+                    "ReduceLROnPlateau must be told what to watch: give lightning.pytorch.cli.ReduceLROnPlateau, which "
+                    "takes a `monitor` such as val/reward"
+                )
+            # After each validation, which is where such metrics come from.
+            watched = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "reduce_on_plateau": True}
+            return {"optimizer": optimizer, "lr_scheduler": watched}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import bradley_terry_loss
-from vbon_lightning.models import load_classifier, load_tokenizer
+from vbon_lightning.models import check_vocabulary_fits, load_classifier, load_tokenizer
 from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.modules.supervised import SupervisedModule
 from vbon_lightning.types import JudgedBatch
@@ -84,6 +84,7 @@ class RewardModelling(SupervisedModule):
             self.policy = load_classifier(
                 self.actor_spec.policy_spec, labels=self.labels, seed=self.seed, dropout=self.dropout
             )
+            check_vocabulary_fits(self.policy, self.tokenizer)
 
     def training_step(self, batch: JudgedBatch, batch_idx: int) -> dict[str, Any]:
         """Return the mean loss over the batch, in nats."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from vbon_lightning.models import (
     ModelSpec,
     check_no_missing_weights,
+    check_vocabulary_fits,
     disable_dropout,
     load_tokenizer,
     locate,
@@ -160,6 +161,7 @@ class ClassifierReward(RewardModel):
         tokenizer.padding_side = "right"
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.pad_token_id
+        check_vocabulary_fits(model, tokenizer)
         disable_dropout(model)
         model.requires_grad_(False).eval().to(self._device)
         return model, tokenizer, _label_index(self.label, model.config, name)

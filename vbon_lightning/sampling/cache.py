@@ -8,6 +8,7 @@ https://arxiv.org/abs/2402.05099).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -183,8 +184,23 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     are run once a model.
     """
     if model not in _SHARES:
-        _SHARES[model] = _probe(model)
+        try:
+            _SHARES[model] = not squashes_scores(model) and _probe(model)
+        except Exception:  # unknown architectures fail in unknown ways
+            _SHARES[model] = False
     return _SHARES[model]
+
+
+_SQUASHED = re.compile("attn.*soft_?cap|attention.*soft_?cap|alibi|sink")
+
+
+def squashes_scores(model: PreTrainedModel) -> bool:
+    """Return whether a model's config speaks of more than products in its attention: caps, biases by distance, sinks.
+
+    On a model that is fresh from a config scores are too small for a pass to tell.
+    """
+    entries = model.config.get_text_config().to_dict()
+    return any(value and _SQUASHED.search(name) is not None for name, value in entries.items())
 
 
 _SHARES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend, can_share_prompts, shared_prompts
+from vbon_lightning.sampling.plain import left_aligned, refuse_plain, runs_plain
 from vbon_lightning.types import Completions
 
 _COMPACT_BELOW = 0.875
@@ -34,7 +35,7 @@ def keep_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
 def check_context(model: PreTrainedModel, prompt_length: int, response_length: int) -> None:
     """Refuse prompts and responses that together exceed the model's context."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and prompt_length + response_length > limit:
+    if limit is not None and 0 < limit < prompt_length + response_length:
         raise ValueError(
             f"a prompt of {prompt_length} tokens and a response of up to {response_length} exceed the model's "
             f"context of {limit} tokens: lower `max_prompt_tokens` or `max_new_tokens`"
@@ -95,7 +96,8 @@ def sample_completions(
     """
     check_request(model, prompt_mask, noise, end_ids, temperature)
     with torch.no_grad(), caching(model):
-        return _decode(model, prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature)
+        decode = _decode_plain if runs_plain(model) else _decode
+        return decode(model, prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature)
 
 
 def check_request(
@@ -138,7 +140,12 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
 
 
 def prefill(model: PreTrainedModel, prompt_tokens: Tensor, prompt_mask: Tensor, padded: bool) -> tuple[Cache, Tensor]:
-    """Run each prompt once and return its cache and the logits ``[B, V]`` of the first response token."""
+    """Run each prompt once and return its cache and the logits ``[B, V]`` of the first response token.
+
+    Raises:
+        ModelError: If the model has no cache that could be shared.
+    """
+    refuse_plain(model, "decoding this way")
     positions = (prompt_mask.long().cumsum(-1) - 1).clamp_(min=0)
     output = model(
         input_ids=prompt_tokens,
@@ -218,6 +225,51 @@ def _decode(
         mask=mask[:, :longest].reshape(shape),
         finished=finished.view(batch, samples),
         log_probs=log_probs[:, :longest].reshape(shape),
+    )
+
+
+def _decode_plain(
+    model: PreTrainedModel,
+    prompt_tokens: Tensor,
+    prompt_mask: Tensor,
+    noise: Tensor,
+    end_ids: Sequence[int],
+    pad_id: int,
+    temperature: float,
+) -> Completions:
+    """Decode without a cache: every token takes a pass over the whole text."""
+    batch, samples, length = noise.shape
+    device, rows = prompt_tokens.device, batch * samples
+    uniforms = noise.to(device).reshape(rows, length)
+    ends = torch.as_tensor(list(end_ids), device=device)
+    prompts, lengths = left_aligned(prompt_tokens, prompt_mask.bool())
+    text = torch.nn.functional.pad(prompts, (0, length)).repeat_interleave(samples, dim=0)
+    text[:, prompts.shape[1] :] = text[:, :1]
+    lengths = lengths.repeat_interleave(samples)
+    tokens = torch.full((rows, length), pad_id, dtype=torch.long, device=device)
+    log_probs = torch.zeros(rows, length, dtype=torch.float32, device=device)
+    mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    for step in range(length):
+        active = (~finished).nonzero().squeeze(-1)
+        seen = int(lengths[active].max()) + step
+        logits = model(input_ids=text[active, :seen], use_cache=False).logits
+        last = logits[torch.arange(len(active), device=device), lengths[active] + step - 1]
+        chosen, log_p = choose_tokens(last, uniforms[active, step, None], temperature)
+        chosen = chosen.squeeze(-1)
+        tokens[active, step], log_probs[active, step] = chosen, log_p.squeeze(-1)
+        mask[active, step] = True
+        text[active, lengths[active] + step] = chosen
+        finished[active] |= torch.isin(chosen, ends)
+        if finished.all():
+            break
+    forget_casts(device)
+    shape = (batch, samples, step + 1)
+    return Completions(
+        tokens=tokens[:, : step + 1].reshape(shape),
+        mask=mask[:, : step + 1].reshape(shape),
+        finished=finished.view(batch, samples),
+        log_probs=log_probs[:, : step + 1].reshape(shape),
     )
 
 

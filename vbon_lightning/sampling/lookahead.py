@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from vbon_lightning.sampling.cache import attending, can_extend
+from vbon_lightning.sampling.cache import attending, can_extend, squashes_scores
 from vbon_lightning.sampling.decode import forget_casts
 from vbon_lightning.sampling.scoring import body_outputs
 from vbon_lightning.types import Completions, PromptBatch, Responses
@@ -266,7 +266,10 @@ def can_look_ahead(model: PreTrainedModel) -> bool:
     model.
     """
     if model not in _CAN:
-        _CAN[model] = _probe(model)
+        try:
+            _CAN[model] = not squashes_scores(model) and _probe(model)
+        except Exception:  # unknown architectures fail in unknown ways
+            _CAN[model] = False
     return _CAN[model]
 
 

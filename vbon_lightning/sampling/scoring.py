@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import GenerationMixin
 
 from vbon_lightning.functional import token_log_probs, token_statistics
 from vbon_lightning.models.tilted import JointHead, TiltedLM
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
+from vbon_lightning.sampling.plain import left_aligned, runs_plain
 from vbon_lightning.types import Completions, PromptBatch, Responses
 
 MAX_LOGITS = 2**25
@@ -175,6 +177,11 @@ def _plain_head(model: PreTrainedModel) -> bool:
     body, head = _body_and_head(model)
     if body is None or body is model or not isinstance(head, nn.Linear | JointHead):
         return False
+    if isinstance(model, TiltedLM):
+        if not _plain_head(model.base):
+            return False
+    elif isinstance(head, nn.Linear) and not _is_all_there_is(model, body, head):
+        return False
     probe = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     expected = model(input_ids=probe, use_cache=False).logits
     states = getattr(body(input_ids=probe, use_cache=False), "last_hidden_state", None)
@@ -184,6 +191,34 @@ def _plain_head(model: PreTrainedModel) -> bool:
     logits = head(states)
     forget_casts(probe.device)
     return logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def _is_all_there_is(model: PreTrainedModel, body: Any, head: nn.Linear) -> bool:
+    """Return whether a model does nothing to its logits but multiply, also where they are large.
+
+    The states of a model that is fresh from a config are too small to tell a squashed logit: larger ones take their
+    place.
+    """
+    weight = head.weight
+    noise = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 2, head.in_features, generator=noise).to(weight)
+    large = states * (200 / head(states).abs().max().clamp(min=1e-3))
+
+    def replace(module: nn.Module, given: Any, output: Any) -> Any:
+        output["last_hidden_state"] = large
+        return output
+
+    handle = body.register_forward_hook(replace)
+    try:
+        logits = model(input_ids=torch.tensor([[0, 1]], device=weight.device), use_cache=False).logits
+    except Exception:  # a body whose output is another thing
+        return False
+    finally:
+        handle.remove()
+    forget_casts(weight.device)
+    expected = head(large)
+    forget_casts(weight.device)
+    return logits.shape == expected.shape and torch.allclose(logits.float(), expected.float(), atol=1e-2, rtol=1e-2)
 
 
 class States(NamedTuple):
@@ -280,6 +315,20 @@ def _log_prob_chunk(ours: States, states: Tensor, tokens: Tensor, temperature: f
     return (token_log_probs(logits, tokens, temperature=temperature),)
 
 
+def _plain_predictions(
+    part: Any, prompts: PromptBatch, tokens: Tensor, samples: int, read: Callable[[Any], list[Tensor]], **arguments: Any
+) -> list[Tensor]:
+    """Run whole texts without a cache."""
+    length = tokens.shape[1]
+    aligned, lengths = left_aligned(prompts.tokens, prompts.mask)
+    text = torch.nn.functional.pad(aligned, (0, length)).repeat_interleave(samples, dim=0)
+    places = lengths.repeat_interleave(samples)[:, None] + torch.arange(length, device=tokens.device)
+    text = text.scatter(1, places, tokens)
+    rows = torch.arange(len(text), device=text.device)[:, None]
+    output = part(input_ids=text, use_cache=False, **arguments)
+    return [values[rows, places - 1] for values in read(output)]
+
+
 def _predictions(
     model: PreTrainedModel,
     part: Any,
@@ -303,6 +352,8 @@ def _predictions(
     """
     _, samples, length = completions.tokens.shape
     tokens = completions.tokens.reshape(-1, length)
+    if isinstance(model, GenerationMixin) and runs_plain(model):
+        return _plain_predictions(part, prompts, tokens, samples, read, **arguments)
     prompt_mask = prompts.mask.long()
     padded = not bool(prompts.mask.all())
     limit = keep_logits(model, length + 1) if part is model else {}

@@ -1,0 +1,94 @@
+"""Setups that people bring: a scheduler that watches a metric, double precision, a token without an embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
+from transformers import AutoTokenizer
+
+from tests.helpers import save_tiny_classifier, save_tiny_model
+from tests.modules.setting import ALPHABET, make_data, make_module, make_trainer
+from tests.test_value_models import make_valued_files
+from vbon_lightning import ReferenceSampler, RewardModelling, TextSource
+from vbon_lightning.callbacks import RewardMonitor
+from vbon_lightning.models import ModelError
+from vbon_lightning.rewards import ClassifierReward
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_valued_files(tmp_path_factory.mktemp("files"))
+
+
+def test_a_scheduler_that_watches_a_metric(files: Path, tmp_path: Path) -> None:
+    def plateau(optimizer: Any) -> Any:
+        return ReduceLROnPlateau(optimizer, monitor="val/reward", mode="min", factor=0.5, patience=0, threshold=1e9)
+
+    data = make_data(files)
+    module = make_module("klrl", data, lr_scheduler=plateau)
+    trainer = make_trainer(tmp_path, RewardMonitor(), max_epochs=3, steps=-1)
+    trainer.fit(module, data)
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate < 0.01, "no validation was better than the first"
+    again = make_module("klrl", make_data(files), lr_scheduler=plateau)
+    make_trainer(tmp_path, RewardMonitor(), max_epochs=4, steps=-1).fit(
+        again, make_data(files), ckpt_path=str(tmp_path / "last.ckpt")
+    )
+
+
+def test_a_scheduler_that_watches_nothing_is_refused(files: Path, tmp_path: Path) -> None:
+    data = make_data(files)
+    module = make_module("klrl", data, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(ValueError, match="give lightning.pytorch.cli.ReduceLROnPlateau, which takes a `monitor`"):
+        make_trainer(tmp_path, steps=1).fit(module, data)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "kind", ["vbon", "ppo", "valuecritic", "bonsft", "dpo", "distillation", "valuemodelling", "sft"]
+)
+def test_every_precision(kind: str, precision: Any, files: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"reference_table": str(files / "table"), "value_model": str(files / "value")}
+    if kind == "sft":
+        changes = {"train": TextSource(path=str(files / "texts.txt"))}
+    elif kind == "valuemodelling":
+        changes.pop("value_model")
+    data = make_data(files, **(changes | {"val": None}))
+    options = {"body": str(files / "llama")} if kind == "valuemodelling" else {}
+    module = make_module(kind, data, **options)
+    make_trainer(tmp_path, steps=2, precision=precision).fit(module, data)
+    wanted = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    assert next(module.parameters()).dtype == wanted
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_token_without_an_embedding_is_named_before_training(files: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", alphabet=ALPHABET)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(model)
+    data = make_data(files, policy=model)
+    with pytest.raises(ModelError, match=r"1 token\(s\) .* first '<\|extra\|>' with the id 11 of 11: resize the model"):
+        make_trainer(tmp_path, steps=1).fit(make_module("sft", data), data)
+    source = TextSource(path=str(files / "rows.jsonl"), label_column="label")
+    (files / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n' * 2)
+    data = make_data(files, policy=model, train=source, val=None)
+    with pytest.raises(ModelError, match="no embedding for"):
+        make_trainer(tmp_path, steps=1).fit(RewardModelling(data.actors), data)
+    classifier = save_tiny_classifier(tmp_path / "classifier")
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(classifier)
+    with pytest.raises(ModelError, match="no embedding for"):
+        ClassifierReward(classifier)(["a"], [["b"]])
+
+
+def test_a_table_in_double_precision(files: Path, tmp_path: Path) -> None:
+    data = make_data(files, reference_table=str(tmp_path / "table"))
+    trainer = make_trainer(tmp_path, callbacks=[], enable_checkpointing=False, precision="64-true")
+    trainer.predict(ReferenceSampler(data.actors, samples=3), data, return_predictions=False)
+    assert data.table().samples == 3
