@@ -389,3 +389,50 @@ def test_the_module_runs_without_clutter(files: Path, tmp_path: Path) -> None:
     assert "max_steps=2` reached" in output
     for clutter in ("Tip:", "Loading weights", "Warning", "deprecated", "litlogger"):
         assert clutter not in output, output
+
+
+OWN_REWARD = """
+def by_vowels(prompts, responses):
+    raise {kind}("nothing to score")
+"""
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "KeyError", "OSError"])
+def test_an_error_in_a_users_reward_says_where(
+    kind: str, vbon: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    module = f"own_reward_{kind.lower()}"
+    (tmp_path / f"{module}.py").write_text(OWN_REWARD.format(kind=kind))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = {"class_path": "vbon_lightning.rewards.CallableReward", "init_args": {"function": f"{module}.by_vowels"}}
+    path = config(files, tmp_path / "config", data__reward=reward)
+    with pytest.raises(SystemExit) as stopped:
+        vbon("fit", "--config", path)
+    said = str(stopped.value)
+    assert f"{module}.by_vowels raised {kind}" in said and f"in by_vowels ({tmp_path}" in said and "row 0" in said
+    assert said.count("VBON_TRACEBACK=1") == 1
+    with pytest.raises(ValueError, match="raised") as caught:
+        vbon("fit", "--config", path, traceback=True)
+    assert type(caught.value.__cause__).__name__ == kind
+
+
+def test_an_error_in_a_users_class_says_where(
+    vbon: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_scheduler.py").write_text(
+        "def decay(optimizer):\n    raise ValueError('no such decay')\n\n\nclass Own:\n"
+        "    def __init__(self):\n        raise ValueError('not this one')\n"
+    )
+    (tmp_path / "own_callback.py").write_text(
+        "from lightning.pytorch import Callback\n\n\nclass Watch(Callback):\n"
+        "    def on_train_start(self, trainer, pl_module):\n        raise ValueError('nothing to watch')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = config(files, tmp_path / "config", trainer__callbacks=[{"class_path": "own_callback.Watch"}])
+    with pytest.raises(SystemExit) as stopped:
+        vbon("fit", "--config", path)
+    said = str(stopped.value)
+    assert (
+        said.startswith("vbon: nothing to watch (in on_train_start, ")
+        and "own_callback.py, line 6; VBON_TRACEBACK" in said
+    )

@@ -29,7 +29,7 @@ from vbon_lightning.models import (
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
 from vbon_lightning.reference_table.fingerprint import check as check_fingerprint
-from vbon_lightning.rewards import RewardModel, check_rewards
+from vbon_lightning.rewards import RewardModel, ask_reward
 from vbon_lightning.sampling import (
     Sampler,
     check_sampler,
@@ -351,7 +351,7 @@ class Actors:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            raw = check_rewards(self.reward(prompts, responses, token_ids), prompts, responses)
+            raw = ask_reward(self.reward, prompts, responses, token_ids)
         finally:
             torch.set_default_dtype(before)
         raw = raw.to(device=finished.device, dtype=torch.float32)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import sysconfig
+import traceback
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
@@ -174,4 +177,17 @@ def main() -> None:
         # jsonargparse wraps what a constructor raises.
         while isinstance(problem.__cause__, _USER_ERRORS) and str(problem).startswith(_PADDING):
             problem = problem.__cause__
-        sys.exit(f"vbon: {problem}")
+        sys.exit(f"vbon: {problem}{_where(problem)}")
+
+
+def _where(problem: BaseException) -> str:
+    """Say where an error comes from if that is somebody's own code, which its text may not tell."""
+    if str(problem).endswith(f"{TRACEBACK}=1 shows the way there"):
+        return ""
+    ours = str(Path(__file__).parent)
+    for frame in reversed(traceback.extract_tb(problem.__traceback__)):
+        if frame.filename.startswith(ours):
+            return ""  # raised here, about what was given
+        if not any(part in frame.filename for part in ("site-packages", "<", sysconfig.get_path("stdlib"))):
+            return f" (in {frame.name}, {frame.filename}, line {frame.lineno}; {TRACEBACK}=1 shows the way there)"
+    return ""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vbon_lightning.rewards import RewardError, check_rewards, join_texts
+from vbon_lightning.rewards import RewardError, ask_reward, check_rewards, join_texts
 
 PROMPTS = ["one", "two"]
 RESPONSES = [["a", "b", "c"], ["d", "e", "f" * 500]]
@@ -40,9 +40,16 @@ def test_a_reward_that_is_no_finite_number_names_its_texts(bad, kind):
         (torch.zeros(3, 2), r"shape \[3, 2\], expected"),
         (torch.zeros(6), r"shape \[6\], expected"),
         (torch.zeros(2, 3, 1), r"shape \[2, 3, 1\], expected"),
-        ([["x", 2, 3], [4, 5, 6]], "should be .* numbers"),
-        ([[None, 2, 3], [4, 5, 6]], "should be .* numbers"),
-        (None, "should be .* numbers"),
+        ([[1, 2, 3], [4, "x", 6]], "reward of row 1, response 1 is 'x', a str: .*prompt 'two', response 'e'"),
+        ([[None, 2, 3], [4, 5, 6]], "reward of row 0, response 0 is 'None', a NoneType"),
+        ([[1, 2, 3], [4, [5], 6]], "reward of row 1, response 1 is .* a list"),
+        ([[1, 2, 3], None], "row 1 of the rewards is None .*prompt 'two'"),
+        ([[1, 2, 3], "abc"], "row 1 of the rewards is a text"),
+        ([[1, 2, 3], (x for x in (4, 5, 6))], "row 1 of the rewards is a generator"),
+        (None, r"2 rows of 3, but the reward returned None \(does it end without a `return`\?\); row 0: prompt 'one'"),
+        ("good", "returned a text"),
+        (b"good", "returned a text"),
+        ((row for row in [[1, 2, 3], [4, 5, 6]]), "returned a generator"),
     ],
 )
 def test_wrong_shapes_are_refused(rewards, message):
@@ -69,3 +76,41 @@ def test_join_texts():
         "y d",
     ]
     assert join_texts(["x ", "y "], [["a", "b"], ["c", "d"]], "response") == ["a", "b", "c", "d"]
+
+
+# -- what somebody's own reward raises --
+
+
+def fails_on_two(prompts, responses, token_ids):
+    return [[{"one": 1.0}[prompt] for _ in row] for prompt, row in zip(prompts, responses, strict=True)]
+
+
+def fails_together(prompts, responses, token_ids):
+    if len(prompts) > 1:
+        raise RuntimeError("too many at once")
+    return [[0.0] * len(row) for row in responses]
+
+
+async def asynchronous(prompts, responses, token_ids):
+    return [[0.0] * len(row) for row in responses]
+
+
+def test_an_exception_keeps_its_function_its_row_and_its_cause():
+    message = (
+        r"raised KeyError: 'two'; in <?\w*>? ?\(.*test_base.py, line \d+\); row 1: prompt 'two', first response 'd'.*"
+    )
+    with pytest.raises(RewardError, match="the reward function " + message + "VBON_TRACEBACK=1") as caught:
+        ask_reward(fails_on_two, PROMPTS, RESPONSES, [])
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(RewardError, match="in fails_together .*; no row fails by itself"):
+        ask_reward(fails_together, PROMPTS, RESPONSES, [])
+
+
+def test_an_async_function_is_told_from_one():
+    with pytest.raises(RewardError, match="returned a coroutine .*; row 0: prompt 'one'"):
+        ask_reward(asynchronous, PROMPTS, RESPONSES, [])
+
+
+def test_rewards_may_be_numbers_of_any_library():
+    rows = [[np.float32(1), torch.tensor(2.0), True], np.array([4, 5, 6])]
+    assert ask_reward(lambda *_: rows, PROMPTS, RESPONSES, []).tolist() == [[1, 2, 1], [4, 5, 6]]

@@ -36,7 +36,7 @@ from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
 from vbon_lightning.reference_table import ReferenceTableError
-from vbon_lightning.rewards import RewardModel, check_rewards
+from vbon_lightning.rewards import RewardModel, ask_reward
 from vbon_lightning.types import PromptBatch, Rollout
 
 Split = Literal["train", "val", "test"]
@@ -232,16 +232,14 @@ def _best_of_n(
     if judge is not None:
         responses = [list(row.responses[used]) for row in rows]
         ids = [[list(tokens) for tokens in row.response_tokens[used]] for row in rows]
-        judged = check_rewards(judge(texts, responses, ids), texts, responses)
+        judged = ask_reward(judge, texts, responses, ids)
     return bon_reports(rewards, n_values=n, lengths=lengths, finished=finished, judge_rewards=judged)
 
 
 def _judge(actors: Actors, judge: RewardModel) -> Judge:
     def score(rollout: Rollout) -> Tensor:
         ids = actors.token_ids(rollout.completions)
-        return check_rewards(
-            judge(rollout.prompts.text, rollout.responses, ids), rollout.prompts.text, rollout.responses
-        )
+        return ask_reward(judge, rollout.prompts.text, rollout.responses, ids)
 
     return score
 

@@ -1,6 +1,6 @@
 """Reward models: from texts to numbers."""
 
-from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, join_texts
+from vbon_lightning.rewards.base import RewardError, RewardModel, ask_reward, check_rewards, join_texts
 from vbon_lightning.rewards.classifier import ClassifierReward
 from vbon_lightning.rewards.function import CallableReward
 from vbon_lightning.rewards.threshold import ThresholdReward
@@ -13,6 +13,7 @@ __all__ = [
     "RewardModel",
     "ThresholdReward",
     "VaderReward",
+    "ask_reward",
     "check_rewards",
     "join_texts",
 ]

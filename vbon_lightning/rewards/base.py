@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import numbers
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -58,6 +61,61 @@ class RewardModel(ABC):
         return self
 
 
+def ask_reward(
+    reward: Callable[..., Any],
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    token_ids: Sequence[Sequence[Sequence[int]]],
+) -> Tensor:
+    """Score responses by any reward and check what it says.
+
+    Args:
+        reward: The reward.
+        prompts: B prompts.
+        responses: B lists of G responses.
+        token_ids: B lists of G lists of response token ids.
+
+    Returns:
+        ``[B, G]`` float32, as :func:`check_rewards` returns them.
+
+    Raises:
+        RewardError: If the reward raises anything: it names the function, its line and the first row that it fails on by
+            itself, and has the error as its cause. Or if what it returns is refused.
+    """
+    try:
+        found = reward(prompts, responses, token_ids)
+    except RewardError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        what = getattr(reward, "function", type(reward).__name__)
+        raise RewardError(
+            f"the reward {what} raised {type(error).__name__}: {error}; in {_innermost(error)}"
+            f"{_failing_row(reward, prompts, responses, token_ids)}. VBON_TRACEBACK=1 shows the way there"
+        ) from error
+    return check_rewards(found, prompts, responses)
+
+
+def _innermost(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.name} ({frame.filename}, line {frame.lineno})"
+
+
+def _failing_row(
+    reward: Callable[..., Any],
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    token_ids: Sequence[Sequence[Sequence[int]]],
+) -> str:
+    """Say which row a reward fails on when it is asked for each by itself."""
+    for row, (prompt, texts) in enumerate(zip(prompts, responses, strict=False)):
+        try:
+            reward([prompt], [texts], list(token_ids)[row : row + 1])
+        except Exception:
+            first = shorten(texts[0]) if texts else "none"
+            return f"; row {row}: prompt {shorten(prompt)}, first response {first}"
+    return "; no row fails by itself"
+
+
 def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
     """Check rewards for shape and finiteness, and return them as a float32 tensor.
 
@@ -78,6 +136,11 @@ def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequ
     sizes = {len(row) for row in responses}
     if len(sizes) > 1:
         raise RewardError(f"every prompt needs the same number of responses, but they have {sorted(sizes)}")
+    if why := _NO_NUMBERS.get(_kind_of(rewards)):
+        raise RewardError(
+            f"rewards should be [B, G] numbers, {len(prompts)} rows of {max(sizes, default=0)}, but the reward returned "
+            f"{why}; row 0: prompt {shorten(prompts[0]) if prompts else 'none'}"
+        )
     if not isinstance(rewards, Tensor):
         _check_lists(rewards, prompts, responses)
         try:
@@ -154,8 +217,40 @@ def _check_lists(rewards: Any, prompts: Sequence[str], responses: Sequence[Seque
     if len(rewards) != len(prompts):
         raise RewardError(f"{len(rewards)} rows of rewards came for {len(prompts)} prompts: expected one row each")
     for index, (row, prompt, texts) in enumerate(zip(rewards, prompts, responses, strict=True)):
+        of = f"prompt {shorten(prompt)}, first response {shorten(texts[0]) if texts else 'none'}"
+        if why := _NO_NUMBERS.get(_kind_of(row)):
+            raise RewardError(f"row {index} of the rewards is {why}: expected {len(texts)} numbers; {of}")
         if isinstance(row, (list, tuple)) and len(row) != len(texts):
-            raise RewardError(
-                f"row {index} has {len(row)} rewards for {len(texts)} responses: expected one each; "
-                f"prompt {shorten(prompt)}, first response {shorten(texts[0]) if texts else 'none'}"
-            )
+            raise RewardError(f"row {index} has {len(row)} rewards for {len(texts)} responses: expected one each; {of}")
+        for column, value in enumerate(row if isinstance(row, (list, tuple)) else ()):
+            if not _is_number(value):
+                raise RewardError(
+                    f"the reward of row {index}, response {column} is {shorten(str(value))}, a {type(value).__name__}: it "
+                    f"must be a number; prompt {shorten(prompt)}, response {shorten(texts[column])}"
+                )
+
+
+_NO_NUMBERS = {
+    "none": "None (does it end without a `return`?)",
+    "text": "a text",
+    "generator": "a generator, which can be read once only (return a list)",
+    "coroutine": "a coroutine (an async function, which nobody awaits: give a plain one, such as one that calls "
+    "asyncio.run)",
+}
+
+
+def _kind_of(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, str | bytes):
+        return "text"
+    if inspect.isawaitable(value):
+        if inspect.iscoroutine(value):
+            value.close()
+        return "coroutine"
+    return "generator" if inspect.isgenerator(value) or inspect.isasyncgen(value) else "numbers"
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number, or an array or tensor of one."""
+    return isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
