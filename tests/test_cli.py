@@ -419,10 +419,6 @@ def test_an_error_in_a_users_reward_says_where(
 def test_an_error_in_a_users_class_says_where(
     vbon: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_scheduler.py").write_text(
-        "def decay(optimizer):\n    raise ValueError('no such decay')\n\n\nclass Own:\n"
-        "    def __init__(self):\n        raise ValueError('not this one')\n"
-    )
     (tmp_path / "own_callback.py").write_text(
         "from lightning.pytorch import Callback\n\n\nclass Watch(Callback):\n"
         "    def on_train_start(self, trainer, pl_module):\n        raise ValueError('nothing to watch')\n"

@@ -128,7 +128,9 @@ def record_run(run: Run) -> None:
 
 def _short(settings: dict[str, Any]) -> dict[str, Any]:
     """Leave out what is off and what is a scheduler's state."""
-    return {key: value for key, value in settings.items() if value not in (None, False) and not key.startswith("_")}
+    # By identity: 0.0 equals False, and is a setting.
+    on = {key: value for key, value in settings.items() if value is not None and value is not False}
+    return {key: value for key, value in on.items() if not key.startswith("_")}
 
 
 def _command(words: list[str]) -> str:

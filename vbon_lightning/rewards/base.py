@@ -79,8 +79,8 @@ def ask_reward(
         ``[B, G]`` float32, as :func:`check_rewards` returns them.
 
     Raises:
-        RewardError: If the reward raises anything: it names the function, its line and the first row that it fails on by
-            itself, and has the error as its cause. Or if what it returns is refused.
+        RewardError: If the reward raises anything: it names the function, its line and the first row that it fails on
+            by itself, and has the error as its cause. Or if what it returns is refused.
     """
     try:
         found = reward(prompts, responses, token_ids)
@@ -138,8 +138,8 @@ def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequ
         raise RewardError(f"every prompt needs the same number of responses, but they have {sorted(sizes)}")
     if why := _NO_NUMBERS.get(_kind_of(rewards)):
         raise RewardError(
-            f"rewards should be [B, G] numbers, {len(prompts)} rows of {max(sizes, default=0)}, but the reward returned "
-            f"{why}; row 0: prompt {shorten(prompts[0]) if prompts else 'none'}"
+            f"rewards should be [B, G] numbers, {len(prompts)} rows of {max(sizes, default=0)}, but the reward "
+            f"returned {why}; row 0: prompt {shorten(prompts[0]) if prompts else 'none'}"
         )
     if not isinstance(rewards, Tensor):
         _check_lists(rewards, prompts, responses)
@@ -225,8 +225,8 @@ def _check_lists(rewards: Any, prompts: Sequence[str], responses: Sequence[Seque
         for column, value in enumerate(row if isinstance(row, (list, tuple)) else ()):
             if not _is_number(value):
                 raise RewardError(
-                    f"the reward of row {index}, response {column} is {shorten(str(value))}, a {type(value).__name__}: it "
-                    f"must be a number; prompt {shorten(prompt)}, response {shorten(texts[column])}"
+                    f"the reward of row {index}, response {column} is {shorten(str(value))}, a {type(value).__name__}: "
+                    f"it must be a number; prompt {shorten(prompt)}, response {shorten(texts[column])}"
                 )
 
 
