@@ -155,7 +155,10 @@ class Verdict(NamedTuple):
 
 def settings(name: str, root: Path) -> AlignmentDataModule:
     """Return the data module of a family."""
-    tiny_tokenizer(root / "tokenizer", alphabet=ALPHABET, model_max_length=128)
+    tokenizer = tiny_tokenizer(alphabet=ALPHABET, model_max_length=128)
+    if name == "qwen2":  # whose tokenizers are loaded as a class that adds this one where it is not there
+        tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)
+    tokenizer.save_pretrained(root / "tokenizer")
     (root / "prompts.txt").write_text("".join(f"{text}\n" for text in PROMPTS))
     source = TextSource(path=str(root / "prompts.txt"))
     config = {"model_type": name, **SMALL, **FAMILIES[name]}
