@@ -279,6 +279,9 @@ def test_whole_layers_beside_adapters_are_exported_as_they_are(
         live, merged = policy(tokens).logits, dict(merged_parameters(policy))
         torch.testing.assert_close(exported(tokens).logits, live)
         assert (live - base(tokens).logits).abs().max() > 1e-3
+        named = (lora.get("modules_to_save") or lora["target_modules"])[0]
+        learnt = {name: weight for name, weight in exported.named_parameters() if named in name}
+        assert all((weight - base.get_parameter(name)).abs().max() > 1e-3 for name, weight in learnt.items()) and learnt
         for name, weight in exported.named_parameters():
             torch.testing.assert_close(merged.pop(name), weight)
         assert not merged

@@ -78,11 +78,18 @@ def has_adapters(model: nn.Module) -> bool:
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Switch a model's adapters off for a while: it then is its base."""
-    model.disable_adapters()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    # transformers' own switch does not turn the layers that are trained whole on again.
+    parts = [part for part in model.modules() if isinstance(part, BaseTunerLayer | ModulesToSaveWrapper)]
+    for part in parts:
+        part.enable_adapters(enabled=False)
     try:
         yield model
     finally:
-        model.enable_adapters()
+        for part in parts:
+            part.enable_adapters(enabled=True)
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
