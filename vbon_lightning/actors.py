@@ -358,31 +358,14 @@ class Actors:
         return raw - self.missing_eos_penalty * (~finished).float()
 
     @torch.no_grad()
-    def rollout(
-        self,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        reference_samples: int = 0,
-        predict_rewards: bool = False,
-    ) -> Rollout:
+    def rollout(self, prompts: PromptBatch, **how: Any) -> Rollout:
         """Sample from the policy, score the responses, and compare policy and reference token by token.
 
-        Takes what :meth:`scored_responses` does.
+        Args:
+            prompts: B prompts.
+            **how: What :meth:`scored_responses` takes.
         """
-        scored = self.scored_responses(
-            prompts,
-            num_samples=num_samples,
-            seed=seed,
-            stream=stream,
-            step=step,
-            reference_samples=reference_samples,
-            predict_rewards=predict_rewards,
-        )
-        return self.statistics(scored)[0]
+        return self.statistics(self.scored_responses(prompts, **how))[0]
 
     @torch.no_grad()
     def scored_responses(

@@ -174,10 +174,7 @@ def _decode(
     noise = noise.to(device).reshape(rows, length)
     ends = torch.as_tensor(list(end_ids), device=device)
 
-    tokens = torch.full((rows, length), pad_id, dtype=torch.long, device=device)
-    log_probs = torch.zeros(rows, length, dtype=torch.float32, device=device)
-    mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    tokens, log_probs, mask, finished = _nothing_yet(rows, length, pad_id, device)
 
     padded = not bool(prompt_mask.all())
     prompts, logits = prefill(model, prompt_tokens, prompt_mask, padded)
@@ -218,14 +215,7 @@ def _decode(
         logits = output.logits[:, -1]
 
     forget_casts(device)
-    longest = step + 1
-    shape = (batch, samples, longest)
-    return Completions(
-        tokens=tokens[:, :longest].reshape(shape),
-        mask=mask[:, :longest].reshape(shape),
-        finished=finished.view(batch, samples),
-        log_probs=log_probs[:, :longest].reshape(shape),
-    )
+    return _completions((batch, samples, step + 1), tokens, log_probs, mask, finished)
 
 
 def _decode_plain(
@@ -246,10 +236,7 @@ def _decode_plain(
     text = torch.nn.functional.pad(prompts, (0, length)).repeat_interleave(samples, dim=0)
     text[:, prompts.shape[1] :] = text[:, :1]
     lengths = lengths.repeat_interleave(samples)
-    tokens = torch.full((rows, length), pad_id, dtype=torch.long, device=device)
-    log_probs = torch.zeros(rows, length, dtype=torch.float32, device=device)
-    mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    tokens, log_probs, mask, finished = _nothing_yet(rows, length, pad_id, device)
     for step in range(length):
         active = (~finished).nonzero().squeeze(-1)
         seen = int(lengths[active].max()) + step
@@ -264,12 +251,29 @@ def _decode_plain(
         if finished.all():
             break
     forget_casts(device)
-    shape = (batch, samples, step + 1)
+    return _completions((batch, samples, step + 1), tokens, log_probs, mask, finished)
+
+
+def _nothing_yet(rows: int, length: int, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens, log-probabilities and mask ``[N, T]`` and what has finished ``[N]``, before the first token."""
+    return (
+        torch.full((rows, length), pad_id, dtype=torch.long, device=device),
+        torch.zeros(rows, length, dtype=torch.float32, device=device),
+        torch.zeros(rows, length, dtype=torch.bool, device=device),
+        torch.zeros(rows, dtype=torch.bool, device=device),
+    )
+
+
+def _completions(
+    shape: tuple[int, int, int], tokens: Tensor, log_probs: Tensor, mask: Tensor, finished: Tensor
+) -> Completions:
+    """Cut ``[N, T]`` to the longest response, ``shape`` being ``[B, G, longest]``."""
+    longest = shape[-1]
     return Completions(
-        tokens=tokens[:, : step + 1].reshape(shape),
-        mask=mask[:, : step + 1].reshape(shape),
-        finished=finished.view(batch, samples),
-        log_probs=log_probs[:, : step + 1].reshape(shape),
+        tokens=tokens[:, :longest].reshape(shape),
+        mask=mask[:, :longest].reshape(shape),
+        finished=finished.view(shape[:2]),
+        log_probs=log_probs[:, :longest].reshape(shape),
     )
 
 
