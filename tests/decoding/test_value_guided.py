@@ -21,6 +21,7 @@ from vbon_lightning.decoding import Decoded, ValueGuided
 from vbon_lightning.functional import bon_bin_log_weights, edge_log_cdf, predicted_log_cdf
 from vbon_lightning.sampling import lookahead, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest
+from vbon_lightning.sampling.plain import runs_plain
 from vbon_lightning.types import Completions, PromptBatch
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 3, 4]]
@@ -212,7 +213,8 @@ def test_finished_responses_leave_and_what_it_costs(files: Path) -> None:
     actors = load(files)
     assert actors.value is not None
     assert actors.reference is not None
-    lookahead.can_look_ahead(actors.value.model)  # it runs the model to know
+    lookahead.can_look_ahead(actors.value.model)  # these run the models to know
+    runs_plain(actors.reference)
     reads: list[tuple[int, ...]] = []
     rows: list[int] = []
     actors.value.model.body.register_forward_hook(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -226,9 +226,10 @@ class ClassifierReward(RewardModel):
                     f"to cut responses; response {shorten(texts[row][len(starts[row]) :])}"
                 )
         if not known:  # said once; a run logs how many there are
-            rank_zero_warn(
+            warnings.warn(
                 f"{len(long)} of {len(texts)} texts are longer than the {longest} tokens that the reward model reads "
-                f"and lose the start of their prompt, {self.cut_responses} of them also the end of their response"
+                f"and lose the start of their prompt, {self.cut_responses} of them also the end of their response",
+                stacklevel=2,
             )
         return encoded
 

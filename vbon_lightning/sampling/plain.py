@@ -8,11 +8,11 @@ the whole text for every token that is sampled.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -102,9 +102,10 @@ def _judge(model: PreTrainedModel) -> bool:
         cached, reason = float("inf"), f"it cannot be run with a shared cache ({type(error).__name__})"
     if cached <= limit:
         return False
-    rank_zero_warn(
+    warnings.warn(
         f"{type(model).__name__}: {reason}. It is sampled and scored without one, which takes a pass over the whole "
-        "text for every token that is sampled"
+        "text for every token that is sampled",
+        stacklevel=2,
     )
     return True
 
