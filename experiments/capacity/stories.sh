@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Whether more responses would tell the story model's value model more: it is trained on half of them and on twice as many, and
-# decoded. Half an hour on a CPU core. First what configs/stories/value.yaml needs. Then docs/stories/responses.md has it.
+# Whether more responses would tell the story model's value model more: it is trained on half of them (`half`) and on twice as
+# many (`twice`), and decoded; a quarter of an hour each on a CPU core. First what configs/stories/value.yaml needs. The numbers are
+# in docs/stories/responses.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data="--config configs/stories/data.yaml"
