@@ -62,6 +62,18 @@ def check_body(spec: ModelSpec, model: PreTrainedModel, info: Mapping[str, Any])
         )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while; each of its modules goes back to the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def check_causal(spec: ModelSpec, body: PreTrainedModel) -> None:
     """Refuse a body that reads ahead: its state at a prefix would know what follows.
@@ -73,10 +85,9 @@ def check_causal(spec: ModelSpec, body: PreTrainedModel) -> None:
     Raises:
         ModelError: If a token changes the states before it.
     """
-    training = body.training
     tokens = torch.tensor([[0, 1, 1], [0, 1, 2]], device=body.device) % body.config.get_text_config().vocab_size
-    first, second = body.eval()(input_ids=tokens).last_hidden_state[:, :2]
-    body.train(training)
+    with evaluating(body):
+        first, second = body(input_ids=tokens).last_hidden_state[:, :2]
     if not torch.allclose(first, second, atol=1e-4, rtol=1e-3):
         raise ModelError(
             f"the body of {spec.name or 'the config'!r} is no causal one (it reads ahead, as encoders do): give a "

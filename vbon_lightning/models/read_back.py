@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vbon_lightning.models.errors import ModelError, shorten
+from vbon_lightning.models.loading import evaluating
 from vbon_lightning.models.value import ValueModel
 
 TOKENS = 12
@@ -48,7 +47,7 @@ def check_read_back(model: PreTrainedModel, directory: str | os.PathLike[str], *
     if lacking:
         raise ReadBackError(f"the export lacks {len(lacking)} weights, such as {', '.join(lacking[:3])}")
     tokens = _text(model, vocabulary)
-    with _evaluating(model):
+    with evaluating(model):
         ours = _said(model, tokens.to(next(model.parameters()).device)).cpu()
     theirs = _said(read.eval(), tokens)
     dtypes = {next(part.parameters()).dtype for part in (model, read)}
@@ -85,15 +84,3 @@ def _apart(model: PreTrainedModel, ours: Tensor, theirs: Tensor) -> float:
         kl = torch.where(first.isneginf(), 0.0, first.exp() * (first - second))
         return float(kl.sum(-1).max())
     return float((ours - theirs).abs().max() / (1 + ours.abs().max()))
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Turn dropout off for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -58,7 +58,7 @@ class AlignmentModule(LightningModule):
         self.policy: PreTrainedModel | None = None
         self.batches_seen = 0
         """Training batches dealt to this rank since the start of training, earlier runs included."""
-        self._weights: list[Tensor] = []
+        self._weights: list[Tensor | float] = []
         """What the batches count whose gradients are accumulated for the next update."""
         self._settings: dict[str, Any] = {}
         self._optimizer_settings: dict[str, Any] | None = None
@@ -192,7 +192,7 @@ class AlignmentModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count a batch for the update that it belongs to: all weigh the same, unless a step says otherwise."""
-        self._weights.append(torch.ones((), device=self.device))
+        self._weights.append(1.0)
 
     def weigh_batch(self, weight: Tensor) -> Tensor:
         """Say what the loss of this batch weighs in the update, where it is a mean over more or less than the others'.
@@ -215,11 +215,11 @@ class AlignmentModule(LightningModule):
         planned = self.trainer.accumulate_grad_batches
         if planned == 1 or not weights:
             return
-        factor = planned * weights[0] / torch.stack(weights).sum()
+        factor = planned * weights[0] / sum(weights)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(factor.to(parameter.grad.device))
+                    parameter.grad.mul_(factor)
 
     def _check_optimizer(self) -> None:
         # A strategy may build the optimizer before or after it loads the checkpoint.

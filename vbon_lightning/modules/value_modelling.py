@@ -15,6 +15,7 @@ from vbon_lightning.metrics import PREFIX_PLACES, ForecastSummary, PrefixForecas
 from vbon_lightning.models import (
     ValueModel,
     check_same_vocabulary,
+    check_vocabulary_fits,
     load_tokenizer,
     load_value_model,
     new_value_model,
@@ -161,6 +162,7 @@ class ValueModelling(SupervisedModule):
         )
 
     def _take(self, model: ValueModel) -> None:
+        check_vocabulary_fits(model, self.tokenizer)
         self.policy, self.scorer = model, PrefixScorer(model)
 
     @torch.no_grad()

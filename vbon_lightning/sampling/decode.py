@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend, can_share_prompts, shared_prompts
-from vbon_lightning.sampling.plain import left_aligned, refuse_plain, runs_plain
+from vbon_lightning.sampling.plain import prompts_with_room, refuse_plain, runs_plain
 from vbon_lightning.types import Completions
 
 _COMPACT_BELOW = 0.875
@@ -232,10 +232,7 @@ def _decode_plain(
     device, rows = prompt_tokens.device, batch * samples
     uniforms = noise.to(device).reshape(rows, length)
     ends = torch.as_tensor(list(end_ids), device=device)
-    prompts, lengths = left_aligned(prompt_tokens, prompt_mask.bool())
-    text = torch.nn.functional.pad(prompts, (0, length)).repeat_interleave(samples, dim=0)
-    text[:, prompts.shape[1] :] = text[:, :1]
-    lengths = lengths.repeat_interleave(samples)
+    text, lengths = prompts_with_room(prompt_tokens, prompt_mask.bool(), samples, length)
     tokens, log_probs, mask, finished = _nothing_yet(rows, length, pad_id, device)
     for step in range(length):
         active = (~finished).nonzero().squeeze(-1)

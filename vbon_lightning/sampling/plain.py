@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vbon_lightning.models import ModelError
+from vbon_lightning.models.loading import evaluating
 
 EXACT, ROUNDED = 0.02, 0.5
 """How far two ways to run a model may be apart in a log-probability: in float32, and in half precision."""
@@ -39,6 +40,23 @@ def left_aligned(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(behind, moved[:, :1], moved), lengths
 
 
+def prompts_with_room(tokens: Tensor, mask: Tensor, samples: int, room: int) -> tuple[Tensor, Tensor]:
+    """Lay out prompts for responses to be written behind them.
+
+    Args:
+        tokens: ``[B, P]``.
+        mask: ``[B, P]`` bool.
+        samples: G, responses a prompt.
+        room: Tokens of a response.
+
+    Returns:
+        ``[B G, P + room]``, each prompt at the left of its rows, then filler; and the prompts' lengths, ``[B G]``.
+    """
+    aligned, lengths = left_aligned(tokens, mask)
+    text = torch.cat([aligned, aligned[:, :1].expand(-1, room)], dim=1)
+    return text.repeat_interleave(samples, dim=0), lengths.repeat_interleave(samples)
+
+
 def runs_plain(model: PreTrainedModel) -> bool:
     """Return whether a model has to be run without a cache; it is tried on a few tokens, once a model.
 
@@ -46,14 +64,10 @@ def runs_plain(model: PreTrainedModel) -> bool:
         ModelError: If what a model says of a token depends on what follows it: it is no decoder.
     """
     if model not in _PLAIN:
-        with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
-            training = [module for module in model.modules() if module.training]
-            model.eval()  # where activations are computed again there is no cache, and dropout would be noise
-            try:
-                _PLAIN[model] = _judge(model)
-            finally:
-                for module in training:
-                    module.training = True
+        uncast = torch.autocast(next(model.parameters()).device.type, enabled=False)
+        # In training mode there may be no cache, where activations are computed again, and dropout would be noise.
+        with torch.no_grad(), uncast, evaluating(model):
+            _PLAIN[model] = _judge(model)
     return _PLAIN[model]
 
 

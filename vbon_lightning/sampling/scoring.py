@@ -16,7 +16,7 @@ from transformers.generation import GenerationMixin
 from vbon_lightning.functional import token_log_probs, token_statistics
 from vbon_lightning.models.tilted import JointHead, TiltedLM
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
-from vbon_lightning.sampling.plain import left_aligned, runs_plain
+from vbon_lightning.sampling.plain import prompts_with_room, runs_plain
 from vbon_lightning.types import Completions, PromptBatch, Responses
 
 MAX_LOGITS = 2**25
@@ -320,9 +320,8 @@ def _plain_predictions(
 ) -> list[Tensor]:
     """Run whole texts without a cache."""
     length = tokens.shape[1]
-    aligned, lengths = left_aligned(prompts.tokens, prompts.mask)
-    text = torch.nn.functional.pad(aligned, (0, length)).repeat_interleave(samples, dim=0)
-    places = lengths.repeat_interleave(samples)[:, None] + torch.arange(length, device=tokens.device)
+    text, lengths = prompts_with_room(prompts.tokens, prompts.mask, samples, length)
+    places = lengths[:, None] + torch.arange(length, device=tokens.device)
     text = text.scatter(1, places, tokens)
     rows = torch.arange(len(text), device=text.device)[:, None]
     output = part(input_ids=text, use_cache=False, **arguments)
