@@ -111,7 +111,7 @@ def test_text_and_truncation(bert):
     cut = ClassifierReward(bert, text="response", max_length=3)(["p"], [["abc", "abcdef", "abd"]])
     torch.testing.assert_close(cut[0, 0], cut[0, 1], rtol=0, atol=1e-6)
     assert (cut[0, 0] - cut[0, 2]).abs() > 1e-4
-    with pytest.raises(RewardError, match="row 1: the response takes 65 tokens of the reward model, which reads 64"):
+    with pytest.raises(RewardError, match="row 0, response 1 takes 65 tokens of the reward model, which reads 64"):
         ClassifierReward(bert, text="response")(["p"], [["x" * 64, "x" * 65]])
     with pytest.raises(RewardError, match="`max_length` is 65, but the classifier takes at most 64"):
         ClassifierReward(bert, max_length=65)(PROMPTS, RESPONSES)
@@ -140,8 +140,8 @@ def test_a_prompt_that_fills_the_context_leaves_the_response(kind: str, template
 
 
 def test_a_response_that_is_too_long_by_itself_is_cut_only_where_asked_for(bert: str) -> None:
-    with pytest.raises(RewardError, match="row 0: the response takes 70 tokens .* lower data.max_new_tokens"):
-        ClassifierReward(bert)(["ab"], [["x" * 70]])
+    with pytest.raises(RewardError, match="row 1, response 0 takes 70 tokens .* lower data.max_new_tokens"):
+        ClassifierReward(bert)(["a", "ab"], [["y", "y"], ["x" * 70, "y"]])
     reward = ClassifierReward(bert, max_length=5)
     cut = reward(["ab"], [["abcdefg", "abcd"]])
     torch.testing.assert_close(cut[0], reference_logits(bert, ["abcde", "babcd"])[:, 1], rtol=0, atol=1e-5)

@@ -103,7 +103,7 @@ class ClassifierReward(RewardModel):
         if any(len(row) != columns for row in responses):
             raise RewardError(f"every prompt needs the same number of responses: {[len(row) for row in responses]}")
         starts = [prompt if self.text == "prompt_and_response" else "" for prompt in prompts for _ in range(columns)]
-        scores = self._scores(texts, starts).view(len(prompts), columns)
+        scores = self._scores(texts, starts, columns).view(len(prompts), columns)
         return check_rewards(scores, prompts, responses)
 
     def identity(self) -> dict[str, str]:
@@ -167,7 +167,7 @@ class ClassifierReward(RewardModel):
         return model, tokenizer, _label_index(self.label, model.config, name)
 
     @torch.no_grad()
-    def _scores(self, texts: list[str], starts: list[str]) -> Tensor:
+    def _scores(self, texts: list[str], starts: list[str], columns: int) -> Tensor:
         if self._loaded is None:
             self._loaded = self._load()
         model, tokenizer, label = self._loaded
@@ -177,7 +177,7 @@ class ClassifierReward(RewardModel):
         suffix = _suffix_ids(self.suffix, tokenizer, longest)
         if longest is not None:
             longest -= len(suffix)
-        encoded = self._fitting(texts, starts, tokenizer, longest)
+        encoded = self._fitting(texts, starts, columns, tokenizer, longest)
         # A decoder's tokenizer makes nothing of an empty text, and a model needs one token to read.
         blank = next(
             token
@@ -197,33 +197,33 @@ class ClassifierReward(RewardModel):
         return scores
 
     def _fitting(
-        self, texts: list[str], starts: list[str], tokenizer: PreTrainedTokenizerBase, longest: int | None
+        self, texts: list[str], starts: list[str], columns: int, tokenizer: PreTrainedTokenizerBase, longest: int | None
     ) -> list[list[int]]:
         """Encode texts; where one is too long, what it starts with gives way to the rest."""
         encoded = encode_whole_texts(tokenizer, texts)
-        long = [] if longest is None else [row for row, ids in enumerate(encoded) if len(ids) > longest]
+        long = [] if longest is None else [index for index, ids in enumerate(encoded) if len(ids) > longest]
         if longest is None or not long:
             return encoded
         known = self.cut_prompts + self.cut_responses
         opening = opening_ids(tokenizer)
-        prompts = dict.fromkeys(starts[row] for row in long)
+        prompts = dict.fromkeys(starts[index] for index in long)
         prompt_ids = dict(zip(prompts, encode_whole_texts(tokenizer, list(prompts)), strict=True))
-        for row in long:
-            ids = encoded[row]
+        for index in long:
+            ids, response = encoded[index], texts[index][len(starts[index]) :]
             first = len(opening) if ids[: len(opening)] == opening else 0
-            spare = max(0, shared_start(prompt_ids[starts[row]], ids) - first)
+            spare = max(0, shared_start(prompt_ids[starts[index]], ids) - first)
             excess = len(ids) - longest
             if excess <= spare:
-                encoded[row] = ids[:first] + ids[first + excess :]
+                encoded[index] = ids[:first] + ids[first + excess :]
                 self.cut_prompts += 1
             elif self.max_length is not None:
-                (encoded[row],) = encode_whole_texts(tokenizer, [texts[row][len(starts[row]) :]], max_length=longest)
+                (encoded[index],) = encode_whole_texts(tokenizer, [response], max_length=longest)
                 self.cut_responses += 1
             else:
                 raise RewardError(
-                    f"row {row}: the response takes {len(ids) - spare} tokens of the reward model, which reads "
-                    f"{longest}: lower data.max_new_tokens, take a reward model that reads more, or set `max_length` "
-                    f"to cut responses; response {shorten(texts[row][len(starts[row]) :])}"
+                    f"row {index // columns}, response {index % columns} takes {len(ids) - spare} tokens of the reward "
+                    f"model, which reads {longest}: lower data.max_new_tokens, take a reward model that reads more, or "
+                    f"set `max_length` to cut responses; response {shorten(response)}"
                 )
         if not known:  # said once; a run logs how many there are
             warnings.warn(

@@ -1,0 +1,1 @@
+"""Which mistakes in the code its tests notice."""

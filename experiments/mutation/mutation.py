@@ -1,0 +1,167 @@
+"""Break every line of the mathematics and of the modules, one at a time, and count what their tests notice.
+
+python -m experiments.mutation.mutation             # both parts, then the report; it resumes
+python -m experiments.mutation.mutation functional  # one part
+python -m experiments.mutation.mutation report      # what there is so far: docs/mutation.md
+
+The mutants are mutmut's: an operator, a number, a name in a text, an argument left out, a branch forced. Those of
+vbon_lightning/functional are tried by tests/functional, those of vbon_lightning/modules by tests/modules, alone. The
+text of errors and warnings is not mutated. What survives for a reason has it in reasons.yaml, by the change it makes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from experiments.mutation.decorators import move_decorators
+from vbon_lightning._markdown import markdown_table
+
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "runs" / "mutation"
+REASONS = Path(__file__).with_name("reasons.yaml")
+RESULT = Path(__file__).with_name("result.json")
+REPORT = ROOT / "docs" / "mutation.md"
+PARTS = ("functional", "modules")
+SETTINGS = """
+[tool.mutmut]
+source_paths = ["vbon_lightning"]
+only_mutate = ["vbon_lightning/{part}/*"]
+also_copy = ["configs", "README.md"]
+pytest_add_cli_args_test_selection = ["tests/{part}"]
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
+process_isolation = "forkserver"
+do_not_mutate_patterns = {texts}
+"""
+# The lines that are the text of an error or a warning, and those that begin one.
+TEXTS = [
+    r"^\s*raise ",
+    r"^\s*rank_zero_(warn|info)\(",
+    r"^\s*(warnings\.|_?log\.|logger\.)",
+    r'^\s*f?"[^"]* [^"]*"\)?,?$',
+]
+SURVIVED = (0, 5, 33)  # the tests passed, or none of them runs the function
+
+
+class Mutant(NamedTuple):
+    """One change and what the tests made of it."""
+
+    file: str
+    function: str
+    removed: str
+    added: str
+    killed: bool
+
+    @property
+    def change(self) -> str:
+        """What is changed, which names a mutant for good: numbers move with the code around them."""
+        return f"{self.function}: {self.removed}  ->  {self.added}"
+
+
+def run(part: str) -> None:
+    """Try all mutants of a part that were not tried since its code last changed."""
+    where = RUNS / part
+    where.mkdir(parents=True, exist_ok=True)
+    for folder in ("vbon_lightning", "tests", "configs"):
+        shutil.copytree(ROOT / folder, where / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for source in (where / "vbon_lightning" / part).glob("*.py"):
+        source.write_text(move_decorators(source.read_text()))
+    shutil.copy(ROOT / "README.md", where)
+    settings = SETTINGS.format(part=part, texts=json.dumps(TEXTS))
+    (where / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
+    for meta in _results(part):
+        found = json.loads(meta.read_text())
+        codes = found["exit_code_by_key"]
+        # What survived is tried again: the tests may be others now.
+        found["exit_code_by_key"] = {name: code if code not in SURVIVED else None for name, code in codes.items()}
+        meta.write_text(json.dumps(found))
+    subprocess.run([sys.executable, "-m", "mutmut", "run", "--max-children", "1"], cwd=where, check=True)
+
+
+def _results(part: str) -> list[Path]:
+    return sorted((RUNS / part / "mutants" / "vbon_lightning" / part).glob("*.meta"))
+
+
+def read(part: str) -> list[Mutant]:
+    """The mutants of a part that were tried."""
+    where = RUNS / part
+    mutants = []
+    for meta in _results(part):
+        codes = json.loads(meta.read_text())["exit_code_by_key"]
+        tried = [(name, code) for name, code in codes.items() if code is not None]
+        mutants += [_read_mutant(where, meta.stem, name, code not in SURVIVED) for name, code in tried]
+    return mutants
+
+
+def _read_mutant(where: Path, file: str, name: str, killed: bool) -> Mutant:
+    function = name.split(".")[-1].split("__mutmut_")[0].removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
+    if killed:
+        return Mutant(file, function, "", "", True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "mutmut", "show", name], cwd=where, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    lines = [line for line in shown if not line.startswith(("---", "+++"))]
+    removed, added = ([line[1:].strip() for line in lines if line.startswith(sign)] for sign in "-+")
+    return Mutant(file, function, " ".join(removed), " ".join(added), False)
+
+
+def report() -> None:
+    """Write docs/mutation.md and the result beside this file."""
+    reasons: dict[str, dict[str, str]] = yaml.safe_load(REASONS.read_text()) if REASONS.exists() else {}
+    parts = {part: read(part) for part in PARTS if (RUNS / part / "mutants").exists()}
+    rows, survivors = [], []
+    for part, mutants in parts.items():
+        counts = Counter(mutant.file for mutant in mutants)
+        killed = Counter(mutant.file for mutant in mutants if mutant.killed)
+        rows += [
+            [f"{part}/{file}", str(count), str(count - killed[file]), f"{killed[file] / count:.1%}"]
+            for file, count in counts.items()
+        ]
+        total = sum(killed.values())
+        rows.append([f"all of {part}/", str(len(mutants)), str(len(mutants) - total), f"{total / len(mutants):.1%}"])
+        survivors += [(f"{part}/{mutant.file}", mutant) for mutant in mutants if not mutant.killed]
+    listed = [
+        {"file": file, "change": mutant.change, "reason": reasons.get(file, {}).get(mutant.change, "")}
+        for file, mutant in survivors
+    ]
+    summary = [dict(zip(("file", "mutants", "survived", "killed"), row, strict=True)) for row in rows]
+    RESULT.write_text(json.dumps({"mutmut": version("mutmut"), "files": summary, "survivors": listed}, indent=1) + "\n")
+    text = [
+        "# Tests that can fail\n\n",
+        "Every operator, number, name, argument and branch of `vbon_lightning/functional` and ",
+        "`vbon_lightning/modules`, changed one at a time, and the tests of the same folder run on each until one fails: ",
+        f"`python -m experiments.mutation.mutation` (mutmut {version('mutmut')}). ",
+        "The text of errors and warnings is left alone.\n\n",
+        markdown_table(["file", "mutants", "survived", "killed"], rows, align="lrrr"),
+        "\n## The survivors\n\n",
+        markdown_table(
+            ["file", "change", "why it cannot be told"],
+            [[f"`{row['file']}`", _code(row["change"]), row["reason"] or "**open**"] for row in listed],
+            align="lll",
+        ),
+    ]
+    REPORT.write_text("".join(text))
+    print("".join(text[:6]), f"{sum(not row['reason'] for row in listed)} survivors without a reason")
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+
+
+if __name__ == "__main__":
+    asked = sys.argv[1:] or [*PARTS, "report"]
+    for what in asked:
+        if what == "report":
+            report()
+        elif what in PARTS:
+            run(what)
+        else:
+            raise SystemExit(f"{what!r} is none of {', '.join(PARTS)}, report")

@@ -1,0 +1,397 @@
+"""Every function's arguments: what is refused, by which name, and what is still taken at a range's ends."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+import vbon_lightning.functional as functional
+from tests.functional.calls import CALLS, B, G, M, T, arguments, call
+from vbon_lightning.functional import Target
+
+# What takes numbers only, or cuts bins on the CPU.
+WITHOUT_TENSORS = {"bon_kl_bound", "bon_order_weights", "bon_win_rate_bound", "bonbon_beta", "kl_weight", "reward_bins"}
+# Tensors whose dtype is not looked at: what a model or another function of this package has just made.
+UNCHECKED = {
+    ("bin_labels", "edges"),
+    ("bonbon_loss", "goal"),
+    ("edge_log_cdf", "edges"),
+    ("forecast_head", "fit"),
+    ("forward_divergence", "teacher"),
+    ("mixed_log_cdf", "log_cdf"),
+    ("mixed_log_cdf", "prior"),
+    ("ranked_probability_score", "labels"),
+    ("reverse_divergence", "log_reference"),
+    ("reverse_divergence", "log_values"),
+    ("reverse_divergence", "state_log_values"),
+    ("teacher_probs", "correction"),
+    ("teacher_probs", "reference_probs"),
+    ("teacher_probs", "scale"),
+    ("teacher_probs", "tokens"),
+    ("value_advantages", "log_values"),
+    ("bon_kl", "reference_rewards"),
+    ("draw_candidates", "uniforms"),
+}
+
+
+def test_every_function_is_called() -> None:
+    public = {name for name in functional.__all__ if inspect.isfunction(getattr(functional, name))}
+    assert set(CALLS) == public - WITHOUT_TENSORS
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_leaves_its_device_or_waits_for_it(name: str) -> None:
+    # Fake tensors refuse an operation over two devices, and one whose result must be known.
+    if name in ("forecast_head",):
+        pytest.skip("selects rows, on the CPU")
+    with FakeTensorMode():
+        found = getattr(functional, name)(**arguments(name, "meta"))
+    tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+    assert tensors
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        (name, key)
+        for name in CALLS
+        for key, value in arguments(name).items()
+        if isinstance(value, Tensor) and (name, key) not in UNCHECKED
+    ],
+)
+def test_a_wrong_dtype_is_named(name: str, argument: str) -> None:
+    value = arguments(name)[argument]
+    if value.dtype == torch.bool:
+        wrong, message = value.float(), "must be a bool tensor, got torch.float32"
+    elif value.is_floating_point():
+        wrong, message = value.long(), "must have a floating-point dtype, got torch.int64"
+    else:
+        wrong, message = value.float(), "must hold integers such as token ids, got torch.float32"
+    with pytest.raises(TypeError, match=rf"^{argument} {message}"):
+        call(name, **{argument: wrong})
+    with pytest.raises(TypeError, match=rf"^{argument} must be a tensor, got list"):
+        call(name, **{argument: value.tolist()})
+
+
+SHAPES = [
+    # function, argument, the tensor's wrong shape, what is said
+    ("bin_labels", "edges", (1, 2), "edges must have shape [K - 1], got [1, 2] with 2 dimension(s)"),
+    ("binned_bon_kl", "log_cdf", (4,), "log_cdf must have shape [B, K + 1], got [4]"),
+    ("binned_bon_kl", "log_cdf", (2, 5), "log_cdf must have shape [B, K + 1] with K = 3 bins, got [2, 5]"),
+    ("binned_reward_cdf", "rewards", (4,), "rewards must have shape [B, G], got [4]"),
+    ("binned_reward_cdf", "log_cdf", (3, 4), "log_cdf must have shape [B, K + 1] = [2, 4], got [3, 4]"),
+    ("binned_reward_cdf", "log_cdf", (2, 3), "log_cdf must have shape [B, K + 1] = [2, 4], got [2, 3]"),
+    ("bon_expected_reward", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
+    ("bon_selection_weights", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
+    ("bon_self_win_rate", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
+    ("bon_win_rate", "rewards", (8,), "rewards must have shape [B, G], got [8]"),
+    ("bon_win_rate", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
+    ("bon_win_rate", "rewards", (3, 4), "rewards [B, G] and reference_rewards [B, M] must agree on B, got [3, 4]"),
+    ("bon_win_rate", "reference_rewards", (2, 0), "reference_rewards must hold at least one sample a prompt"),
+    ("bon_log_ratio", "log_below", (3,), "log_below must have the shape of log_reference, [2], got [3]"),
+    ("bon_log_ratio", "log_at_or_below", (3,), "log_at_or_below must have the shape of log_reference, [2], got [3]"),
+    ("bonbon_loss", "best_log_prob", (3,), "best_log_prob must have the shape of best_log_ratio, [2], got [3]"),
+    ("bonbon_loss", "worst_log_ratio", (3,), "worst_log_ratio must have the shape of best_log_ratio, [2], got [3]"),
+    ("bonbon_loss", "told_apart", (3,), "told_apart must have the shape of best_log_ratio, [2], got [3]"),
+    ("bradley_terry_loss", "rejected", (3,), "rejected must have the shape of chosen, [2], got [3]"),
+    ("candidate_teacher", "log_values", (2, 5, 3), "log_values must have the shape of candidates.log_mass, [2, 5, 2]"),
+    ("candidate_teacher", "state_log_values", (2, 4), "state_log_values must have the shape of candidates.log_rest"),
+    ("clipped_surrogate_loss", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5]"),
+    ("clipped_surrogate_loss", "old_log_probs", (2, 4, 4), "old_log_probs must have the shape of mask, [2, 4, 5]"),
+    (
+        "clipped_surrogate_loss",
+        "advantages",
+        (4, 5),
+        "advantages must have the shape of the mask, [2, 4, 5], or of its",
+    ),
+    ("clipped_surrogate_loss", "mask", (), "mask must have shape [..., T], got []"),
+    ("clipped_value_loss", "values", (2, 4, 4), "values must have the shape of mask, [2, 4, 5]"),
+    ("clipped_value_loss", "old_values", (2, 4, 4), "old_values must have the shape of mask, [2, 4, 5]"),
+    ("clipped_value_loss", "returns", (2, 4, 4), "returns must have the shape of mask, [2, 4, 5]"),
+    ("cost_to_go", "costs", (), "costs must have shape [..., T], got [] with 0 dimension(s)"),
+    ("dpo_loss", "told_apart", (3,), "told_apart must have the shape of best_log_ratio, [2], got [3]"),
+    ("draw_candidates", "uniforms", (2, 5, 3), "uniforms must have shape [2, 5, 2], got [2, 5, 3]"),
+    ("edge_log_cdf", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
+    ("edge_log_cdf", "edges", (1, 2), "edges must have shape [K - 1], got [1, 2]"),
+    ("exponential_bin_log_weights", "atoms", (4,), "atoms must have shape [K, Q], got [4]"),
+    ("forecast_head", "features", (6,), "features must have shape [S, H], got [6]"),
+    ("forecast_head", "rewards", (5,), "rewards must have shape [S] = [6], got [5]"),
+    ("forecast_log_probs", "outputs", (2, 4), "outputs must have K + 2 = 5 entries, got 4"),
+    ("forward_divergence", "teacher", (2, 5, 6), "teacher must have the shape of logits, [2, 5, 7], got [2, 5, 6]"),
+    ("generalized_advantage_estimation", "values", (2, 4, 4), "values must have the shape of mask, [2, 4, 5]"),
+    ("generalized_advantage_estimation", "token_rewards", (2, 4, 4), "token_rewards must have the shape of mask"),
+    ("group_extremes", "rewards", (8,), "rewards must have shape [B, M], got [8]"),
+    ("group_extremes", "rewards", (2, 7), "order must have the shape of rewards, [2, 7], got [2, 8]"),
+    ("kl_k1", "reference_log_probs", (2, 4, 4), "reference_log_probs must have the shape of log_probs, [2, 4, 5]"),
+    ("kl_penalty", "token_kl", (2, 4, 4), "mask must have the shape of token_kl, [2, 4, 4], got [2, 4, 5]"),
+    ("leave_one_out", "values", (4,), "values must have shape [B, G, ...], got [4]"),
+    ("leave_one_out", "values", (2, 1), "leave-one-out needs G >= 2 samples a prompt, got G = 1 in [2, 1]"),
+    ("mixed_log_cdf", "prior", (2, 3), "prior must have the shape of log_cdf, [2, 4], got [2, 3]"),
+    ("normalise_advantages", "advantages", (2, 3), "mask must have the shape of advantages, [2, 3], got [2, 4]"),
+    ("rao_blackwell_advantages", "token_kl", (2, 4, 4), "token_kl must have the shape of mask, [2, 4, 5]"),
+    ("rao_blackwell_advantages", "log_ratio", (2, 4, 4), "log_ratio must have the shape of mask, [2, 4, 5]"),
+    ("ranked_probability_score", "labels", (3,), "labels must have shape bin_log_probs.shape[:-1] = [2], got [3]"),
+    ("reinforce_loss", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5], got [2, 4, 4]"),
+    ("reverse_divergence", "log_reference", (2, 5, 6), "log_reference must have the shape of logits, [2, 5, 7]"),
+    ("reverse_divergence", "log_values", (2, 5, 3), "log_values must have the shape of candidates.tokens, [2, 5, 2]"),
+    ("sampled_kl_advantages", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5]"),
+    ("sampled_kl_advantages", "reference_log_probs", (2, 4, 4), "reference_log_probs must have the shape of mask"),
+    ("sampled_kl_advantages", "mask", (4, 5), "mask must have shape [B, G, T], got [4, 5]"),
+    ("sampled_kl_advantages", "mask", (3, 4, 5), "target.score must have shape [B, G] = [3, 4], got [2, 4]"),
+    ("sequence_log_prob", "token_log_probs", (2, 4, 4), "mask must have the shape of token_log_probs, [2, 4, 4]"),
+    ("systematic_resampling", "weights", (8,), "weights must have shape [B, M], got [8]"),
+    ("systematic_resampling", "offsets", (3,), "offsets must have shape [B] = [2], got [3]"),
+    ("token_log_probs", "tokens", (2, 4), "tokens must have shape logits.shape[:-1] = [2, 5], got [2, 4]"),
+    ("token_rewards", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5]"),
+    ("token_rewards", "reference_log_probs", (2, 4, 4), "reference_log_probs must have the shape of mask"),
+    ("token_statistics", "reference_logits", (2, 5, 6), "reference_logits must have the shape of logits, [2, 5, 7]"),
+    ("token_statistics", "tokens", (2, 4), "tokens must have shape logits.shape[:-1] = [2, 5], got [2, 4]"),
+    ("value_advantages", "token_kl", (2, 4, 4), "token_kl must have the shape of mask, [2, 4, 5]"),
+    ("vocabulary_kl", "reference_logits", (2, 5, 6), "reference_logits must have the shape of logits, [2, 5, 7]"),
+    ("with_exact_end", "log_values", (2, 4, 5), "log_values must have shape [B, G, T + 1] = [2, 4, 6], got [2, 4, 5]"),
+    ("with_exact_end", "log_weight", (2, 5), "log_weight must have shape [B, G] = [2, 4], got [2, 5]"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "shape", "message"), SHAPES)
+def test_a_wrong_shape_is_named(name: str, argument: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
+        call(name, **{argument: torch.ones(shape).to(arguments(name)[argument].dtype)})
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "error", "message"),
+    [
+        ("draw_candidates", {"uniforms": None}, ValueError, "uniforms must have shape [2, 5, 2], got None"),
+        ("draw_candidates", {"top": 0, "draws": 0}, ValueError, "at least one candidate is needed"),
+        ("forecast_head", {"fit": torch.ones(5).bool()}, ValueError, "fit must have shape [S] = [6], got [5]"),
+        (
+            "reward_cdf",
+            {"estimator": "no"},
+            ValueError,
+            "estimator must be one of jeffreys, add_one, laplace, digamma, ",
+        ),
+        ("edge_log_cdf", {"estimator": "no"}, ValueError, "estimator must be one of jeffreys, add_one, laplace, dig"),
+        ("vbon_target", {"bound": "upper"}, ValueError, "bound must be 'exact', 'untied' or 'lower', got 'upper'"),
+        (
+            "vbon_target",
+            {"bound": "lower", "log_ratio_floor": -3.0},
+            ValueError,
+            "log_ratio_floor bounds what it costs",
+        ),
+        (
+            "vbon_target",
+            {"bound": "untied", "log_reference": torch.zeros(2, 4).long()},
+            TypeError,
+            "log_reference must",
+        ),
+        (
+            "sampled_kl_advantages",
+            {"target": Target(torch.zeros(2, 4).long(), 0.5)},
+            TypeError,
+            "target.score must have a floating-point dtype",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, changed: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"^{re.escape(message)}"):
+        call(name, **changed)
+
+
+def test_the_lower_bound_looks_at_the_cdf_it_reads() -> None:
+    cdf = arguments("vbon_target")["cdf"]
+    with pytest.raises(TypeError, match=r"^cdf\.log_below must have a floating-point dtype"):
+        call("vbon_target", bound="lower", cdf=cdf._replace(log_below=torch.zeros(B, G).long()))
+    with pytest.raises(
+        ValueError, match=r"^cdf\.log_below must have the shape of log_reference, \[2, 4\], got \[2, 3\]"
+    ):
+        call("vbon_target", bound="lower", cdf=cdf._replace(log_below=torch.zeros(B, 3)))
+
+
+def _count(limit: int, of: str) -> list[tuple[object, type[Exception], str]]:
+    return [
+        (0, ValueError, f"n must satisfy 1 <= n <= {limit} ({of}"),
+        (limit + 1, ValueError, f"n must satisfy 1 <= n <= {limit} ({of}"),
+        (2.0, TypeError, "n counts samples here and must be an integer, got 2.0 of type float"),
+        (True, TypeError, "n counts samples here and must be an integer, got True of type bool"),
+    ]
+
+
+def _real(name: str, message: str, *refused: float) -> list[tuple[object, type[Exception], str]]:
+    return [(value, ValueError, f"{name} must be {message}, got {value!r}") for value in refused] + [
+        ("2", TypeError, f"{name} must be a real number, got '2' of type str"),
+        (True, TypeError, f"{name} must be a real number, got True of type bool"),
+        (float("inf"), ValueError, f"{name} must be finite, got inf"),
+    ]
+
+
+ABOVE_0, AT_LEAST_0, AT_LEAST_1 = "greater than 0", "at least 0", "at least 1"
+
+
+def _share(name: str) -> list[tuple[object, type[Exception], str]]:
+    return [*_real(name, AT_LEAST_0, -0.1), (1.1, ValueError, f"{name} must be at most 1, got 1.1")]
+
+
+RANGES: list[tuple[str, str, list[object], list[tuple[object, type[Exception], str]]]] = [
+    # function, argument, what is taken, what is refused
+    *[(f"binned_bon_{of}", "n", [1.0, 1.5], _real("n", AT_LEAST_1, 0.9)) for of in ("kl", "reward", "win_rate")],
+    ("binned_bon_win_rate", "m", [1.0, 1.5], _real("m", AT_LEAST_1, 0.9)),
+    ("bon_bin_log_weights", "n", [1.0, 1.5], _real("n", AT_LEAST_1, 0.9)),
+    *[(f"bon_{of}", "n", [0.1, 0.5], _real("n", ABOVE_0, 0.0)) for of in ("log_prob", "log_ratio")],
+    *[(f"bon_{of}", "n", [1.0, 1.5], _real("n", AT_LEAST_1, 0.9)) for of in ("kl_estimate", "log_ratio_bound")],
+    *[
+        (f"bon_{of}", "n", [1, M], _count(M, "M, the cached samples a prompt)"))
+        for of in ("expected_reward", "selection_weights", "win_rate")
+    ],
+    ("bon_self_win_rate", "n", [1, M - 1], _count(M - 1, "M - 1, one of the M cached samples being the opponent)")),
+    ("group_extremes", "n", [1, 4], [(9, ValueError, "n must satisfy 1 <= n <= 8 (M, the cached samples a prompt)")]),
+    ("group_extremes", "groups", [1, 2], [(3, ValueError, "groups must satisfy 1 <= groups <= 2 (M // n = 8 // 4)")]),
+    ("bonbon_loss", "alpha", [0.0, 1.0], _share("alpha")),
+    ("bradley_terry_loss", "centre", [0.0, 0.5], _real("centre", AT_LEAST_0, -0.1)),
+    ("clipped_surrogate_loss", "clip", [0.5, 2.0], _real("clip", ABOVE_0, 0.0)),
+    ("clipped_value_loss", "clip", [0.5, 2.0], _real("clip", ABOVE_0, 0.0)),
+    ("dpo_loss", "beta", [0.5, 2.0], _real("beta", ABOVE_0, 0.0)),
+    ("draw_candidates", "top", [0, 1], [(-1, ValueError, "top must be at least 0, got -1")]),
+    ("draw_candidates", "draws", [], [(-1, ValueError, "draws must be at least 0, got -1")]),
+    ("exponential_bin_log_weights", "beta", [0.5, 2.0], _real("beta", ABOVE_0, 0.0)),
+    ("generalized_advantage_estimation", "gamma", [0.0, 1.0], _share("gamma")),
+    ("generalized_advantage_estimation", "lam", [0.0, 1.0], _share("lam")),
+    ("value_advantages", "lam", [0.0, 1.0], _share("lam")),
+    ("kl_rl_target", "beta", [0.0, 0.5], _real("beta", AT_LEAST_0, -0.1)),
+    ("mixed_log_cdf", "samples", [1, 2], [(0, ValueError, "samples must be at least 1, got 0")]),
+    ("mixed_log_cdf", "prior_samples", [0.0, 0.5], _real("prior_samples", AT_LEAST_0, -0.1)),
+    ("normalise_advantages", "eps", [0.0, 0.5], _real("eps", AT_LEAST_0, -0.1)),
+    *[
+        (name, "temperature", [0.5, 2.0], _real("temperature", ABOVE_0, 0.0))
+        for name in ("token_log_probs", "token_statistics", "vocabulary_kl")
+    ],
+    (
+        "systematic_resampling",
+        "count",
+        [1, 9],
+        [
+            (0, ValueError, "count must be at least 1, got 0"),
+            (1.0, TypeError, "count must be an integer, got 1.0 of type float"),
+            (True, TypeError, "count must be an integer, got True of type bool"),
+        ],
+    ),
+    ("vbon_target", "n", [1.5, 2], _real("n", "greater than 1", 1.0)),
+    ("vbon_target", "log_ratio_floor", [-0.5, -1e-3], _real("log_ratio_floor", "less than 0", 0.0)),
+    ("win_rate_by_cdf", "n", [1.0, 1.5], _real("n", AT_LEAST_1, 0.9)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "error", "message"),
+    [(name, argument, *row) for name, argument, _, refused in RANGES for row in refused],
+)
+def test_a_value_out_of_range_is_named(
+    name: str, argument: str, value: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=rf"^{re.escape(message)}"):
+        call(name, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"), [(name, argument, value) for name, argument, taken, _ in RANGES for value in taken]
+)
+def test_the_ends_of_a_range_are_taken(name: str, argument: str, value: object) -> None:
+    call(name, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "defaults"),
+    [
+        ("binned_bon_win_rate", {"m": 1.0}),
+        ("bonbon_loss", {"alpha": 0.005}),
+        ("bradley_terry_loss", {"centre": 0.0}),
+        ("clipped_surrogate_loss", {"clip": 0.2}),
+        ("clipped_value_loss", {"clip": 0.2}),
+        ("draw_candidates", {"draws": 0}),
+        ("edge_log_cdf", {"estimator": "jeffreys"}),
+        ("forecast_head", {"ridge": 1e-3}),
+        ("generalized_advantage_estimation", {"gamma": 1.0, "lam": 0.95}),
+        ("normalise_advantages", {"eps": 1e-8}),
+        ("reward_cdf", {"estimator": "jeffreys"}),
+        ("token_log_probs", {"temperature": 1.0}),
+        ("token_statistics", {"temperature": 1.0}),
+        ("value_advantages", {"lam": 1.0, "siblings": True}),
+        ("vbon_target", {"bound": "exact"}),
+        ("vocabulary_kl", {"temperature": 1.0}),
+    ],
+)
+def test_what_is_not_said_is_the_documented_default(name: str, defaults: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    given = {
+        key: torch.randn_like(value) * 2 if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in arguments(name).items()
+        if key not in defaults
+    }
+    function = getattr(functional, name)
+    got, want = function(**given), function(**given, **defaults)
+    for left, right in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+    other = {
+        key: not value if isinstance(value, bool) else 0.5 if value != 0.5 else 0.25 for key, value in defaults.items()
+    }
+    for key, value in other.items():
+        if isinstance(defaults[key], str) or key in ("eps", "draws", "m"):
+            continue
+        changed = tree_leaves(function(**{**given, **defaults, key: value}))
+        assert any(not torch.equal(a, b) for a, b in zip(changed, tree_leaves(want), strict=True)), key
+
+
+@pytest.mark.parametrize("name", ["bon_kl_bound", "bon_win_rate_bound"])
+def test_bounds_of_a_number(name: str) -> None:
+    for value, error, message in _real("n", ABOVE_0, 0.0, -1.0):
+        with pytest.raises(error, match=rf"^{re.escape(message)}"):
+            getattr(functional, name)(value)
+    assert isinstance(getattr(functional, name)(0.5), float)
+
+
+def test_the_weight_of_the_kl_needs_more_than_one_sample() -> None:
+    for value, error, message in _real("n", "greater than 1", 1.0, 0.5):
+        with pytest.raises(error, match=rf"^{re.escape(message)}"):
+            functional.kl_weight(value)  # type: ignore[arg-type]
+    assert functional.kl_weight(1.5) == 2.0
+
+
+def test_counts_of_order_weights_and_pairs() -> None:
+    for value, message in ((4.0, "got 4.0 of type float"), (True, "got True of type bool")):
+        with pytest.raises(TypeError, match=rf"^m counts samples and must be an integer, {message}$"):
+            functional.bon_order_weights(value, 1)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=rf"^n counts samples here and must be an integer, {message}$"):
+            functional.bonbon_beta(value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^n must satisfy 1 <= n <= 4 \(the m samples at hand\), got 5; cache more"):
+        functional.bon_order_weights(4, 5)
+    with pytest.raises(ValueError, match=r"^n must be greater than 1, got 1$"):
+        functional.bonbon_beta(1)
+    assert functional.bonbon_beta(2) == 0.5
+
+
+def test_bins_need_two_values_and_two_of_each() -> None:
+    rewards = torch.tensor([0.0, 1.0, 2.0])
+    for name in ("bins", "atoms"):
+        for value, error, message in _real(name, "at least 2", 1):
+            with pytest.raises(error, match=rf"^{re.escape(message)}"):
+                functional.reward_bins(rewards, **{"bins": 2, name: value})
+        functional.reward_bins(rewards, **{"bins": 2, name: 2})
+    with pytest.raises(TypeError, match="^rewards must have a floating-point dtype"):
+        functional.reward_bins(rewards.long(), bins=2)
+    for wrong in (torch.tensor([]), torch.tensor([0.0, torch.inf]), torch.tensor([0.0, torch.nan])):
+        with pytest.raises(ValueError, match="^rewards must be finite numbers, at least one$"):
+            functional.reward_bins(wrong, bins=2)
+    with pytest.raises(ValueError, match="^all 2 rewards are 3: there is nothing to tell apart$"):
+        functional.reward_bins(torch.tensor([3.0, 3.0]), bins=2)
+
+
+def test_a_wrong_number_of_dimensions() -> None:
+    assert call("cost_to_go", costs=torch.ones(T)).tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
+    assert call("leave_one_out", values=torch.ones(B, G, T)).shape == (B, G, T)
