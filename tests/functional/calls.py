@@ -31,8 +31,12 @@ def _bool(*shape: int) -> Callable[[str], Tensor]:
     return lambda device: torch.ones(shape, dtype=torch.bool, device=device)
 
 
+def _edges(device: str) -> Tensor:
+    return _bins(device).edges
+
+
 def _bins(device: str) -> RewardBins:
-    return RewardBins(_values(K - 1)(device).double(), _values(K, Q)(device).double())
+    return RewardBins(_values(K - 1)("cpu").double(), _values(K, Q)("cpu").double())  # where they always are
 
 
 def _cdf(device: str) -> RewardCDF:
@@ -56,12 +60,12 @@ _BOTH = {"log_probs": _logs(B, G, T), "reference_log_probs": _logs(B, G, T)}
 _BINNED = {"log_cdf": _logs(B, K + 1), "bins": _bins}
 
 CALLS: dict[str, dict[str, Any]] = {
-    "bin_labels": {"rewards": _values(B, G), "edges": _values(K - 1)},
+    "bin_labels": {"rewards": _values(B, G), "edges": _edges},
     "binned_bon_kl": {**_BINNED, "n": 4.0},
     "binned_bon_reward": {**_BINNED, "n": 4.0},
     "binned_bon_win_rate": {**_BINNED, "n": 4.0, "m": 2.0},
     "binned_reward_cdf": {"rewards": _values(B, G), **_BINNED},
-    "bon_bin_log_weights": {"log_cdf": _logs(B, K + 1), "n": 4.0},
+    "bon_bin_log_weights": {"log_cdf": _logs(B, T, K + 1), "n": 4.0},
     "bon_expected_reward": {**_REFERENCE, "n": 4},
     "bon_kl": {**_REFERENCE, "n": 4.0},
     "bon_kl_estimate": {"log_reference": _logs(B, G), "n": 4.0},
@@ -86,7 +90,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "returns": _values(B, G, T),
         "mask": _bool(B, G, T),
     },
-    "cost_to_go": {"costs": _values(B, T)},
+    "cost_to_go": {"costs": _values(B, G, T)},
     "dpo_loss": {**_PAIR, "beta": 0.1, "told_apart": _bool(B)},
     "draw_candidates": {
         "log_reference": lambda device: _logs(B, T, V)(device).log_softmax(-1),
@@ -94,10 +98,10 @@ CALLS: dict[str, dict[str, Any]] = {
         "draws": 2,
         "uniforms": lambda device: torch.full((B, T, 2), 0.5, device=device),
     },
-    "edge_log_cdf": {**_REFERENCE, "edges": _values(K - 1)},
+    "edge_log_cdf": {**_REFERENCE, "edges": _edges},
     "exponential_bin_log_weights": {"atoms": _values(K, Q), "beta": 0.5},
     "forecast_head": {"features": _values(S, H), "rewards": _values(S), "bins": _bins, "fit": _bool(S)},
-    "forecast_log_probs": {"outputs": _values(B, K + 2), "bins": _bins},
+    "forecast_log_probs": {"outputs": _values(B, T, K + 2), "bins": _bins},
     "forward_divergence": {"logits": _values(B, T, V), "teacher": _values(B, T, V)},
     "generalized_advantage_estimation": {
         "token_rewards": _values(B, G, T),
@@ -118,9 +122,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "leave_one_out": {"values": _values(B, G)},
     "mixed_log_cdf": {"log_cdf": _logs(B, G), "prior": _logs(B, G), "samples": M, "prior_samples": 2.0},
     "normalise_advantages": {"advantages": _values(B, G), "mask": _bool(B, G)},
-    "predicted_log_cdf": {"bin_log_probs": _logs(B, K)},
-    "prefix_log_values": {"bin_log_probs": _logs(B, K), "log_weights": _values(K)},
-    "ranked_probability_score": {"bin_log_probs": _logs(B, K), "labels": _long(B)},
+    "predicted_log_cdf": {"bin_log_probs": _logs(B, T, K)},
+    "prefix_log_values": {"bin_log_probs": _logs(B, T, K), "log_weights": _values(K)},
+    "ranked_probability_score": {"bin_log_probs": _logs(B, T, K), "labels": _long(B, T)},
     "rao_blackwell_advantages": {
         "target": _target,
         "token_kl": _values(B, G, T),

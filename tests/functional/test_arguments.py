@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves, tree_map
 
 import vbon_lightning.functional as functional
 from tests.functional.calls import CALLS, B, G, M, T, arguments, call
-from vbon_lightning.functional import Target
+from vbon_lightning.functional import RewardBins, Target
 
 # What takes numbers only, or cuts bins on the CPU.
 WITHOUT_TENSORS = {"bon_kl_bound", "bon_order_weights", "bon_win_rate_bound", "bonbon_beta", "kl_weight", "reward_bins"}
@@ -48,9 +49,9 @@ def test_every_function_is_called() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_leaves_its_device_or_waits_for_it(name: str) -> None:
     # Fake tensors refuse an operation over two devices, and one whose result must be known.
-    if name in ("forecast_head",):
-        pytest.skip("selects rows, on the CPU")
-    with FakeTensorMode():
+    # Which rows a head is fitted to is known from data only; that is before training, where nothing waits.
+    unknown_sizes = ShapeEnv() if name == "forecast_head" else None
+    with FakeTensorMode(shape_env=unknown_sizes):
         found = getattr(functional, name)(**arguments(name, "meta"))
     tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
     assert tensors
@@ -123,7 +124,7 @@ SHAPES = [
     ("exponential_bin_log_weights", "atoms", (4,), "atoms must have shape [K, Q], got [4]"),
     ("forecast_head", "features", (6,), "features must have shape [S, H], got [6]"),
     ("forecast_head", "rewards", (5,), "rewards must have shape [S] = [6], got [5]"),
-    ("forecast_log_probs", "outputs", (2, 4), "outputs must have K + 2 = 5 entries, got 4"),
+    ("forecast_log_probs", "outputs", (2, 5, 4), "outputs must have K + 2 = 5 entries, got 4"),
     ("forward_divergence", "teacher", (2, 5, 6), "teacher must have the shape of logits, [2, 5, 7], got [2, 5, 6]"),
     ("generalized_advantage_estimation", "values", (2, 4, 4), "values must have the shape of mask, [2, 4, 5]"),
     ("generalized_advantage_estimation", "token_rewards", (2, 4, 4), "token_rewards must have the shape of mask"),
@@ -137,7 +138,7 @@ SHAPES = [
     ("normalise_advantages", "advantages", (2, 3), "mask must have the shape of advantages, [2, 3], got [2, 4]"),
     ("rao_blackwell_advantages", "token_kl", (2, 4, 4), "token_kl must have the shape of mask, [2, 4, 5]"),
     ("rao_blackwell_advantages", "log_ratio", (2, 4, 4), "log_ratio must have the shape of mask, [2, 4, 5]"),
-    ("ranked_probability_score", "labels", (3,), "labels must have shape bin_log_probs.shape[:-1] = [2], got [3]"),
+    ("ranked_probability_score", "labels", (2,), "labels must have shape bin_log_probs.shape[:-1] = [2, 5], got [2]"),
     ("reinforce_loss", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5], got [2, 4, 4]"),
     ("reverse_divergence", "log_reference", (2, 5, 6), "log_reference must have the shape of logits, [2, 5, 7]"),
     ("reverse_divergence", "log_values", (2, 5, 3), "log_values must have the shape of candidates.tokens, [2, 5, 2]"),
@@ -395,3 +396,96 @@ def test_bins_need_two_values_and_two_of_each() -> None:
 def test_a_wrong_number_of_dimensions() -> None:
     assert call("cost_to_go", costs=torch.ones(T)).tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
     assert call("leave_one_out", values=torch.ones(B, G, T)).shape == (B, G, T)
+
+
+AS_ITS_INPUT, WIDE, DOUBLE = "as its input", "float32 or wider", "float64"
+DTYPES = {
+    WIDE: {"forecast_log_probs", "prefix_log_values", "token_log_probs", "token_statistics", "vocabulary_kl"},
+    DOUBLE: {
+        "binned_bon_kl",
+        "binned_bon_reward",
+        "binned_bon_win_rate",
+        "bon_bin_log_weights",
+        "bon_kl",
+        "bon_selection_weights",
+        "bonbon_gap",
+        "edge_log_cdf",
+        "exponential_bin_log_weights",
+        "forecast_head",
+        "predicted_log_cdf",
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_dtype_of_what_comes_back(name: str, dtype: torch.dtype) -> None:
+    def cast(value: object) -> object:
+        if isinstance(value, RewardBins):
+            return value
+        return tree_map(
+            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, value
+        )
+
+    found = getattr(functional, name)(**{key: cast(value) for key, value in arguments(name).items()})
+    want = dtype
+    if name in DTYPES[DOUBLE]:
+        want = torch.float64
+    elif name in DTYPES[WIDE]:
+        want = torch.promote_types(dtype, torch.float32)
+    if name == "clipped_surrogate_loss":
+        found = found._replace(clip_fraction=None)  # a share of tokens, whatever they are
+    for leaf in tree_leaves(found):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            assert leaf.dtype == want, leaf
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bon_bin_log_weights",
+        "cost_to_go",
+        "draw_candidates",
+        "forecast_log_probs",
+        "forward_divergence",
+        "predicted_log_cdf",
+        "prefix_log_values",
+        "ranked_probability_score",
+        "reverse_divergence",
+        "sequence_log_prob",
+        "teacher_probs",
+        "token_log_probs",
+        "token_statistics",
+        "vocabulary_kl",
+    ],
+)
+def test_leading_dimensions_are_as_many_rows(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def mixed(value: object) -> object:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+            return value - torch.rand(value.shape, generator=generator)
+        return value
+
+    given = {
+        key: value if isinstance(value, RewardBins) else tree_map(mixed, value)
+        for key, value in arguments(name).items()
+    }
+    if name == "draw_candidates":
+        given["log_reference"], given["uniforms"] = given["log_reference"].log_softmax(-1), given["uniforms"].abs() % 1
+    leading = next(value for value in given.values() if isinstance(value, Tensor)).shape[:2]
+
+    def rows(value: object) -> object:
+        if isinstance(value, RewardBins):
+            return value
+        return tree_map(
+            lambda leaf: leaf.flatten(0, 1) if isinstance(leaf, Tensor) and leaf.shape[:2] == leading else leaf, value
+        )
+
+    function = getattr(functional, name)
+    got = function(**given)
+    want = function(**{key: rows(value) for key, value in given.items()})
+    for left, right in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        if left is not None:
+            assert left.shape[: len(leading)] == leading
+            torch.testing.assert_close(left.flatten(0, 1) if len(leading) > 1 else left, right)

@@ -211,3 +211,19 @@ def test_k2_as_a_loss_has_the_right_gradient(logits: tuple[Tensor, Tensor]) -> N
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_statistics_are_the_same_where_the_reference_is_trained_too() -> None:
+    torch.manual_seed(0)
+    logits, reference_logits = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    tokens = torch.randint(5, (2, 3))
+    got = token_statistics(logits, reference_logits, tokens, temperature=0.7)
+    want = token_statistics(logits, reference_logits.detach(), tokens, temperature=0.7)
+    for left, right in zip(got, want, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-12)
+    (got.reference_log_probs.sum() + got.kl.sum()).backward()
+    log_policy = (logits.detach() / 0.7).log_softmax(-1)
+    log_reference = (reference_logits.detach() / 0.7).log_softmax(-1)
+    chosen = torch.nn.functional.one_hot(tokens, 5) - log_reference.exp()
+    expected = (chosen + log_reference.exp() - log_policy.exp()) / 0.7
+    torch.testing.assert_close(reference_logits.grad, expected, rtol=0, atol=1e-12)

@@ -228,3 +228,30 @@ ROW, MASK = torch.zeros(1, 2, 3), torch.ones(1, 2, 3).bool()
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_one_advantage_is_its_own_mean() -> None:
+    advantages = torch.tensor([[3.0, 5.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, False]])
+    assert normalise_advantages(advantages, mask).tolist() == [[0.0, 0.0]]
+    assert normalise_advantages(advantages, torch.zeros_like(mask)).tolist() == [[0.0, 0.0]]
+
+
+def test_eps_widens_the_spread() -> None:
+    advantages = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    assert normalise_advantages(advantages, eps=0.25).tolist() == [[-0.8, 0.8]]
+    assert normalise_advantages(torch.ones(1, 2), eps=0.25).tolist() == [[0.0, 0.0]]
+
+
+def test_diagnostics_of_the_surrogate_are_means_over_tokens() -> None:
+    ratios = torch.tensor([[[1.5, 1.0, 0.5], [2.0, 1.0, 9.0]]], dtype=torch.float64)
+    advantages = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    mask = torch.tensor([[[True, True, True], [True, True, False]]])
+    got = clipped_surrogate_loss(ratios.log(), torch.zeros_like(ratios), advantages, mask, clip=0.2)
+    # Of the five tokens only the first is cut: at 1.2, where its advantage asks for more.
+    assert got.clip_fraction.item() == pytest.approx(1 / 5)
+    assert got.mean_ratio.item() == pytest.approx(6 / 5)
+    assert got.approx_kl.item() == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1, 0.5, 2, 1)) / 5)
+    assert got.loss.item() == pytest.approx(-((1.2 + 1 + 0.5) + (-2.0 - 1.0)) / 2)
+    nothing = clipped_surrogate_loss(ratios.log(), torch.zeros_like(ratios), advantages, torch.zeros_like(mask))
+    assert [value.item() for value in nothing] == [0.0, 0.0, 0.0, 0.0]

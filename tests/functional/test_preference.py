@@ -220,3 +220,11 @@ def test_losses_over_shards_average_to_the_loss_of_the_whole() -> None:
 def test_bad_arguments(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.zeros(3))
+
+
+def test_diagnostics_of_one_pair_are_its_own() -> None:
+    best, worst = torch.tensor([1.0, 5.0]), torch.tensor([0.0, 7.0])
+    got = dpo_loss(best, worst, beta=0.5, told_apart=torch.tensor([True, False]))
+    assert (got.accuracy.item(), got.margin.item()) == (1.0, 0.5)
+    none = dpo_loss(best, worst, beta=0.5, told_apart=torch.tensor([False, False]))
+    assert (none.loss.item(), none.accuracy.item(), none.margin.item()) == (0.0, 0.0, 0.0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import integrate
 from torch import Tensor
 
 from vbon_lightning.functional import (
@@ -21,6 +22,7 @@ from vbon_lightning.functional import (
     bon_bin_log_weights,
     edge_log_cdf,
     exponential_bin_log_weights,
+    forecast_head,
     forecast_log_probs,
     predicted_log_cdf,
     reward_bins,
@@ -412,3 +414,65 @@ SOME = float64(0, 1, 2)
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def _ridge_by_least_squares(features: np.ndarray, values: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
+    # A ridge is a regression on rows of sqrt(penalty), one a feature, whose values are 0.
+    centred = features - features.mean(0)
+    size = penalty * (centred**2).sum(0).mean()
+    rows = np.concatenate([centred, np.sqrt(size) * np.eye(features.shape[1])])
+    targets = np.concatenate([values - values.mean(), np.zeros(features.shape[1])])
+    slope = np.linalg.lstsq(rows, targets, rcond=None)[0]
+    return slope, float(values.mean() - features.mean(0) @ slope)
+
+
+@pytest.mark.parametrize("ridge", [None, 0.5])
+@pytest.mark.parametrize(("bins", "scale"), [(2, 1.0), (8, 1.0), (8, 0.01)])
+def test_a_fitted_head_is_two_regressions(bins: int, scale: float, ridge: float | None) -> None:
+    rng = np.random.default_rng(0)
+    samples = 3000
+    features = scale * rng.normal(size=(samples, 3)) + 2
+    rewards = (
+        1
+        + features @ np.array([2.0, -1.0, 0.5]) / scale
+        + np.exp(features[:, 0] / scale / 3) * rng.normal(size=samples)
+    )
+    fit = rng.random(samples) < 0.6
+    cut = reward_bins(torch.tensor(rewards), bins=bins)
+    options = {} if ridge is None else {"ridge": ridge}
+    weight, bias = forecast_head(torch.tensor(features), torch.tensor(rewards), cut, fit=torch.tensor(fit), **options)
+
+    penalty = 1e-3 if ridge is None else ridge
+    atoms = cut.atoms.numpy()
+    spread = atoms.std(ddof=1)
+    values = (rewards - atoms.mean()) / spread
+    slope, offset = _ridge_by_least_squares(features[fit], values[fit], penalty)
+    missed = np.abs(values - (features @ slope + offset))
+    edges = cut.edges.numpy()
+    finest = max(1e-3, (edges[-1] - edges[0]) / spread / bins / 4)
+    assert (missed < finest).any()
+    scale_slope, scale_offset = _ridge_by_least_squares(features, np.log(np.maximum(missed, finest)), penalty)
+    by_scale = missed / np.exp(features @ scale_slope + scale_offset)
+    # E|x| of a logistic distribution of scale 1, by quadrature.
+    mean = integrate.quad(lambda x: 2 * x * np.exp(-x) / (1 + np.exp(-x)) ** 2, 0, 60)[0]
+    assert cut.size == bins
+    assert torch.equal(weight[:bins], torch.zeros(bins, 3).double())
+    assert torch.equal(bias[:bins], torch.zeros(bins).double())
+    want = [slope, scale_slope], [offset, scale_offset + np.log(by_scale.mean() / mean)]
+    torch.testing.assert_close(weight[bins:], torch.tensor(np.stack(want[0])), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(bias[bins:], torch.tensor(want[1]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_head_on_features_that_tell_nothing_is_the_mean() -> None:
+    rewards = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    weight, bias = forecast_head(torch.ones(4, 2), rewards, reward_bins(rewards, bins=2), fit=torch.ones(4).bool())
+    assert torch.equal(weight, torch.zeros_like(weight))
+    assert bias[2].item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_rounding_lifts_no_cdf_above_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_probs = torch.randn(500, 30, generator=generator).log_softmax(-1)
+    log_probs = torch.cat([log_probs, torch.full((500, 1), -60.0)], -1)
+    assert (log_probs.double().logcumsumexp(-1)[:, :-1] > 0).any()  # or this shows nothing
+    assert (predicted_log_cdf(log_probs) <= 0).all()

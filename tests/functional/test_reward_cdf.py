@@ -162,3 +162,13 @@ def test_what_a_mixture_refuses() -> None:
         mixed_log_cdf(torch.zeros(2), torch.zeros(2), samples=0, prior_samples=1.0)
     with pytest.raises(ValueError, match="shape"):
         mixed_log_cdf(torch.zeros(2), torch.zeros(3), samples=2, prior_samples=1.0)
+
+
+def test_a_mixture_is_a_probability_and_keeps_its_dtype() -> None:
+    highest = torch.zeros(1, 1, dtype=torch.float64)
+    for samples in range(1, 40):
+        for prior in (0.3, 1.0, 7.0, 11.1):
+            mixed = mixed_log_cdf(highest, highest, samples=samples, prior_samples=prior)
+            assert mixed.item() <= 0
+            assert mixed.item() == pytest.approx(0, abs=1e-12)
+    assert mixed_log_cdf(highest.float(), highest, samples=3, prior_samples=1.0).dtype == torch.float32

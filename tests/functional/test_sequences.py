@@ -103,3 +103,9 @@ def test_sequence_log_prob_sums_in_float64() -> None:
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_sequence_is_summed_over_its_tokens_whatever_stands_before_them() -> None:
+    values = torch.arange(24.0).view(2, 3, 4)
+    got = sequence_log_prob(values, torch.ones(2, 3, 4, dtype=torch.bool))
+    assert got.tolist() == [[6.0, 22.0, 38.0], [54.0, 70.0, 86.0]]

@@ -419,3 +419,10 @@ MASK, TOKENS, TARGET = torch.ones(1, 2, 3).bool(), torch.zeros(1, 2, 3), Target(
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_token_rewards_are_in_the_dtype_of_the_log_probabilities() -> None:
+    log_probs, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, 3, dtype=torch.bool)
+    got = token_rewards(Target(torch.ones(1, 2, dtype=torch.float64), 0.5), log_probs, log_probs, mask)
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]]

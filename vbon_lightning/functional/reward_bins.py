@@ -119,7 +119,7 @@ def edge_log_cdf(reference_rewards: Tensor, edges: Tensor, *, estimator: str = "
     ordered = reference_rewards.to(dtype).sort(-1).values
     at = edges.to(ordered.device, dtype).expand(len(ordered), -1).contiguous()
     inner = CDF_ESTIMATORS[estimator](torch.searchsorted(ordered, at, right=True).to(dtype), ordered.shape[1])
-    return _with_ends(inner.clamp(max=0.0))
+    return _with_ends(inner)
 
 
 def predicted_log_cdf(bin_log_probs: Tensor) -> Tensor:
@@ -314,13 +314,13 @@ def forecast_head(
     for name, value in (("rewards", rewards), ("fit", fit)):
         if value.shape != features.shape[:1]:
             raise ValueError(f"{name} must have shape [S] = {list(features.shape[:1])}, got {list(value.shape)}")
-    centre, spread = (value.to(features.device) for value in _units(bins))
+    centre, spread = _units(bins)
     every, values = features.double(), (rewards.double() - centre) / spread
     slope, offset = _ridge(every[fit], values[fit], ridge)
     missed = (values - every @ slope - offset).abs()
     # How far off the location is, is itself a function of the prefix: the regression of its logarithm.
-    finest = ((bins.edges[-1] - bins.edges[0]) / spread / bins.size / 4).to(missed).clamp(min=1e-3)
-    log_missed = missed.clamp(min=finest).log()
+    finest = ((bins.edges[-1] - bins.edges[0]) / spread / bins.size / 4).clamp(min=1e-3)
+    log_missed = torch.maximum(missed, finest).log()
     scale_slope, scale_offset = _ridge(every, log_missed, ridge)
     log_scale = every @ scale_slope + scale_offset
     # The mean absolute deviation of a logistic distribution of scale 1 is 2 log 2.

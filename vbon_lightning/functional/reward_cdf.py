@@ -144,7 +144,7 @@ def mixed_log_cdf(log_cdf: Tensor, prior: Tensor, *, samples: int, prior_samples
         ValueError: if ``samples < 1``, ``prior_samples < 0`` or the shapes differ.
     """
     check_real("samples", samples, at_least=1)
-    check_real("prior_samples", prior_samples, at_least=0.0, below=math.inf)
+    check_real("prior_samples", prior_samples, at_least=0.0)
     check_same_shape("prior", prior, "log_cdf", log_cdf)
     if prior_samples == 0:
         return log_cdf
