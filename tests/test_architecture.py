@@ -1,4 +1,4 @@
-"""Which part may import which: the arrows of the design, read from the source."""
+"""Which part may import which: the arrows of the design, read from the source; and where the tests of each lie."""
 
 from __future__ import annotations
 
@@ -25,6 +25,24 @@ LAYERS = [
     {"__main__"},
 ]
 """The parts from the bottom up. A part imports parts of the layers below, or of its own without a cycle."""
+
+TESTS = Path(__file__).parent
+
+TESTED_ELSEWHERE = {
+    "_json_lines.py": "test_sources.py",
+    "_markdown.py": "callbacks/test_sample_table.py",
+    "callbacks/reference_table_writer.py": "modules/test_reference_sampler.py",
+    "callbacks/reward_monitor.py": "callbacks/test_rollout_metrics.py",
+    "decoding/base.py": "decoding/test_best_of_n.py",
+    "dialling.py": "models/test_tilted.py",
+    "evaluation/predicted.py": "evaluation/test_command.py",
+    "functional/_validate.py": "functional/test_arguments.py",
+    "models/errors.py": "models/test_files.py",
+}
+"""Modules without a test file of their own, and the one that tests them."""
+
+NOTHING_TO_TEST = {"types.py"}
+"""Modules that hold records alone."""
 
 LIGHTNING = {"data", "modules", "callbacks", "cli", "evaluation", "dialling"}
 
@@ -118,3 +136,16 @@ def test_public_names() -> None:
         assert name in dir(vbon_lightning)
     with pytest.raises(AttributeError, match="no attribute 'VBON'"):
         _ = vbon_lightning.VBON
+
+
+def mirror(path: Path) -> Path:
+    """Return where the tests of a module lie."""
+    module = path.relative_to(PACKAGE)
+    return TESTS / module.parent / f"test_{module.name.removeprefix('_')}"
+
+
+def test_every_module_has_a_test_file() -> None:
+    modules = {path.relative_to(PACKAGE).as_posix(): path for path in FILES if not path.name.startswith("__")}
+    without = {name for name, path in modules.items() if not mirror(path).is_file()}
+    assert without == set(TESTED_ELSEWHERE) | NOTHING_TO_TEST
+    assert not [name for name in TESTED_ELSEWHERE.values() if not (TESTS / name).is_file()]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models.setting import make_valued_files
 from tests.modules import distributed
 from tests.modules.setting import make_data
 from tests.ranks import run_two
-from tests.test_value_models import make_valued_files
 from vbon_lightning.reference_table import ReferenceTable
 
 pytestmark = pytest.mark.slow

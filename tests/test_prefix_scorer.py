@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers import tiny_gpt2, tiny_llama
+from tests.models.setting import BINS, bins_after, new_model, scramble
 from tests.sampling.test_decode import DEEPER, PROMPTS, VOCABULARY, batch_of
 from tests.sampling.test_lookahead import AHEAD, RESPONSES
-from tests.test_value_models import BINS, bins_after, new_model, scramble
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Responses
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tests.callbacks.replay import Replay, make_trainer
-from tests.callbacks.test_rollout_metrics import all_monitors, stream
+from tests.callbacks.replay import Replay, make_trainer, stream
+from tests.callbacks.test_rollout_metrics import all_monitors
 from tests.ranks import leave
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.rollouts import make_rollout
 from vbon_lightning.types import Rollout
 
 
@@ -87,3 +88,14 @@ def logged(directory: Path, tag: str) -> dict[int, float]:
 
 def valid(rollout: Rollout, values: Tensor) -> Tensor:
     return values[rollout.prompts.valid].double()
+
+
+def stream(count: int, seed: int = 0, **arguments) -> list[Rollout]:
+    sizes = [2, 4, 3]
+    return [
+        make_rollout(prompts=sizes[i % 3], seed=seed + i, fillers=i % 2, first=4 * i, **arguments) for i in range(count)
+    ]
+
+
+def pooled(rollouts: list[Rollout], get) -> Tensor:
+    return torch.cat([valid(rollout, get(rollout)) for rollout in rollouts])

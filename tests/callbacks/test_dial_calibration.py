@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.models.setting import make_valued_files
 from tests.modules.setting import make_data, make_module, make_trainer
-from tests.test_value_models import make_valued_files
 from vbon_lightning import AlignmentDataModule
 from vbon_lightning.callbacks import DialCalibration, PolicyExport
 from vbon_lightning.callbacks.dial_calibration import calibration_pairs

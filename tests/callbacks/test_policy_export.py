@@ -7,49 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.callbacks.replay import make_trainer
-from tests.helpers import EOS, tiny_llama, tiny_tokenizer
-from vbon_lightning.actors import ActorSpec
+from tests.callbacks.tiny import Tiny
+from tests.helpers import tiny_llama
 from vbon_lightning.callbacks import PolicyExport, policy_export
 from vbon_lightning.models import ReadBackError
-from vbon_lightning.rewards import CallableReward
-
-
-class Tiny(LightningModule):
-    """Pull a tiny Llama somewhere, and bring what an export asks for."""
-
-    def __init__(self, policy: str = "hub-user/base-model") -> None:
-        super().__init__()
-        self.policy, self.tokenizer = tiny_llama(), tiny_tokenizer()
-        reward = CallableReward("tests.helpers:unused", arguments={"scale": 2})
-        self.actor_spec = ActorSpec(policy=policy, reward=reward)
-        self.save_hyperparameters({"n": 4.0, "estimator": "reinforce"})
-
-    def generation_settings(self) -> dict[str, Any]:
-        return {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 9, "eos_token_id": EOS}
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.policy(batch).logits.square().mean()
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val/win_rate", 0.625)
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(torch.arange(24).view(4, 6) + 3, batch_size=2)
-
-    val_dataloader = train_dataloader
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
 def logits(model: Any) -> Tensor:
@@ -81,34 +47,6 @@ def test_the_generation_config_is_the_policys(exported: tuple[Tiny, Path]) -> No
     assert {key: getattr(config, key) for key in expected} == expected
     model = AutoModelForCausalLM.from_pretrained(exported[1])
     assert model.generate(torch.tensor([[5, 6]])).shape[1] <= 2 + 9
-
-
-def test_the_model_card(exported: tuple[Tiny, Path]) -> None:
-    card = (exported[1] / "README.md").read_text(encoding="utf-8")
-    _, front, body = card.split("---\n", 2)
-    entries = yaml.safe_load(front)
-    assert entries["base_model"] == "hub-user/base-model"
-    assert entries["library_name"] == "transformers"
-    assert entries["tags"] == ["vbon-lightning", "tiny"]
-    for piece in (
-        "**Method:** Tiny",
-        "tests.helpers:unused",
-        "| n | 4.0 |",
-        "| val/win_rate | 0.625 |",
-        "| torch |",
-    ):
-        assert piece in body, piece
-    assert "**Optimizer steps:** 2" in body
-
-
-def test_the_card_keeps_directories_private(tmp_path: Path) -> None:
-    private = tmp_path / "secret-project" / "base"
-    private.mkdir(parents=True)
-    make_trainer(tmp_path, PolicyExport(str(tmp_path / "out"))).fit(Tiny(policy=str(private)))
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "secret-project" not in card
-    assert "**Base model:** base\n" in card
-    assert "base_model:" not in card
 
 
 def test_an_older_export_is_replaced_whole(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from tests.helpers import EOS
+from tests.models.setting import save_value_model
 from tests.modules.setting import VowelReward, make_data, make_files
 from tests.sampling.test_decode import batch_of
 from tests.sampling.test_distilling import teacher_by_hand, worth
-from tests.test_value_models import save_value_model
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.decoding import Decoded, ValueGuided
 from vbon_lightning.functional import bon_bin_log_weights, edge_log_cdf, predicted_log_cdf

@@ -132,6 +132,16 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
     return SFT(**(common | changes))
 
 
+def prepared(kind: str, data: Any, **changes: Any) -> Any:
+    """Make a module away from its reference."""
+    module: Any = make_module(kind, data, **changes)
+    module.configure_model()
+    with torch.no_grad():
+        for index, parameter in enumerate(module.policy.parameters()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+    return module
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing may catch it."""
 

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.helpers import save_tiny_classifier
+from tests.models.setting import make_valued_files
 from tests.modules.setting import make_data, make_module, make_trainer, weights
-from tests.test_value_models import make_valued_files
 from vbon_lightning import ReferenceSampler, TextSource
 from vbon_lightning.callbacks import BestOfNWinRate, DialCalibration, KLMonitor, PolicyExport, RewardMonitor
 from vbon_lightning.decoding import BestOfN, ValueGuided

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 
+from tests.models.setting import make_valued_files
 from tests.modules.setting import make_data, make_module, make_trainer, weights
-from tests.test_value_models import make_valued_files
 from vbon_lightning import RewardModelling, TextSource
 from vbon_lightning.modules import value_modelling
 from vbon_lightning.modules.offline import OfflineBestOfN
@@ -149,10 +149,3 @@ def epoch_of(files: Path, kind: str) -> list[Any]:
     data, module = setting(kind, files, 2)
     make_trainer(files / "epoch", keep, steps=5).fit(module, data)
     return keep.batches
-
-
-def test_whitening_is_not_accumulated(files: Path, tmp_path: Path) -> None:
-    data = make_data(files, val=None, batch_size=2)
-    module = make_module("klrl", data, kl_estimator="sampled", normalise=True)
-    with pytest.raises(ValueError, match="model.normalise divides by the spread of one batch"):
-        make_trainer(tmp_path, steps=1, accumulate_grad_batches=2).fit(module, data)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tests.models.setting import save_value_model
 from tests.modules.setting import (
     KillAt,
     Killed,
@@ -21,11 +22,10 @@ from tests.modules.setting import (
     make_module,
     make_table,
     make_trainer,
+    prepared,
     weights,
 )
-from tests.modules.test_offline import prepared
 from tests.sampling.test_distilling import reverse_by_hand, teacher_by_hand, worth
-from tests.test_value_models import save_value_model
 from vbon_lightning import BoNDistillation, TextSource
 from vbon_lightning.actors import Actors
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable

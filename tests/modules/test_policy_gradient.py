@@ -1,4 +1,4 @@
-"""One update, by hand: the gradient, the ratio, the logged KL and the critic."""
+"""One update, by hand: the gradient, the ratio, the logged KL and the critic; and noise that no rollouts share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tests.modules.setting import VowelReward, make_data, make_files, make_module, make_trainer
-from vbon_lightning import KLRL, VBoN
+from vbon_lightning import KLRL
 from vbon_lightning.modules.policy_gradient import select_prompts
 from vbon_lightning.types import Rollout
 
@@ -166,24 +166,11 @@ def test_select_prompts() -> None:
 @pytest.mark.parametrize(
     ("cls", "changes", "message"),
     [
-        (VBoN, {"n": 1}, "model.n must be a number > 1"),
-        (VBoN, {"n": float("nan")}, "model.n must be a number > 1"),
-        (VBoN, {"n": float("inf")}, "model.n must be a number > 1"),
-        (VBoN, {"bound": "upper"}, "model.bound must be one of exact, lower, untied; got 'upper'"),
-        (VBoN, {"log_ratio_floor": 4.0}, r"model.log_ratio_floor must be negative \(nats\), got 4.0"),
-        (
-            VBoN,
-            {"log_ratio_floor": -4.0, "bound": "lower"},
-            "log_ratio_floor is for model.bound=exact, got lower",
-        ),
         (
             KLRL,
             {"normalise": True},
             "normalise divides the advantages, and with model.kl_estimator=rao_",
         ),
-        (VBoN, {"cdf_estimator": "x"}, "model.cdf_estimator must be one of"),
-        (KLRL, {"beta": 0.0}, "model.beta must be a number > 0"),
-        (KLRL, {"beta": -1.0}, "model.beta must be a number > 0"),
         (KLRL, {"estimator": "a2c"}, "model.estimator must be one of reinforce, clipped, ppo; got 'a2c'"),
         (KLRL, {"kl_estimator": "k3"}, "model.kl_estimator must be one of"),
         (KLRL, {"epochs_per_rollout": 2}, "REINFORCE is unbiased for one update a rollout only"),
@@ -222,3 +209,33 @@ def test_texts_that_a_reward_model_could_not_read_whole_are_counted(files: Path,
     make_trainer(tmp_path, record, steps=1).fit(make_module("klrl", data), data)
     assert record.logged[0]["reward_cut_prompts"] == 3
     assert "reward_cut_responses" not in record.logged[0]
+
+
+class Draws(Callback):
+    """Keep what each training step samples."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self.advantages: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.tokens.append(outputs["rollout"].completions.tokens[batch.index.argsort()])
+
+
+@pytest.mark.parametrize("kind", ["vbon", "klrl"])
+def test_every_rollout_has_noise_of_its_own(kind: str, files: Path, tmp_path: Path) -> None:
+    draws = Draws()
+    data = make_data(files, val=None, batch_size=10)  # all prompts at every step
+    still = make_module(kind, data, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), lr_scheduler=None)
+    make_trainer(tmp_path, draws, steps=3).fit(still, data)
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        width = min(draws.tokens[first].shape[-1], draws.tokens[second].shape[-1])
+        same = (draws.tokens[first][..., :width] == draws.tokens[second][..., :width]).all(-1)
+        assert same.float().mean() < 0.5, "the policy stood still, so only the noise can differ"
+
+
+def test_whitening_is_not_accumulated(files: Path, tmp_path: Path) -> None:
+    data = make_data(files, val=None, batch_size=2)
+    module = make_module("klrl", data, kl_estimator="sampled", normalise=True)
+    with pytest.raises(ValueError, match="model.normalise divides by the spread of one batch"):
+        make_trainer(tmp_path, steps=1, accumulate_grad_batches=2).fit(module, data)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tests.models.setting import make_valued_files
 from tests.modules.setting import make_data, make_module, make_trainer
-from tests.test_value_models import make_valued_files
 from vbon_lightning.models import ModelSpec
 
 

@@ -247,3 +247,10 @@ def test_responses_of_another_temperature_are_refused(files: Path, tmp_path: Pat
         rescore(files, tmp_path / "second", tmp_path / "first", VowelReward(scale=3.0), temperature=0.5)
     with pytest.raises(ValueError, match="has 4 responses a prompt, fewer than model.samples=5"):
         rescore(files, tmp_path / "third", tmp_path / "first", VowelReward(scale=3.0), samples=5)
+
+
+def test_a_table_in_double_precision(files: Path, tmp_path: Path) -> None:
+    data = make_data(files, reference_table=str(tmp_path / "table"))
+    trainer = make_trainer(tmp_path, callbacks=[], enable_checkpointing=False, precision="64-true")
+    trainer.predict(ReferenceSampler(data.actors, samples=3), data, return_predictions=False)
+    assert data.table().samples == 3

@@ -26,15 +26,19 @@ LABELLED += [{"text": text.replace("good", "bad"), "label": 0} for text in WORDS
 PAIRS = [{"prompt": f"film {i}:", "better": " good", "worse": " bad"} for i in range(8)]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("rewards")
+def make_files(directory: Path) -> Path:
+    """Write models and what to learn rewards from to a directory."""
     save_tiny_model(directory / "llama", seed=1)
     save_tiny_model(directory / "gpt2", "gpt2", seed=1)
     save_tiny_classifier(directory / "bert", seed=1)
     for name, rows in (("labelled", LABELLED), ("pairs", PAIRS)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return directory
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("rewards"))
 
 
 def make_data(files: Path, objective: str, policy: str = "llama", **changes: Any) -> AlignmentDataModule:
@@ -108,15 +112,6 @@ def test_the_first_loss_is_that_of_the_texts(files: Path, tmp_path: Path) -> Non
         losses.append(-torch.nn.functional.logsigmoid(torch.tensor(scores[0] - scores[1])).item())
     trainer.validate(module, data, verbose=False)
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-
-
-def test_it_may_be_validated_before_it_is_fitted(files: Path, tmp_path: Path) -> None:
-    data = make_data(files, "classification")
-    module = RewardModelling(data.actors, optimizer=adam)
-    make_trainer(tmp_path, steps=1).validate(module, data, verbose=False)
-    trainer = make_trainer(tmp_path, steps=3)
-    trainer.fit(module, data)
-    assert "val/accuracy" in trainer.callback_metrics
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(files: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tests.models.setting import bins_after, save_value_model
 from tests.modules.setting import (
     KillAt,
     Killed,
@@ -18,11 +19,10 @@ from tests.modules.setting import (
     make_module,
     make_table,
     make_trainer,
+    prepared,
     weights,
 )
-from tests.modules.test_offline import prepared
 from tests.sampling.test_distilling import worth
-from tests.test_value_models import bins_after, save_value_model
 from vbon_lightning.callbacks import KLMonitor, RewardMonitor
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.functional import (
@@ -174,18 +174,6 @@ def test_the_floor_of_log_ratios_is_that_of_the_weights(files: Path) -> None:
         module._advantages(module.target(rollout), rollout, None)[0],
         plain._advantages(module.target(rollout), rollout, None)[0],
     )
-
-
-def test_advantages_of_kl_rl(files: Path) -> None:
-    module, rollout = rolled(files, "klrl", beta=0.3, samples_per_prompt=1)
-    atoms = module.loaded.value.bins.atoms
-    log_values = log_values_by_hand(module, rollout, (atoms / 0.3).exp().mean(-1).log()[None])
-    found, _ = module._advantages(module.target(rollout), rollout, None)
-    expected = advantages_by_hand(log_values, rollout, rollout.rewards, 0.3, 1.0, False)
-    # What a prompt is worth is in all of its advantages or in none.
-    both = rollout.completions.mask[..., 1:]
-    torch.testing.assert_close(found.diff(dim=-1)[both], expected.diff(dim=-1)[both], atol=1e-4, rtol=1e-3)
-    assert found.diff(dim=-1)[both].abs().mean() > 0.01
 
 
 class Losses(Callback):

@@ -10,9 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import save_tiny_model
+from tests.models.setting import bins_after
 from tests.modules.setting import (
+    ALPHABET,
     KillAt,
     Killed,
     make_data,
@@ -22,8 +25,7 @@ from tests.modules.setting import (
     make_trainer,
     weights,
 )
-from tests.test_value_models import bins_after
-from vbon_lightning import TextSource
+from vbon_lightning import ReferenceSampler, TextSource
 from vbon_lightning.callbacks import PolicyExport
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.functional import bin_labels, forecast_head, reward_bins
@@ -382,6 +384,23 @@ def test_it_needs_the_data_module(files: Path, tmp_path: Path) -> None:
     module = make_module("valuemodelling", table_data(files))
     with pytest.raises(ValueError, match="fit it with an AlignmentDataModule"):
         make_trainer(tmp_path).fit(module, torch.utils.data.DataLoader([0]))
+
+
+def test_a_body_of_a_value_model_with_too_few_embeddings_is_named(files: Path, tmp_path: Path) -> None:
+    body = save_tiny_model(tmp_path / "body", alphabet=ALPHABET)
+    policy = save_tiny_model(tmp_path / "policy", alphabet=ALPHABET)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.add_tokens(["<|extra|>"])
+    resized = AutoModelForCausalLM.from_pretrained(policy)
+    resized.resize_token_embeddings(len(tokenizer))
+    resized.save_pretrained(policy)
+    for directory in (body, policy):
+        tokenizer.save_pretrained(directory)
+    data = make_data(files, policy=policy, reference_table=str(tmp_path / "table"), val=None)
+    trainer = make_trainer(tmp_path, callbacks=[], enable_checkpointing=False)
+    trainer.predict(ReferenceSampler(data.actors, samples=4), data, return_predictions=False)
+    with pytest.raises(ModelError, match=r"first '<\|extra\|>' with the id 11 of 11: resize the model"):
+        make_trainer(tmp_path, steps=1).fit(make_module("valuemodelling", data, body=body), data)
 
 
 # -- resuming --

@@ -11,12 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.decoding import test_value_guided as guided
+from tests.models.setting import LENGTHS, TOKENS, new_model, save_value_model, scramble
 from tests.modules import test_bon_distillation as distillation
-from tests.modules import test_value_critic as critic
 from tests.modules import test_value_modelling as modelling
 from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer
-from tests.sampling.test_distilling import worth
-from tests.test_value_models import LENGTHS, TOKENS, new_model, save_value_model, scramble
 from vbon_lightning import ValueModelling
 from vbon_lightning.callbacks import PolicyExport
 from vbon_lightning.decoding import ValueGuided
@@ -70,21 +68,6 @@ def test_the_identity_is_not_the_path_of_the_body(files: Path, tmp_path: Path) -
         save_pretrained(new_model(str(body)), load_tokenizer(as_spec(str(body))), tmp_path / str(place))
         found.append(model_identity(str(tmp_path / str(place))))
     assert found[0] == found[1]
-
-
-def test_kl_rl_below_lambda_one_ends_where_its_values_do(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """``exp(r / beta)`` has no mean of 1: its values keep the constant that the whole response's has."""
-    directory = make_files(tmp_path_factory.mktemp("files"))
-    save_value_model(make_data(directory), directory / "value")
-    module, rollout = critic.rolled(directory, "klrl", beta=0.3, samples_per_prompt=1, value_lambda=0.5)
-    weights = (module.loaded.value.bins.atoms / 0.3).exp().mean(-1).log()[None]
-    prompts = [row[keep] for row, keep in zip(rollout.prompts.tokens, rollout.prompts.mask, strict=True)]
-    start = torch.stack([worth(module.loaded.value, row[None], 0, weights[0]).log().squeeze() for row in prompts])
-    assert start.abs().min() > 1
-    values = critic.log_values_by_hand(module, rollout, weights) + start[:, None, None]
-    expected = critic.advantages_by_hand(values, rollout, rollout.rewards, 0.3, 0.5, False)
-    found, _ = module._advantages(module.target(rollout), rollout, None)
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_card_says_what_it_is(files: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""vBoN's own target by hand, noise that differs from rollout to rollout, and options that change what they say."""
+"""vBoN's own target by hand, and its options that make no sense."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from torch import Tensor
 
-from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer, weights
+from tests.modules.setting import make_data, make_files, make_module, make_table
+from vbon_lightning import VBoN
 
 N = 4
 
@@ -78,89 +77,23 @@ def test_the_target_is_of_the_reference_and_not_of_the_policy(files: Path) -> No
     assert not torch.equal(module.target(likelier).score, score)
 
 
-class Draws(Callback):
-    """Keep what each training step samples."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
-        self.advantages: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.tokens.append(outputs["rollout"].completions.tokens[batch.index.argsort()])
-
-
-@pytest.mark.parametrize("kind", ["vbon", "klrl"])
-def test_every_rollout_has_noise_of_its_own(kind: str, files: Path, tmp_path: Path) -> None:
-    draws = Draws()
-    data = make_data(files, val=None, batch_size=10)  # all prompts at every step
-    still = make_module(kind, data, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), lr_scheduler=None)
-    make_trainer(tmp_path, draws, steps=3).fit(still, data)
-    for first, second in ((0, 1), (1, 2), (0, 2)):
-        width = min(draws.tokens[first].shape[-1], draws.tokens[second].shape[-1])
-        same = (draws.tokens[first][..., :width] == draws.tokens[second][..., :width]).all(-1)
-        assert same.float().mean() < 0.5, "the policy stood still, so only the noise can differ"
-
-
-OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    # the kind of module, what both have, and what one of them has otherwise
-    "n": ("vbon", {}, {"n": 8}),
-    "bound": ("vbon", {}, {"bound": "lower"}),
-    "cdf_estimator": ("vbon", {}, {"cdf_estimator": "laplace"}),
-    "log_ratio_floor": ("vbon", {}, {"log_ratio_floor": -0.5}),
-    "reference_samples": ("vbon", {}, {"reference_samples": 8}),
-    "samples_per_prompt": ("klrl", {}, {"samples_per_prompt": 5}),
-    "beta": ("klrl", {}, {"beta": 0.3}),
-    "kl_estimator, sampled": ("klrl", {}, {"kl_estimator": "sampled"}),
-    "kl_estimator, prefix_baseline": ("klrl", {}, {"kl_estimator": "prefix_baseline"}),
-    "normalise": ("klrl", {"kl_estimator": "sampled"}, {"normalise": True}),
-    "estimator": ("ppo", {}, {"estimator": "clipped"}),
-    "epochs_per_rollout": ("ppo", {}, {"epochs_per_rollout": 3}),
-    "minibatches": ("ppo", {}, {"minibatches": 4}),
-    "clip": ("ppo", {}, {"clip": 0.01}),
-    "value_clip": ("ppo", {}, {"value_clip": 1e-4}),
-    "value_coef": ("ppo", {}, {"value_coef": 0.1}),
-    "gae_lambda": ("ppo", {}, {"gae_lambda": 0.2}),
-    "seed": ("klrl", {}, {"seed": 7}),
-    "DPO, beta": ("dpo", {}, {"beta": 0.7}),
-    "DPO, loss": ("dpo", {}, {"loss": "bonbon"}),
-    "DPO, alpha": ("dpo", {"loss": "bonbon"}, {"alpha": 0.5}),
-    "DPO, pairs_per_prompt": ("dpo", {}, {"pairs_per_prompt": 3}),
-    "BoN-SFT, n": ("bonsft", {}, {"n": 2}),
-    "BoN-SFT, responses_per_prompt": ("bonsft", {}, {"responses_per_prompt": 2}),
-    "BoN-SFT, selection": ("bonsft", {}, {"selection": "groups"}),
-}
-
-
-def learnt(kind: str, files: Path, directory: Path, options: dict[str, Any]) -> Tensor:
-    """Return the policy after a few updates."""
-    table = None if kind in ("ppo", "klrl") or "reference_samples" in options else str(files / "table")
-    data = make_data(files, val=None, reference_table=table)
-    defaults = {"reference_samples": 0} if kind == "vbon" else {}
-    module = make_module(kind, data, **(defaults | options))
-    make_trainer(directory, steps=5, callbacks=[], enable_checkpointing=False).fit(module, data)
-    return torch.cat([value.flatten() for key, value in weights(module).items() if key.startswith("policy")])
-
-
-@pytest.fixture(scope="module")
-def plain(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return what is learnt without an option, found once a setting."""
-    found: dict[str, Tensor] = {}
-
-    def get(kind: str, common: dict[str, Any]) -> Tensor:
-        key = f"{kind} {common}"
-        if key not in found:
-            found[key] = learnt(kind, files, tmp_path_factory.mktemp("plain"), common)
-        return found[key]
-
-    return get
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_changes_what_is_learnt(name: str, plain: Any, files: Path, tmp_path: Path) -> None:
-    kind, common, changes = OPTIONS[name]
-    without = plain(kind, common)
-    assert (learnt(kind, files, tmp_path, common | changes) - without).abs().max() > 1e-6, "the option changes nothing"
-
-
-def test_the_same_options_give_the_same_bits(plain: Any, files: Path, tmp_path: Path) -> None:
-    assert torch.equal(learnt("vbon", files, tmp_path, {}), plain("vbon", {}))
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (VBoN, {"n": 1}, "model.n must be a number > 1"),
+        (VBoN, {"n": float("nan")}, "model.n must be a number > 1"),
+        (VBoN, {"n": float("inf")}, "model.n must be a number > 1"),
+        (VBoN, {"bound": "upper"}, "model.bound must be one of exact, lower, untied; got 'upper'"),
+        (VBoN, {"log_ratio_floor": 4.0}, r"model.log_ratio_floor must be negative \(nats\), got 4.0"),
+        (
+            VBoN,
+            {"log_ratio_floor": -4.0, "bound": "lower"},
+            "log_ratio_floor is for model.bound=exact, got lower",
+        ),
+        (VBoN, {"cdf_estimator": "x"}, "model.cdf_estimator must be one of"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(cls: Any, changes: dict[str, Any], message: str, files: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(make_data(files).actors, **changes)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.helpers import tiny_gpt2, tiny_llama
+from tests.models.setting import BINS, new_model, scramble
 from tests.sampling.test_decode import PROMPTS, VOCABULARY, batch_of
 from tests.sampling.test_lookahead import RESPONSES
 from tests.sampling.test_scoring import tiny_gemma2
-from tests.test_value_models import BINS, new_model, scramble
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.sampling.distilling import CandidateRequest, Distilled, distil
 from vbon_lightning.types import Responses

@@ -25,9 +25,7 @@ from tests.sampling.test_decode import (
 )
 from vbon_lightning.models import ModelError, ModelSpec
 from vbon_lightning.sampling import response_log_probs, sample_completions
-from vbon_lightning.sampling.cache import can_share_prompts, squashes_scores
 from vbon_lightning.sampling.decode import check_context
-from vbon_lightning.sampling.lookahead import can_look_ahead
 from vbon_lightning.sampling.plain import left_aligned, refuse_plain, runs_plain
 from vbon_lightning.sampling.scoring import output_head
 
@@ -143,16 +141,6 @@ def test_training_of_a_recurrent_model(tmp_path: Any) -> None:
 def test_a_capped_head_is_known_however_small_its_logits(cap: float | None) -> None:
     model = make("gemma2", initializer_range=0.01, final_logit_softcapping=cap, attn_logit_softcapping=None)
     assert (output_head(model) is None) == (cap is not None)
-
-
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_capped_attention_is_known_however_small_its_scores(cap: float | None) -> None:
-    model = make(
-        "gemma2", initializer_range=0.01, final_logit_softcapping=None, attn_logit_softcapping=cap, sliding_window=64
-    )
-    assert squashes_scores(model) == (cap is not None)
-    if cap is not None:
-        assert not can_share_prompts(model) and not can_look_ahead(model)
 
 
 def test_scores_of_a_model_that_grew_are_those_of_its_forward_pass() -> None:

@@ -1,4 +1,4 @@
-"""The decode in fixed shapes and the one in passes against the eager loop, under the same noise."""
+"""The decode in fixed shapes against the eager loop, under the same noise."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from tests.helpers import tiny_gpt2, tiny_llama
 from tests.sampling.test_decode import DEEPER, MODELS, PAD, PROMPTS, VOCABULARY, noise_of, other_model, pad_left
 from vbon_lightning.adapters import adapters_off, add_lora
-from vbon_lightning.sampling import SamplerError, make_sampler, sample_completions
+from vbon_lightning.sampling import sample_completions
 from vbon_lightning.sampling import static as static_module
-from vbon_lightning.sampling.passes import InPasses
 from vbon_lightning.sampling.static import GraphSampler, row_bucket, why_not_static
 from vbon_lightning.types import Completions
 
@@ -289,36 +288,6 @@ def test_host_reads_are_seen():
         bool(torch.ones(2).sum() > 1)
         torch.ones(2).nonzero()
     assert len(found) == 2
-
-
-@pytest.mark.parametrize("base", [sample_completions, GraphSampler()], ids=["eager", "graph"])
-@pytest.mark.parametrize("max_rows", [1, 4, 6, 7, 13, 24, 100])
-def test_samples_do_not_depend_on_the_passes(max_rows, base):
-    model = model_of("gpt2")
-    seen = []
-
-    def counting(model: Any, tokens: Any, mask: Any, noise: Any, **settings: Any) -> Completions:
-        seen.append(noise.shape[0] * noise.shape[1])
-        return base(model, tokens, mask, noise, **settings)
-
-    compare(InPasses(counting, max_rows), model)
-    assert max(seen) <= max_rows
-    assert sum(seen) == 24
-
-
-def test_samplers_by_name():
-    assert make_sampler("eager") is sample_completions, "the default is the plain loop itself"
-    assert isinstance(make_sampler("graph"), GraphSampler)
-    limited = make_sampler("graph", max_rows=8)
-    assert isinstance(limited, InPasses)
-    assert limited.max_rows == 8
-    for arguments, message in [
-        ({"name": "fast"}, "data.sampler must be one of eager, graph, vllm; got 'fast'"),
-        ({"name": "eager", "max_rows": 0}, "data.max_rows must be at least 1, got 0"),
-        ({"name": "graph", "engine_options": {"dtype": "half"}}, "data.engine_options are arguments of vLLM's engine"),
-    ]:
-        with pytest.raises(SamplerError, match=message):
-            make_sampler(**arguments)
 
 
 def test_refuses_what_the_eager_loop_refuses():

@@ -22,7 +22,7 @@ from tests.helpers import tiny_gpt2, tiny_llama
 from tests.sampling.test_decode import PAD, PROMPTS, VOCABULARY, noise_of, pad_left
 from vbon_lightning.adapters import adapters_off, add_lora, merged_copy
 from vbon_lightning.functional import token_log_probs
-from vbon_lightning.sampling import SamplerError, make_sampler, response_logits
+from vbon_lightning.sampling import make_sampler, response_logits
 from vbon_lightning.types import Completions, PromptBatch
 
 ENDS = [2, 7, 20]
@@ -274,12 +274,6 @@ def test_temperatures_that_vllm_would_change_are_refused(temperature, vllm):
         draw(make_sampler("vllm"), tiny_llama(VOCABULARY), temperature=temperature)
     with pytest.raises(ValueError, match="positive and finite"):
         draw(make_sampler("vllm"), tiny_llama(VOCABULARY), temperature=math.nan)
-
-
-def test_without_vllm_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SamplerError, match=r"data.sampler=vllm needs vLLM: pip install 'vbon_lightning\[vllm\]'"):
-        make_sampler("vllm")
 
 
 def test_nothing_imports_vllm_unasked(vllm, monkeypatch):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers import save_tiny_model
+from tests.models.setting import save_value_model
 from tests.test_data import ALPHABET, Lengths, write_table
-from tests.test_value_models import save_value_model
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import BestOfN, ValueGuided

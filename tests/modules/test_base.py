@@ -1,4 +1,4 @@
-"""Setups that people bring: a scheduler that watches a metric, double precision, a token without an embedding."""
+"""What every module shares: schedulers that watch a metric, precisions, and a token without an embedding."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tests.helpers import save_tiny_classifier, save_tiny_model
+from tests.models.setting import make_valued_files
 from tests.modules.setting import ALPHABET, make_data, make_module, make_trainer
-from tests.test_value_models import make_valued_files
-from vbon_lightning import ReferenceSampler, RewardModelling, TextSource
+from vbon_lightning import RewardModelling, TextSource
 from vbon_lightning.callbacks import RewardMonitor
 from vbon_lightning.models import ModelError
 from vbon_lightning.rewards import ClassifierReward
@@ -85,27 +85,3 @@ def test_a_token_without_an_embedding_is_named_before_training(files: Path, tmp_
     tokenizer.save_pretrained(classifier)
     with pytest.raises(ModelError, match="no embedding for"):
         ClassifierReward(classifier)(["a"], [["b"]])
-
-
-def test_a_table_in_double_precision(files: Path, tmp_path: Path) -> None:
-    data = make_data(files, reference_table=str(tmp_path / "table"))
-    trainer = make_trainer(tmp_path, callbacks=[], enable_checkpointing=False, precision="64-true")
-    trainer.predict(ReferenceSampler(data.actors, samples=3), data, return_predictions=False)
-    assert data.table().samples == 3
-
-
-def test_a_body_of_a_value_model_with_too_few_embeddings_is_named(files: Path, tmp_path: Path) -> None:
-    body = save_tiny_model(tmp_path / "body", alphabet=ALPHABET)
-    policy = save_tiny_model(tmp_path / "policy", alphabet=ALPHABET)
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    tokenizer.add_tokens(["<|extra|>"])
-    resized = AutoModelForCausalLM.from_pretrained(policy)
-    resized.resize_token_embeddings(len(tokenizer))
-    resized.save_pretrained(policy)
-    for directory in (body, policy):
-        tokenizer.save_pretrained(directory)
-    data = make_data(files, policy=policy, reference_table=str(tmp_path / "table"), val=None)
-    trainer = make_trainer(tmp_path, callbacks=[], enable_checkpointing=False)
-    trainer.predict(ReferenceSampler(data.actors, samples=4), data, return_predictions=False)
-    with pytest.raises(ModelError, match=r"first '<\|extra\|>' with the id 11 of 11: resize the model"):
-        make_trainer(tmp_path, steps=1).fit(make_module("valuemodelling", data, body=body), data)

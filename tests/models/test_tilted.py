@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.helpers import save_tiny_classifier, save_tiny_model, tiny_tokenizer
+from tests.models.setting import make_valued_files
 from tests.modules.setting import ALPHABET
-from tests.test_value_models import make_valued_files
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.dialling import dial
 from vbon_lightning.models import (

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import pytest
 
-from vbon_lightning.evaluation import Estimate
 from vbon_lightning.evaluation.fronts import (
     break_even,
     equivalent_n,
@@ -18,7 +17,6 @@ from vbon_lightning.evaluation.fronts import (
     hypervolume,
     on_front,
 )
-from vbon_lightning.evaluation.intervals import estimate_over_seeds
 
 
 def random_points(seed: int, count: int) -> list[tuple[float, float]]:
@@ -122,15 +120,3 @@ def test_gains_between_runs_follow_the_root_of_the_kl() -> None:
         gain_at([], 1.0)
     with pytest.raises(ValueError, match="KL >= 0"):
         gain_at(runs, -0.1)
-
-
-def test_estimates_over_seeds_by_hand() -> None:
-    one, other = Estimate(0.6, 0.03), Estimate(0.8, 0.05)
-    # Student's t for one degree of freedom is 12.706; s = 0.2 / sqrt(2), over sqrt(2) seeds: 0.1.
-    found = estimate_over_seeds([one, other])
-    assert found.mean == pytest.approx(0.7)
-    assert found.half_width == pytest.approx(math.sqrt((0.03**2 + 0.05**2) / 2 + (12.7062 * 0.1) ** 2), rel=1e-4)
-    assert estimate_over_seeds([one]) == one
-    assert estimate_over_seeds([Estimate(0.6, None)]) == Estimate(0.6, None)
-    with pytest.raises(ValueError, match="at least one run"):
-        estimate_over_seeds([])

@@ -1,0 +1,47 @@
+"""The card of an exported policy: what it says, and what it keeps private."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.callbacks.replay import make_trainer
+from tests.callbacks.tiny import Tiny
+from vbon_lightning.callbacks import PolicyExport
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[Tiny, Path]:
+    module = Tiny()
+    make_trainer(tmp_path, PolicyExport(), default_root_dir=str(tmp_path)).fit(module)
+    return module, tmp_path / "export"
+
+
+def test_the_model_card(exported: tuple[Tiny, Path]) -> None:
+    card = (exported[1] / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    entries = yaml.safe_load(front)
+    assert entries["base_model"] == "hub-user/base-model"
+    assert entries["library_name"] == "transformers"
+    assert entries["tags"] == ["vbon-lightning", "tiny"]
+    for piece in (
+        "**Method:** Tiny",
+        "tests.helpers:unused",
+        "| n | 4.0 |",
+        "| val/win_rate | 0.625 |",
+        "| torch |",
+    ):
+        assert piece in body, piece
+    assert "**Optimizer steps:** 2" in body
+
+
+def test_the_card_keeps_directories_private(tmp_path: Path) -> None:
+    private = tmp_path / "secret-project" / "base"
+    private.mkdir(parents=True)
+    make_trainer(tmp_path, PolicyExport(str(tmp_path / "out"))).fit(Tiny(policy=str(private)))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "secret-project" not in card
+    assert "**Base model:** base\n" in card
+    assert "base_model:" not in card

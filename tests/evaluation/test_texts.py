@@ -1,0 +1,24 @@
+"""Texts of the same prompts side by side."""
+
+from __future__ import annotations
+
+import itertools
+
+from tests.rollouts import make_rollout
+from vbon_lightning.evaluation import ScoredText, text_samples
+
+
+def test_texts_of_the_same_prompts_side_by_side() -> None:
+    before = [make_rollout(prompts=2, seed=1, fillers=1), make_rollout(prompts=2, seed=2, first=2)]
+    after = [make_rollout(prompts=4, seed=3)]
+    samples = text_samples({"reference": iter(before), "vBoN": after}, prompts=2, samples=3)
+    assert [sample.prompt for sample in samples] == ["prompt | 0", "prompt | 2"]
+    assert [list(sample.responses) for sample in samples] == [["reference", "vBoN"]] * 2
+    assert samples[1].responses["vBoN"][2] == ScoredText(
+        "response 2.2", after[0].rewards[2, 2].item(), after[0].completions.finished[2, 2].item()
+    )
+
+
+def test_only_as_many_rollouts_as_needed_are_read() -> None:
+    endless = (make_rollout(prompts=2, seed=i, first=2 * i) for i in itertools.count())
+    assert len(text_samples({"reference": endless}, prompts=3)) == 3

@@ -1,0 +1,84 @@
+"""Every option of a module changes what is learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer, weights
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_files(tmp_path_factory.mktemp("files"))
+    make_table(directory)
+    return directory
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # the kind of module, what both have, and what one of them has otherwise
+    "n": ("vbon", {}, {"n": 8}),
+    "bound": ("vbon", {}, {"bound": "lower"}),
+    "cdf_estimator": ("vbon", {}, {"cdf_estimator": "laplace"}),
+    "log_ratio_floor": ("vbon", {}, {"log_ratio_floor": -0.5}),
+    "reference_samples": ("vbon", {}, {"reference_samples": 8}),
+    "samples_per_prompt": ("klrl", {}, {"samples_per_prompt": 5}),
+    "beta": ("klrl", {}, {"beta": 0.3}),
+    "kl_estimator, sampled": ("klrl", {}, {"kl_estimator": "sampled"}),
+    "kl_estimator, prefix_baseline": ("klrl", {}, {"kl_estimator": "prefix_baseline"}),
+    "normalise": ("klrl", {"kl_estimator": "sampled"}, {"normalise": True}),
+    "estimator": ("ppo", {}, {"estimator": "clipped"}),
+    "epochs_per_rollout": ("ppo", {}, {"epochs_per_rollout": 3}),
+    "minibatches": ("ppo", {}, {"minibatches": 4}),
+    "clip": ("ppo", {}, {"clip": 0.01}),
+    "value_clip": ("ppo", {}, {"value_clip": 1e-4}),
+    "value_coef": ("ppo", {}, {"value_coef": 0.1}),
+    "gae_lambda": ("ppo", {}, {"gae_lambda": 0.2}),
+    "seed": ("klrl", {}, {"seed": 7}),
+    "DPO, beta": ("dpo", {}, {"beta": 0.7}),
+    "DPO, loss": ("dpo", {}, {"loss": "bonbon"}),
+    "DPO, alpha": ("dpo", {"loss": "bonbon"}, {"alpha": 0.5}),
+    "DPO, pairs_per_prompt": ("dpo", {}, {"pairs_per_prompt": 3}),
+    "BoN-SFT, n": ("bonsft", {}, {"n": 2}),
+    "BoN-SFT, responses_per_prompt": ("bonsft", {}, {"responses_per_prompt": 2}),
+    "BoN-SFT, selection": ("bonsft", {}, {"selection": "groups"}),
+}
+
+
+def learnt(kind: str, files: Path, directory: Path, options: dict[str, Any]) -> Tensor:
+    """Return the policy after a few updates."""
+    table = None if kind in ("ppo", "klrl") or "reference_samples" in options else str(files / "table")
+    data = make_data(files, val=None, reference_table=table)
+    defaults = {"reference_samples": 0} if kind == "vbon" else {}
+    module = make_module(kind, data, **(defaults | options))
+    make_trainer(directory, steps=5, callbacks=[], enable_checkpointing=False).fit(module, data)
+    return torch.cat([value.flatten() for key, value in weights(module).items() if key.startswith("policy")])
+
+
+@pytest.fixture(scope="module")
+def plain(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what is learnt without an option, found once a setting."""
+    found: dict[str, Tensor] = {}
+
+    def get(kind: str, common: dict[str, Any]) -> Tensor:
+        key = f"{kind} {common}"
+        if key not in found:
+            found[key] = learnt(kind, files, tmp_path_factory.mktemp("plain"), common)
+        return found[key]
+
+    return get
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_changes_what_is_learnt(name: str, plain: Any, files: Path, tmp_path: Path) -> None:
+    kind, common, changes = OPTIONS[name]
+    without = plain(kind, common)
+    assert (learnt(kind, files, tmp_path, common | changes) - without).abs().max() > 1e-6, "the option changes nothing"
+
+
+def test_the_same_options_give_the_same_bits(plain: Any, files: Path, tmp_path: Path) -> None:
+    assert torch.equal(learnt("vbon", files, tmp_path, {}), plain("vbon", {}))
