@@ -35,12 +35,19 @@ SETTINGS = """
 [tool.mutmut]
 source_paths = ["vbon_lightning"]
 only_mutate = ["vbon_lightning/{part}/*"]
-also_copy = ["configs", "README.md"]
+also_copy = ["configs", "README.md", "conftest.py"]
 pytest_add_cli_args_test_selection = ["tests/{part}"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
 process_isolation = "forkserver"
 do_not_mutate_patterns = {texts}
 """
+GROUPED = '''"""Tests of one file one after the other, or its fixtures would be made again and again."""
+
+
+def pytest_collection_modifyitems(items):
+    files = {item.path: place for place, item in reversed(list(enumerate(items)))}
+    items.sort(key=lambda item: files[item.path])
+'''
 # The lines that are the text of an error or a warning, and those that begin one.
 TEXTS = [
     r"^\s*raise ",
@@ -69,9 +76,12 @@ class Mutant(NamedTuple):
 def run(part: str) -> None:
     """Try all mutants of a part that were not tried since its code last changed."""
     where = RUNS / part
-    where.mkdir(parents=True, exist_ok=True)
     for folder in ("vbon_lightning", "tests", "configs"):
-        shutil.copytree(ROOT / folder, where / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        for old in (where / folder, where / "mutants" / folder):
+            if folder != "vbon_lightning" or old.parent == where:  # beside the mutants stand their results
+                shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(ROOT / folder, where / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (where / "conftest.py").write_text(GROUPED)
     for source in (where / "vbon_lightning" / part).glob("*.py"):
         source.write_text(move_decorators(source.read_text()))
     shutil.copy(ROOT / "README.md", where)
@@ -136,8 +146,8 @@ def report() -> None:
     RESULT.write_text(json.dumps({"mutmut": version("mutmut"), "files": summary, "survivors": listed}, indent=1) + "\n")
     text = [
         "# Tests that can fail\n\n",
-        "Every operator, number, name, argument and branch of `vbon_lightning/functional` and ",
-        "`vbon_lightning/modules`, changed one at a time, and the tests of the same folder run on each until one fails: ",
+        "Every operator, number, name, argument and branch of `vbon_lightning/functional` and `vbon_lightning/modules`",
+        ", changed one at a time, and the tests of the same folder run on each until one fails: ",
         f"`python -m experiments.mutation.mutation` (mutmut {version('mutmut')}). ",
         "The text of errors and warnings is left alone.\n\n",
         markdown_table(["file", "mutants", "survived", "killed"], rows, align="lrrr"),

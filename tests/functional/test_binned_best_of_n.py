@@ -116,3 +116,34 @@ def test_what_is_refused() -> None:
         binned_bon_kl(torch.zeros(1, 3, dtype=torch.long), bins, n=2)
     with pytest.raises(ValueError, match="n must"):
         win_rate_by_cdf(RewardCDF(cdf, cdf), n=0)
+
+
+def test_rows_stand_for_themselves_and_two_equal_quantiles_are_no_atom() -> None:
+    # Three quantiles a bin, whose thirds no binary fraction is; of the second bin the first two are equal.
+    atoms = torch.tensor([[0.0, 1.0, 2.0], [3.0, 3.0, 5.0], [6.0, 6.0, 6.0]], dtype=torch.float64)
+    bins = RewardBins(torch.tensor([2.5, 5.5], dtype=torch.float64), atoms)
+    shares = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.4, 0.0]], dtype=torch.float64)
+    log_cdf = torch.nn.functional.pad(shares.cumsum(-1), (1, 0)).clamp(max=1.0).log()
+    n, m = 3, 2
+
+    def power_gap(low: float, high: float, k: int) -> float:
+        return high**k - low**k
+
+    for row in range(2):
+        edges = [0.0, *shares[row].cumsum(-1).clamp(max=1.0).tolist()]
+        reward = sum(
+            atoms[k, q].item()
+            * power_gap(
+                edges[k] + (edges[k + 1] - edges[k]) * q / 3, edges[k] + (edges[k + 1] - edges[k]) * (q + 1) / 3, n
+            )
+            for k in range(3)
+            for q in range(3)
+        )
+        win = sum(n / (n + m) * power_gap(edges[k], edges[k + 1], n + m) for k in range(2))
+        win += power_gap(edges[2], edges[3], n) * (edges[3] ** m + edges[2] ** m) / 2
+        found = binned_bon_reward(log_cdf, bins, n=n), binned_bon_win_rate(log_cdf, bins, n=n, m=m)
+        assert found[0][row].item() == pytest.approx(reward, abs=1e-12)
+        assert found[1][row].item() == pytest.approx(win, abs=1e-12)
+        alone = binned_bon_kl(log_cdf[row : row + 1], bins, n=n)
+        assert binned_bon_kl(log_cdf, bins, n=n)[row].item() == pytest.approx(alone.item(), abs=1e-12)
+    assert binned_bon_kl(log_cdf, bins, n=n).shape == (2,)

@@ -463,3 +463,42 @@ ALL_OF_IT = Candidates(TWO.long(), TWO, None)
 def test_refusals_say_what_came_and_what_was_expected(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_more_candidates_than_positions() -> None:
+    log_reference = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    some = draw_candidates(log_reference, top=5)
+    assert some.tokens.shape == (2, 3, 5)
+    left = log_reference.exp().sum(-1) - some.log_mass.exp().sum(-1)
+    torch.testing.assert_close(some.log_rest.exp(), left, rtol=1e-4, atol=1e-6)
+    for top in (6, 9):
+        every = draw_candidates(log_reference, top=top)
+        assert every.log_rest is None
+        assert torch.equal(every.log_mass.sort(-1).values, log_reference.sort(-1).values)
+
+
+def test_draws_are_exact_over_a_large_vocabulary() -> None:
+    size = 100_003  # whose share single precision cannot add up
+    log_reference = torch.full((1, size), -math.log(size))
+    drawn = draw_candidates(log_reference, top=0, draws=16, uniforms=torch.full((1, 16), 0.5))
+    assert drawn.tokens.tolist() == [[int((j + 0.5) / 16 * size) for j in range(16)]]
+
+
+def test_the_rest_of_half_precision_is_added_up_in_double() -> None:
+    log_reference = torch.full((1, 1000), -math.log(1000)).bfloat16()
+    share = log_reference[0, 0].double().exp().bfloat16().double().item()
+    rest = draw_candidates(log_reference, top=100).log_rest
+    assert rest.dtype == torch.bfloat16
+    assert rest.item() == torch.tensor(math.log(900 * share)).bfloat16().item()
+
+
+def test_a_teacher_without_a_rest_is_normalised_over_its_candidates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mass, values = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    candidates = Candidates(torch.zeros(2, 3, 4, dtype=torch.long), mass.log_softmax(-1), None)
+    teacher = candidate_teacher(candidates, values, torch.zeros(2, 3))
+    weights = candidates.log_mass.exp() * values.exp()
+    torch.testing.assert_close(teacher.log_normaliser, weights.sum(-1).log())
+    share = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(teacher.correction, share - candidates.log_mass.exp())
+    torch.testing.assert_close(teacher.scale, torch.ones(2, 3))

@@ -228,3 +228,13 @@ def test_diagnostics_of_one_pair_are_its_own() -> None:
     assert (got.accuracy.item(), got.margin.item()) == (1.0, 0.5)
     none = dpo_loss(best, worst, beta=0.5, told_apart=torch.tensor([False, False]))
     assert (none.loss.item(), none.accuracy.item(), none.margin.item()) == (0.0, 0.0, 0.0)
+
+
+def test_gaps_are_those_of_each_prompt() -> None:
+    rewards = torch.tensor([[0.0, 0.0, 1.0, 2.0], [3.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    together = bonbon_gap(rewards, n=3)
+    assert together.tied.shape == together.mean.shape == (3,)
+    for row in range(3):
+        alone = bonbon_gap(rewards[row : row + 1], n=3)
+        torch.testing.assert_close(together.mean[row], alone.mean[0])
+        torch.testing.assert_close(together.tied[row], alone.tied[0])

@@ -476,3 +476,12 @@ def test_rounding_lifts_no_cdf_above_one() -> None:
     log_probs = torch.cat([log_probs, torch.full((500, 1), -60.0)], -1)
     assert (log_probs.double().logcumsumexp(-1)[:, :-1] > 0).any()  # or this shows nothing
     assert (predicted_log_cdf(log_probs) <= 0).all()
+
+
+def test_a_scale_goes_no_further_than_it_may() -> None:
+    bins = RewardBins(torch.tensor([0.0, 1.0]).double(), torch.tensor([[-1.0, -0.5], [0.2, 0.8], [1.5, 2.0]]).double())
+    outputs = torch.tensor([[0.1, -0.2, 0.3, 0.4, scale] for scale in (-100.0, -7.0, 7.0, 100.0)]).double()
+    found = forecast_log_probs(outputs, bins)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert not torch.equal(found[1], forecast_log_probs(torch.tensor([[0.1, -0.2, 0.3, 0.4, -6.5]]).double(), bins)[0])

@@ -131,3 +131,11 @@ def test_the_expected_loss_is_the_weighted_cross_entropy() -> None:
 def test_bad_arguments(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.rand(1, 5), torch.arange(5)[None])
+
+
+def test_weights_need_not_be_normalised() -> None:
+    weights, offsets = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([0.3])
+    found = systematic_resampling(weights, offsets, count=10)
+    assert found.tolist() == [[0, 1, 1, 2, 2, 2, 3, 3, 3, 3]]
+    for scale in (0.5, 7.0):
+        assert torch.equal(systematic_resampling(scale * weights, offsets, count=10), found)

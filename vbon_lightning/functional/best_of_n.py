@@ -243,7 +243,7 @@ def _subset_shares(m: int, n: int) -> Tensor:
     # C(k-1, n) = C(k, n) (k-n)/k, from k = m down: no factorial, no overflow, and exact zeros below n.
     k = torch.arange(m, 0, -1, dtype=torch.float64)
     falling = torch.cumprod((k - n).clamp(min=0) / k, 0)
-    return torch.cat([torch.ones(1, dtype=torch.float64), falling]).flip(0)
+    return torch.cat([falling.new_ones(1), falling]).flip(0)
 
 
 def bon_order_weights(m: int, n: int) -> Tensor:
@@ -328,8 +328,8 @@ def bon_expected_reward(reference_rewards: Tensor, *, n: int) -> Tensor:
 
 def _win_rate(count_below: Tensor, count_at_or_below: Tensor, m: int, n: int, like: Tensor) -> Tensor:
     shares = _subset_shares(m, n).to(like.device, working_dtype(like))
-    # Only counts at NaN rewards, which the callers overwrite, can lie out of range.
-    return (shares[count_below.clamp(0, m)] + shares[count_at_or_below.clamp(0, m)]) / 2
+    # Only the count below a NaN, which the callers overwrite, can lie out of range.
+    return (shares[count_below.clamp(max=m)] + shares[count_at_or_below]) / 2
 
 
 @torch.no_grad()

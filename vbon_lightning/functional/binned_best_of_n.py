@@ -110,7 +110,7 @@ def binned_bon_kl(log_cdf: Tensor, bins: RewardBins, *, n: float) -> Tensor:
     # The integral of n u^(n-1) log(n u^(n-1)) from one edge to the other.
     rise = torch.special.xlogy(high**n, high) - torch.special.xlogy(low**n, low)
     spread = chosen * (math.log(n) - (n - 1) / n) + (n - 1) * rise
-    return torch.where(_atomic(bins).to(cdf.device), tied.nan_to_num(0.0), spread).sum(-1)
+    return torch.where(_atomic(bins).to(cdf.device), tied, spread).sum(-1)
 
 
 def _checked(log_cdf: Tensor, bins: RewardBins, n: float) -> Tensor:

@@ -46,7 +46,7 @@ def draw_candidates(log_reference: Tensor, *, top: int, draws: int = 0, uniforms
     if top + draws < 1:
         raise ValueError("at least one candidate is needed: raise top or draws")
     top = min(top, log_reference.shape[-1])
-    mass, tokens = log_reference.topk(top, dim=-1)
+    mass, tokens = log_reference.topk(top)
     if top == log_reference.shape[-1]:
         return Candidates(tokens, mass, None)
     rest = log_reference.exp()

@@ -276,7 +276,7 @@ def forecast_log_probs(outputs: Tensor, bins: RewardBins) -> Tensor:
     # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)); at the ends a = -inf, b = inf.
     below = torch.nn.functional.pad(torch.nn.functional.logsigmoid(passed), (0, 1))
     above = torch.nn.functional.pad(torch.nn.functional.logsigmoid(-passed), (1, 0))
-    between = torch.nn.functional.pad(torch.log(-torch.expm1(-gaps)), (1, 1 if bins.size > 1 else 0))
+    between = torch.nn.functional.pad(torch.log(-torch.expm1(-gaps)), (1, 1))
     return (free + below + above + between).log_softmax(-1)
 
 

@@ -30,7 +30,7 @@ def _jeffreys(k: Tensor, m: int) -> Tensor:
 
 
 def _add_one(k: Tensor, m: int) -> Tensor:
-    return torch.log((k + 1) / (m + 1)).clamp(max=0.0)
+    return torch.log((k + 1) / (m + 1))
 
 
 def _laplace(k: Tensor, m: int) -> Tensor:
@@ -38,8 +38,7 @@ def _laplace(k: Tensor, m: int) -> Tensor:
 
 
 def _digamma(k: Tensor, m: int) -> Tensor:
-    top = torch.full((), m + 1.0, dtype=k.dtype, device=k.device)
-    return (torch.digamma(k + 0.5) - torch.digamma(top)).clamp(max=0.0)
+    return torch.digamma(k + 0.5) - float(torch.digamma(torch.tensor(m + 1.0, dtype=torch.float64)))
 
 
 CDF_ESTIMATORS: dict[str, Callable[[Tensor, int], Tensor]] = {

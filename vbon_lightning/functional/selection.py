@@ -91,7 +91,7 @@ def systematic_resampling(weights: Tensor, offsets: Tensor, *, count: int) -> Te
         raise ValueError(f"count must be at least 1, got {count}")
     cumulative = weights.cumsum(-1)
     cumulative = cumulative / cumulative[:, -1:]
-    steps = torch.arange(count, dtype=weights.dtype, device=weights.device)
+    steps = torch.arange(count, device=weights.device)
     places = (steps + offsets.to(weights)[:, None]) / count
     # Rounding must not reach 1, behind which there is no sample.
     places = places.clamp(max=1 - torch.finfo(weights.dtype).eps)
