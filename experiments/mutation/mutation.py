@@ -6,19 +6,21 @@ python -m experiments.mutation.mutation report      # what there is so far: docs
 
 The mutants are mutmut's: an operator, a number, a name in a text, an argument left out, a branch forced. Those of
 vbon_lightning/functional are tried by tests/functional, those of vbon_lightning/modules by tests/modules, alone. The
-text of errors and warnings is not mutated. What survives for a reason has it in reasons.yaml, by the change it makes.
+text of errors and warnings is not mutated. What survives for a reason has it in reasons.yaml, by regular expressions of
+what is removed and what is added, for a file or for all.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -125,7 +127,7 @@ def _read_mutant(where: Path, file: str, name: str, killed: bool) -> Mutant:
 
 def report() -> None:
     """Write docs/mutation.md and the result beside this file."""
-    reasons: dict[str, dict[str, str]] = yaml.safe_load(REASONS.read_text()) if REASONS.exists() else {}
+    reasons: dict[str, Any] = yaml.safe_load(REASONS.read_text())
     parts = {part: read(part) for part in PARTS if (RUNS / part / "mutants").exists()}
     rows, survivors = [], []
     for part, mutants in parts.items():
@@ -139,8 +141,7 @@ def report() -> None:
         rows.append([f"all of {part}/", str(len(mutants)), str(len(mutants) - total), f"{total / len(mutants):.1%}"])
         survivors += [(f"{part}/{mutant.file}", mutant) for mutant in mutants if not mutant.killed]
     listed = [
-        {"file": file, "change": mutant.change, "reason": reasons.get(file, {}).get(mutant.change, "")}
-        for file, mutant in survivors
+        {"file": file, "change": mutant.change, "reason": _reason(reasons, file, mutant)} for file, mutant in survivors
     ]
     summary = [dict(zip(("file", "mutants", "survived", "killed"), row, strict=True)) for row in rows]
     RESULT.write_text(json.dumps({"mutmut": version("mutmut"), "files": summary, "survivors": listed}, indent=1) + "\n")
@@ -160,6 +161,15 @@ def report() -> None:
     ]
     REPORT.write_text("".join(text))
     print("".join(text[:6]), f"{sum(not row['reason'] for row in listed)} survivors without a reason")
+
+
+def _reason(reasons: dict[str, Any], file: str, mutant: Mutant) -> str:
+    for kind in (*reasons.get(file, []), *reasons["everywhere"]):
+        if kind.get("function", mutant.function) == mutant.function and all(
+            re.search(kind.get(side, ""), text) for side, text in (("removed", mutant.removed), ("added", mutant.added))
+        ):
+            return str(kind["reason"])
+    return ""
 
 
 def _code(text: str) -> str:

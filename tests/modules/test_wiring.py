@@ -827,3 +827,171 @@ def test_prompts_in_groups_without_those_that_are_done(files: Path, monkeypatch:
     assert [len(group.text) for group in module._groups(batch)] == [1] * 8
     monkeypatch.setattr(module, "finished_keys", lambda: {row.key for row in rows})
     assert list(module._groups(batch)) == []
+
+
+def test_cached_responses_are_scored_anew(files: Path) -> None:
+    data = table_data(files)
+    table = data.table()
+    module = ReferenceSampler(data.actors, samples=16, responses_from=str(files / "table"))
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=data))
+    module.on_predict_start()  # 16 of the table's 16
+    rows = data.prompts("train")[:3]
+    prompts = data.prompt_batch(rows)
+    for samples in (16, 5):
+        module.samples = samples
+        found = module._sample(prompts)
+        keys = [row.key for row in rows]
+        assert found.keys == keys
+        assert found.prompt_ids == [list(row.tokens) for row in rows]
+        for key, text, tokens in zip(keys, prompts.text, found.token_ids, strict=True):
+            cached = table.response_tokens(key, text)
+            assert tokens == [part.tolist() for part in cached.tokens.split(cached.lengths.tolist())[:samples]]
+        assert torch.equal(found.finished, table.finished_matrix(keys, prompts.text)[:, :samples])
+        assert found.log_probs == table.log_probs_matrix(keys, prompts.text)[:, :samples].tolist()
+        assert torch.equal(found.prompts.tokens, prompts.tokens)
+        assert torch.equal(found.prompts.mask, prompts.mask)
+        assert found.prompts.text == prompts.text
+    # A row whose text is another's is refused, whichever part of it is read.
+    for name in ("response_tokens", "finished_matrix", "log_probs_matrix"):
+        asked: list[Any] = []
+        real = getattr(table, name)
+        stub = SimpleNamespace(
+            response_tokens=table.response_tokens,
+            finished_matrix=table.finished_matrix,
+            log_probs_matrix=table.log_probs_matrix,
+        )
+        setattr(stub, name, lambda *given, real=real, asked=asked: asked.append(given) or real(*given))
+        module._source = stub  # type: ignore[assignment]
+        module._sample(prompts)
+        texts = [text for _, text in asked] if name == "response_tokens" else asked[0][1]
+        assert list(texts) == list(prompts.text)
+    module.samples = 17
+    with pytest.raises(ValueError, match=r"has 16 responses a prompt, fewer than model\.samples=17: lower"):
+        module._open_source(str(files / "table"))
+    other = ReferenceSampler(make_data(files, temperature=0.5).actors, samples=4)
+    attach(other, FakeTrainer(datamodule=make_data(files, temperature=0.5)))
+    with pytest.raises(ValueError, match="temperature: the table has 0.7, this run has 0.5"):
+        other._open_source(str(files / "table"))
+    trainer = FakeTrainer()
+    del trainer.datamodule
+    attach(other, trainer)
+    assert other._open_source(str(files / "table")).samples == 16
+
+
+def test_a_table_is_never_resumed_by_checkpoint(files: Path) -> None:
+    module = ReferenceSampler(make_data(files).actors)
+    with pytest.raises(ValueError, match="^`vbon predict` samples from data.reference and takes no --ckpt_path$"):
+        module.on_load_checkpoint({})
+
+
+@pytest.mark.parametrize(
+    "kind", ["vbon", "klrl", "bonsft", "dpo", "distillation", "sft", "valuemodelling", "valuecritic"]
+)
+def test_every_module_takes_an_optimizer_and_a_scheduler(kind: str, files: Path) -> None:
+    data = table_data(files, value_model=str(files / "value"))
+    module: Any = make_module(kind, data, optimizer="optimizer", lr_scheduler="scheduler", seed=5)
+    assert (module._optimizer, module._lr_scheduler, module.seed) == ("optimizer", "scheduler", 5)
+    assert module.actor_spec is data.actors
+    judge = RewardModelling(data.actors, optimizer="optimizer", lr_scheduler="scheduler", seed=5)
+    assert (judge._optimizer, judge._lr_scheduler, judge.seed) == ("optimizer", "scheduler", 5)
+
+
+def test_a_critics_values_and_returns_are_in_the_checkpoint(files: Path) -> None:
+    module, _ = moved(files, "ppo")
+    torch.nn.init.normal_(module.critic.weight, generator=torch.Generator().manual_seed(0))
+    attach(module, FakeTrainer(world_size=1, gradient_clip_val=None, precision="32-true"))
+    module.training_step(module_batch(files), 0)
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    module.on_save_checkpoint(checkpoint)
+    (mine,) = checkpoint["vbon_lightning"]["experience"]
+    for ours, theirs in zip(map(policy_gradient._from_plain, mine), module._experience, strict=True):
+        assert torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.returns, theirs.returns)
+        assert ours.values.any()
+        assert ours.returns.any()
+
+
+def test_what_a_checkpoint_holds(files: Path) -> None:
+    module, data = moved(files, "vbon", seed=7)
+    attach(
+        module,
+        FakeTrainer(accumulate_grad_batches=3, gradient_clip_val=0.5, precision="bf16-mixed"),
+    )
+    module.configure_optimizers()
+    module.batches_seen = 4
+    state = {"policy.a": 1, "value.b": 2}
+    checkpoint: dict[str, Any] = {"state_dict": dict(state), "current_model_state": dict(state)}
+    torch.manual_seed(3)
+    module.on_save_checkpoint(checkpoint)
+    kept = checkpoint["vbon_lightning"]
+    assert set(kept) == {
+        "module", "models", "trainer", "optimizer", "batches_seen", "random_state"
+    }  # fmt: skip
+    assert kept["module"] == {"class": "VBoN", **module._settings}
+    assert kept["models"] == data.actors.identity(reward=True)
+    assert kept["trainer"] == {
+        "world_size": 2,
+        "accumulate_grad_batches": 3,
+        "gradient_clip_val": 0.5,
+        "precision": "bf16-mixed",
+    }
+    assert kept["optimizer"] is module._optimizer_settings
+    assert kept["batches_seen"] == 4
+    assert torch.equal(kept["random_state"], torch.Generator().manual_seed(3).get_state())
+    assert checkpoint["state_dict"] == checkpoint["current_model_state"] == state
+    # Where the base is frozen, what is trained is all there is to keep.
+    module.actor_spec = SimpleNamespace(
+        policy_spec=SimpleNamespace(trained_whole=False), identity=lambda reward: {"reward": reward}
+    )
+    module._trained_names = lambda: {"policy.a"}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"] == checkpoint["current_model_state"] == {"policy.a": 1}
+    assert checkpoint["vbon_lightning"]["models"] == {"reward": True}
+    module.uses_reward = False
+    module.on_save_checkpoint({"state_dict": {}})
+
+
+def test_what_a_checkpoint_brings_back(files: Path) -> None:
+    from lightning.pytorch.trainer.states import TrainerFn
+
+    module, _ = moved(files, "vbon")
+    fitting = {"state": SimpleNamespace(fn=TrainerFn.FITTING), "gradient_clip_val": None, "precision": "32-true"}
+    attach(module, FakeTrainer(**fitting))
+    module.configure_optimizers()
+    module.batches_seen = 4
+    torch.manual_seed(3)
+    checkpoint: dict[str, Any] = {"state_dict": {}, "optimizer_states": []}
+    module.on_save_checkpoint(checkpoint)
+    fresh, _ = moved(files, "vbon")
+    with pytest.raises(ValueError, match=r"^this checkpoint was not written by vbon_lightning: it cannot be loaded$"):
+        fresh.on_load_checkpoint({})
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    fresh.on_load_checkpoint(checkpoint)  # outside of a fit nothing is resumed
+    attach(fresh, FakeTrainer(**{**fitting, "state": SimpleNamespace(fn=TrainerFn.VALIDATING)}))
+    fresh.on_load_checkpoint(checkpoint)
+    assert fresh.batches_seen == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    attach(fresh, FakeTrainer(**fitting))
+    assert fresh.resuming
+    with pytest.raises(ValueError, match="^this checkpoint has weights only"):
+        fresh.on_load_checkpoint({key: value for key, value in checkpoint.items() if key != "optimizer_states"})
+    fresh.on_load_checkpoint(checkpoint)
+    assert fresh.batches_seen == 4
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(3).get_state())
+    assert fresh._resumed_optimizer_settings == module._optimizer_settings
+    for part, message in (("module", "seed"), ("models", "temperature"), ("trainer", "world_size")):
+        inside = checkpoint["vbon_lightning"]
+        changed = {**inside, part: {**inside[part], message: 99}}
+        with pytest.raises(ValueError, match=rf"{message}: checkpoint has 99"):
+            fresh.on_load_checkpoint({**checkpoint, "vbon_lightning": changed})
+    # The optimizer may be built before the checkpoint is read, or after it.
+    other = {**checkpoint["vbon_lightning"], "optimizer": {"optimizer": {"class": "SGD"}}}
+    first, _ = moved(files, "vbon")
+    attach(first, FakeTrainer(**fitting))
+    first.on_load_checkpoint({**checkpoint, "vbon_lightning": other})
+    with pytest.raises(ValueError, match=r"optimizer\.class: checkpoint has SGD, this run has AdamW"):
+        first.configure_optimizers()
+    with pytest.raises(ValueError, match=r"optimizer\.class: checkpoint has SGD, this run has AdamW"):
+        module.on_load_checkpoint({**checkpoint, "vbon_lightning": other})
