@@ -43,12 +43,19 @@ pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not
 process_isolation = "forkserver"
 do_not_mutate_patterns = {texts}
 """
-GROUPED = '''"""Tests of one file one after the other, or its fixtures would be made again and again."""
+CONFTEST = '''"""What makes thousands of short runs of pytest fast."""
+
+import gc
 
 
 def pytest_collection_modifyitems(items):
+    # Tests of one file one after the other, or its fixtures would be made again and again.
     files = {item.path: place for place, item in reversed(list(enumerate(items)))}
     items.sort(key=lambda item: files[item.path])
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what every run inherits need not be looked through by each
 '''
 # The lines that are the text of an error or a warning, and those that begin one.
 TEXTS = [
@@ -83,7 +90,7 @@ def run(part: str) -> None:
             if folder != "vbon_lightning" or old.parent == where:  # beside the mutants stand their results
                 shutil.rmtree(old, ignore_errors=True)
         shutil.copytree(ROOT / folder, where / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (where / "conftest.py").write_text(GROUPED)
+    (where / "conftest.py").write_text(CONFTEST)
     for source in (where / "vbon_lightning" / part).glob("*.py"):
         source.write_text(move_decorators(source.read_text()))
     shutil.copy(ROOT / "README.md", where)
