@@ -38,6 +38,7 @@ TESTED_ELSEWHERE = {
     "evaluation/predicted.py": "evaluation/test_command.py",
     "functional/_validate.py": "functional/test_arguments.py",
     "models/errors.py": "models/test_files.py",
+    "rewards/calling.py": "rewards/test_function.py",
 }
 """Modules without a test file of their own, and the one that tests them."""
 

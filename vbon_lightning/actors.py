@@ -342,7 +342,7 @@ class Actors:
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[str], responses: list[list[str]], token_ids: list[list[list[int]]], finished: Tensor
+        self, prompts: PromptBatch, responses: list[list[str]], token_ids: list[list[list[int]]], finished: Tensor
     ) -> Tensor:
         """Return rewards ``[B, G]``, the missing-EOS penalty included, on the device of ``finished``."""
         if self.reward is None:
@@ -351,7 +351,7 @@ class Actors:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            raw = ask_reward(self.reward, prompts, responses, token_ids)
+            raw = ask_reward(self.reward, prompts.text, responses, token_ids, prompts.columns)
         finally:
             torch.set_default_dtype(before)
         raw = raw.to(device=finished.device, dtype=torch.float32)
@@ -398,7 +398,7 @@ class Actors:
         self.sampler_mismatch = getattr(self.sampler, "mismatch", None)
         token_ids = self.token_ids(completions)
         responses = self.decode(token_ids, prompts)
-        rewards = self.score(prompts.text, responses, token_ids, completions.finished)
+        rewards = self.score(prompts, responses, token_ids, completions.finished)
         reference_rewards = prompts.reference_rewards
         if reference_rewards is None and reference_samples > 0:
             reference_rewards = self.reference_rewards(
@@ -421,7 +421,7 @@ class Actors:
         with self.as_reference() as reference:
             completions = self.sample(reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         token_ids = self.token_ids(completions)
-        return self.score(prompts.text, self.decode(token_ids, prompts), token_ids, completions.finished)
+        return self.score(prompts, self.decode(token_ids, prompts), token_ids, completions.finished)
 
     def statistics(self, rollout: ScoredResponses | Rollout, *, hidden: bool = False) -> tuple[Rollout, Tensor | None]:
         """Find log-probabilities and the exact KL of given responses, differentiable in the policy.

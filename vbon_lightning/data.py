@@ -78,6 +78,8 @@ class AlignmentDataModule(LightningDataModule):
         policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
         reference: The model to stay close to and to take Best-of-N of; the policy's own start by default.
         reward: The reward model.
+        reward_columns: Columns of the data set that the reward reads beside the prompt, such as the right answer; those
+            that it names itself come without asking.
         value_model: The model of the reward to come that ``ValueModelling`` exported, for methods that use one.
         train: Where training text comes from.
         val: Where validation text comes from.
@@ -115,6 +117,7 @@ class AlignmentDataModule(LightningDataModule):
         policy: str | ModelSpec,
         reference: str | ModelSpec | None = None,
         reward: RewardModel | None = None,
+        reward_columns: list[str] = [],  # noqa: B006 (never mutated)
         value_model: str | ModelSpec | None = None,
         train: TextSource | None = None,
         val: TextSource | None = None,
@@ -168,6 +171,8 @@ class AlignmentDataModule(LightningDataModule):
             value_model=value_model,
             end_tokens=end_tokens,
         )
+        self.reward_columns = list(reward_columns)
+        self.judge_columns: list[str] = []
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
         if table_skip < 0:
             raise ValueError(f"data.table_skip must be at least 0, got {table_skip}")
@@ -230,6 +235,11 @@ class AlignmentDataModule(LightningDataModule):
         """Return which of the table's responses a prompt are used."""
         return slice(self.table_skip, self.table_skip + self.reference_rewards)
 
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """Return the columns of the data set that the reward reads beside the prompt."""
+        return tuple(dict.fromkeys([*getattr(self.actors.reward, "columns", ()), *self.reward_columns]))
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what the table's responses and rewards depend on."""
         return self.actors.table_fingerprint(seed=self.table_seed, model_seed=getattr(self._module, "seed", self.seed))
@@ -262,12 +272,14 @@ class AlignmentDataModule(LightningDataModule):
             source = self.sources[split]
             if source is None:
                 raise ValueError(f"no {split} data: set `data.{split}`")
-            rows = read_rows(source)
+            beside = self.columns_read if kind == "prompts" else ()
+            rows = read_rows(source, tuple(dict.fromkeys([*beside, *self.judge_columns])))
             if kind == "prompts":
                 encoded: Sequence[Any] = encode_prompts(
                     rows,
                     self.tokenizer,
                     source=source,
+                    key_columns=beside,
                     max_tokens=self.max_prompt_tokens,
                     too_long=self.too_long,
                 )

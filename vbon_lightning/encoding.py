@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ class EncodedPrompt(NamedTuple):
     tokens: list[int]
     text: str
     key: str
-    """The reference table's key: a hash of ``tokens``."""
+    """The reference table's key: a hash of ``tokens`` and ``columns``."""
+    columns: dict[str, Any] | None = None
+    """What the reward reads of the prompt's row beside it, by the columns' names."""
 
 
 class EncodedText(NamedTuple):
@@ -67,10 +69,19 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     source: TextSource | None = None,
+    key_columns: Sequence[str] = (),
     max_tokens: int | None = None,
     too_long: Literal["error", "truncate_left"] = "error",
 ) -> list[EncodedPrompt]:
     """Encode prompts, refusing or shortening those over ``max_tokens``.
+
+    Args:
+        rows: The prompts.
+        tokenizer: The policy's tokenizer.
+        source: Where they come from, for messages.
+        key_columns: Those of the rows' columns that the reference table's rewards depend on.
+        max_tokens: Longest prompt, in tokens.
+        too_long: What to do with a longer one.
 
     Raises:
         PromptError: Naming the row of a prompt that is too long or has no tokens.
@@ -99,7 +110,8 @@ def encode_prompts(
             # As the whole text has it: with a template's special tokens, without a BOS that the tokenizer put before.
             written = tokens if opening and row.prompt.startswith(str(tokenizer.bos_token)) else tokens[len(opening) :]
             text = str(tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens)))
+        beside = {name: (row.columns or {})[name] for name in key_columns}
+        encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens, beside), row.columns))
     return encoded
 
 
@@ -263,7 +275,19 @@ def collate_prompts(items: Sequence[tuple[int, bool, EncodedPrompt]], *, pad_id:
     """Pad prompts on the left."""
     index, valid, rows = zip(*items, strict=True)
     tokens, mask = _pad([row.tokens for row in rows], pad_id=pad_id, left=True)
-    return PromptBatch(torch.tensor(index), torch.tensor(valid), tokens, mask, [row.text for row in rows])
+    names = rows[0].columns
+    columns = None if names is None else {name: [row.columns[name] for row in rows] for name in names}
+    return PromptBatch(
+        torch.tensor(index), torch.tensor(valid), tokens, mask, [row.text for row in rows], columns=columns
+    )
+
+
+def batch_keys(batch: PromptBatch) -> list[str]:
+    """Return the reference table's key of each prompt of a batch."""
+    tokens = [row[keep].tolist() for row, keep in zip(batch.tokens, batch.mask, strict=True)]
+    columns = batch.columns or {}
+    beside = [{name: values[row] for name, values in columns.items()} for row in range(len(tokens))]
+    return [prompt_key(ids, extra) for ids, extra in zip(tokens, beside, strict=True)]
 
 
 def collate_texts(items: Sequence[tuple[int, bool, EncodedText]], *, pad_id: int) -> TextBatch:

@@ -8,7 +8,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -115,13 +115,16 @@ class TextRow(NamedTuple):
     """A worse response as text; None without a column of them."""
     label: str | int | None = None
     """The text's label as it stands in the source; None without a column of them."""
+    columns: dict[str, Any] | None = None
+    """The columns that were asked for beside the text, by name."""
 
 
-def read_rows(source: TextSource) -> list[TextRow]:
+def read_rows(source: TextSource, columns: Sequence[str] = ()) -> list[TextRow]:
     """Read the prompts (and responses) of a source.
 
     Args:
         source: where they come from and which to take.
+        columns: what else to read of each row, as it stands: what a reward asks for.
 
     Returns:
         The rows, at least one.
@@ -131,7 +134,7 @@ def read_rows(source: TextSource) -> list[TextRow]:
             text, an empty prompt or response, a text with fewer than ``first_words`` words, no row left.
     """
     kept: Counter[str] = Counter()
-    rows = _text_rows(source, kept)
+    rows = _text_rows(source, kept, columns)
     if source.shuffle_seed is not None:
         shuffled = list(rows)
         random.Random(source.shuffle_seed).shuffle(shuffled)
@@ -147,20 +150,20 @@ def read_rows(source: TextSource) -> list[TextRow]:
     return taken
 
 
-def _text_rows(source: TextSource, kept: Counter[str]) -> Iterator[TextRow]:
+def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -> Iterator[TextRow]:
     """Yield the rows before shuffle and slice, and count how many passed each filter."""
     fields = _template_fields(source.template) if source.template is not None else []
     texts = fields if source.template is not None else [source.column]
     named = (source.response_column, source.rejected_column, source.label_column)
     texts = texts + [column for column in named if column]
-    needed = list(dict.fromkeys([*texts, *(source.where or {})]))
+    needed = list(dict.fromkeys([*texts, *(source.where or {}), *columns]))
     where, unit, records = _open(source, needed)
     seen: set[str] = set()
     for number, record in records:
         place = f"{where}, {unit} {number}"
         for column in needed:
             if column not in record:
-                raise SourceError(f"{place}: {_missing(source, column, list(record))}")
+                raise SourceError(f"{place}: {_missing(source, column, list(record), columns)}")
         kept["read"] += 1
         if not all(_equal(record[column], value) for column, value in (source.where or {}).items()):
             continue
@@ -189,7 +192,8 @@ def _text_rows(source: TextSource, kept: Counter[str]) -> Iterator[TextRow]:
             _response(record, column, place) for column in (source.response_column, source.rejected_column)
         )
         label = None if source.label_column is None else _label(record[source.label_column], source.label_column, place)
-        yield TextRow(number, prompt, response, text, rejected, label)
+        beside = {column: record[column] for column in columns} if columns else None
+        yield TextRow(number, prompt, response, text, rejected, label, beside)
 
 
 def _response(record: dict[str, Any], column: str | None, place: str) -> str | None:
@@ -258,9 +262,9 @@ def _equal(value: Any, wanted: Any) -> bool:
     return bool(value == wanted) or (isinstance(value, str) and value == str(wanted))
 
 
-def _missing(source: TextSource, column: str, columns: list[str]) -> str:
+def _missing(source: TextSource, column: str, columns: list[str], asked: Sequence[str] = ()) -> str:
     named = source.template is not None and column in _template_fields(source.template)
-    by = ", which the template names" if named else ""
+    by = ", which the template names" if named else ", which the reward reads" if column in asked else ""
     return f"there is no column {column!r}{by}; the columns are {', '.join(map(repr, columns))}"
 
 

@@ -6,8 +6,9 @@ M reference rewards a prompt. Log-probabilities are in nats.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -26,6 +27,8 @@ class PromptBatch(NamedTuple):
     """B prompts as text, special tokens left out."""
     reference_rewards: Tensor | None = None
     """``[B, M]`` float32: rewards of M reference responses, from the reference table."""
+    columns: dict[str, list[Any]] | None = None
+    """B values of each column of the data set that the reward reads beside the prompt, such as the right answer."""
 
 
 class TextBatch(NamedTuple):
@@ -121,3 +124,16 @@ class Rollout(NamedTuple):
     reference_log_cdf: Tensor | None = None
     """``[B, K + 1]``: log of the reference's reward distribution at a value model's bin edges, predicted from the
     prompt; only where there are no reference rewards and a value model is named."""
+
+
+def select_prompts(value: Any, rows: list[int]) -> Any:
+    """Return the same record for some of its prompts: dimension 0 of every tensor and list."""
+    if isinstance(value, Tensor):
+        return value[torch.as_tensor(rows, device=value.device)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(select_prompts(part, rows) for part in value))
+    if isinstance(value, list):
+        return [value[row] for row in rows]
+    if isinstance(value, dict):  # columns by name
+        return {name: select_prompts(part, rows) for name, part in value.items()}
+    return value

@@ -41,6 +41,7 @@ also_copy = ["configs", "README.md", "conftest.py"]
 pytest_add_cli_args_test_selection = ["tests/{part}"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
 process_isolation = "forkserver"
+timeout_constant = 60.0
 do_not_mutate_patterns = {texts}
 """
 CONFTEST = '''"""What makes thousands of short runs of pytest fast."""
@@ -48,10 +49,13 @@ CONFTEST = '''"""What makes thousands of short runs of pytest fast."""
 import gc
 
 
+QUICK = ("test_settings.py", "test_wiring.py")  # which notice most
+
+
 def pytest_collection_modifyitems(items):
     # Tests of one file one after the other, or its fixtures would be made again and again.
     files = {item.path: place for place, item in reversed(list(enumerate(items)))}
-    items.sort(key=lambda item: files[item.path])
+    items.sort(key=lambda item: (item.path.name not in QUICK, files[item.path]))
 
 
 def pytest_collection_finish(session):

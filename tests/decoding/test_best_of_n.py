@@ -51,7 +51,7 @@ def drawn_by(actors: Actors, count: int) -> tuple[Completions, Tensor]:
     prompts = batch_of(PROMPTS)
     found = actors.sample(actors.policy, prompts, num_samples=count, **OPTIONS)
     ids = actors.token_ids(found)
-    return found, actors.score(prompts.text, actors.decode(ids, prompts), ids, found.finished)
+    return found, actors.score(prompts, actors.decode(ids, prompts), ids, found.finished)
 
 
 def assert_picked(found: Decoded, drawn: Completions, picks: list[list[int]]) -> None:
@@ -71,7 +71,7 @@ def test_keeps_the_best_of_each_group(penalty: float, files: Path) -> None:
     assert_picked(found, drawn, picks)
     assert 0 < drawn.finished.float().mean() < 1
     ids = actors.token_ids(found)
-    kept = actors.score(prompts.text, actors.decode(ids, prompts), ids, found.finished)
+    kept = actors.score(prompts, actors.decode(ids, prompts), ids, found.finished)
     assert torch.equal(kept, rewards.view(3, 5, 4).amax(-1))
     assert found.token_kl is None
     assert found.cost == (int(drawn.mask.sum()), 0, 60)

@@ -113,7 +113,7 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     options: dict[str, Any] = {"seed": 0, "stream": "compare", "step": 0}
     drawn = actors.sample(actors.policy, batch, num_samples=10, **options)
     ids = actors.token_ids(drawn)
-    rewards = actors.score(batch.text, actors.decode(ids, batch), ids, drawn.finished)
+    rewards = actors.score(batch, actors.decode(ids, batch), ids, drawn.finished)
     assert best.reward.mean == pytest.approx(float(rewards.view(3, 5, 2).amax(-1).mean()), rel=1e-6)
     assert best.cost == {
         "generated_tokens": pytest.approx(float(drawn.mask.sum()) / 15),

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tests.modules.setting import VowelReward, make_data, make_files, make_module, make_trainer
 from vbon_lightning import KLRL
-from vbon_lightning.modules.policy_gradient import select_prompts
-from vbon_lightning.types import Rollout
+from vbon_lightning.types import Rollout, select_prompts
 
 TEMPERATURE = 0.7
 

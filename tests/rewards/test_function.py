@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vbon_lightning.rewards import CallableReward, RewardError
+from vbon_lightning.rewards import CallableReward, RewardError, ThresholdReward, ask_reward
 
 PROMPTS = ["x", "yy"]
 RESPONSES = [["a", "bb"], ["ccc", ""]]
@@ -37,7 +38,35 @@ def by_position(prompts, responses, token_ids, /):
     return lengths(prompts, responses, token_ids)
 
 def of_trl(prompts, completions, answer, **kwargs):
-    return [[float(answer == r) for r in row] for row in completions]
+    return [float(a == r) for a, r in zip(answer, completions)]
+
+def of_trl_with_an_argument(prompts, completions, answer, **kwargs):
+    return [float(answer == r) for r in completions]
+
+def all_of_trls(completions, completion_ids, prompts, **kwargs):
+    seen.append((prompts, completions, completion_ids, kwargs))
+    return [float(len(ids)) for ids in completion_ids]
+
+def without_prompts(completions, level, trainer_state=None, bonus=0.0):
+    return [float(level_) + bonus for level_ in level]
+
+def nested(prompts, completions):
+    return [[0.0] * 2] * 2
+
+def nothing(prompts, completions):
+    return None
+
+async def awaited(prompts, completions, answer):
+    return [float(a == r) for a, r in zip(answer, completions)]
+
+def grouped(prompts, responses, answer, weight=1.0):
+    return [[weight * (a == r) for r in row] for a, row in zip(answer, responses)]
+
+def any_column(prompts, responses, **columns):
+    seen.append(columns)
+    return [[0.0 for _ in row] for row in responses]
+
+seen = []
 
 def anything(*texts, **options):
     return [[float(len(texts)) for _ in row] for row in texts[1]]
@@ -96,7 +125,7 @@ def test_functions_get_what_their_signature_asks_for():
     assert score("required", scale=3) == [[3, 6], [9, 0]]
     assert score("with_both", scale=2) == [[2, 4], [6, 2]]
     assert score("by_position") == [[1, 2], [3, 1]]
-    assert score("of_trl", answer="a") == [[1, 0], [0, 0]]
+    assert score("of_trl_with_an_argument", answer="a") == [[1, 0], [0, 0]]
     assert score("anything", option=1) == [[2, 2], [2, 2]]
     assert score("Counter.zero") == [[0, 0], [0, 0]]
     assert CallableReward("reward_test_package.scores:text_only")(PROMPTS, RESPONSES).tolist() == [
@@ -130,8 +159,10 @@ def test_bad_rewards_stop_with_the_texts():
         ("reward_test_package.failing.score", "failing failed: RuntimeError"),
         ("reward_test_package.nothing:score", "No module named 'reward_test_package.nothing'"),
         ("reward_test_package.scores.number", "is not callable"),
-        ("reward_test_package.scores.with_both", "missing a required.*'scale'"),
-        ("reward_test_package.scores.of_trl", "missing a required.*'answer'.*to a parameter that is named `token_ids`"),
+        ("reward_test_package.scores.with_both", "with_both reads the column 'scale' .* came with none"),
+        ("reward_test_package.scores.of_trl", "of_trl reads the column 'answer' .* came with none: name the parameter"),
+        ("reward_test_package.scores.nested", "gets 4 of them, flat as TRL passes them, .* it returned 2"),
+        ("reward_test_package.scores.nothing", "a number for each completion, as TRL has it; it returned NoneType"),
     ],
 )
 def test_import_errors_say_what_is_wrong(function, message):
@@ -152,3 +183,54 @@ def test_identity_needs_no_import():
         "function": "no_such_package_here.score",
         "arguments": '{"a": [2], "b": 1}',
     }
+
+
+def columns_score(function: str, columns: dict[str, list[object]], **arguments: object) -> list[list[float]]:
+    reward = CallableReward(f"reward_test_package.scores.{function}", arguments)
+    return ask_reward(reward, PROMPTS, RESPONSES, TOKENS, columns).tolist()
+
+
+def test_columns_of_the_data_set_go_to_the_parameters_of_their_names():
+    answers = {"answer": ["bb", "ccc"]}
+    assert columns_score("grouped", answers) == [[0, 1], [1, 0]]
+    assert columns_score("grouped", answers | {"weight": 3}, weight=2.0) == [[0, 2], [2, 0]]
+    assert columns_score("grouped", answers, weight=2.0) == [[0, 2], [2, 0]]
+    assert CallableReward("reward_test_package.scores.grouped").columns == ("answer",)
+    assert CallableReward("reward_test_package.scores.grouped", {"answer": "a"}).columns == ()
+    assert CallableReward("reward_test_package.scores.text_only").columns == ()
+    columns_score("any_column", answers | {"level": [1, 2]})
+    assert sys.modules["reward_test_package.scores"].seen == [answers | {"level": [1, 2]}]
+    assert columns_score("text_only", answers) == [[1, 2], [6, 0]]  # which asks for none
+
+
+def test_trls_functions_work_as_they_are_written():
+    answers = {"answer": ["bb", "ccc"]}
+    assert columns_score("of_trl", answers) == [[0, 1], [1, 0]]
+    assert columns_score("awaited", answers) == [[0, 1], [1, 0]]
+    assert CallableReward("reward_test_package.scores.of_trl").columns == ("answer",)
+    assert columns_score("all_of_trls", answers) == [[1, 2], [3, 1]]
+    assert sys.modules["reward_test_package.scores"].seen == [
+        (
+            ["x", "x", "yy", "yy"],
+            ["a", "bb", "ccc", ""],
+            [[1], [1, 2], [1, 2, 3], [2]],
+            {"answer": ["bb", "bb", "ccc", "ccc"]},
+        )
+    ]
+    assert columns_score("without_prompts", {"level": [1, 2]}) == [[1, 1], [2, 2]]
+    assert columns_score("without_prompts", {"level": [1, 2]}, bonus=0.5) == [[1.5, 1.5], [2.5, 2.5]]
+
+
+def test_a_coroutine_is_awaited_where_a_loop_is_running():
+    async def notebook() -> list[list[float]]:
+        return columns_score("awaited", {"answer": ["bb", "ccc"]})
+
+    assert asyncio.run(notebook()) == [[0, 1], [1, 0]]
+
+
+def test_a_threshold_passes_columns_on():
+    reward = ThresholdReward(CallableReward("reward_test_package.scores.grouped"), 0.5)
+    assert reward.columns == ("answer",)
+    assert ask_reward(reward, PROMPTS, RESPONSES, TOKENS, {"answer": ["bb", "ccc"]}).tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(RewardError, match="reads the column 'answer' of the data set, and the prompts came with 'b'"):
+        ask_reward(reward, PROMPTS, RESPONSES, TOKENS, {"b": [1, 2]})

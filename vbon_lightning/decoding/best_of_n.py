@@ -33,7 +33,7 @@ class BestOfN(Decoder):
             actors.policy, prompts, num_samples=num_samples * self.n, seed=seed, stream=stream, step=step
         )
         ids = actors.token_ids(drawn)
-        rewards = actors.score(prompts.text, actors.decode(ids, prompts), ids, drawn.finished)
+        rewards = actors.score(prompts, actors.decode(ids, prompts), ids, drawn.finished)
         batch = len(ids)
         best = rewards.view(batch, num_samples, self.n).argmax(-1, keepdim=True)
         index = (torch.arange(num_samples, device=best.device)[:, None] * self.n + best).squeeze(-1)

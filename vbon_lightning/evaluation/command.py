@@ -99,6 +99,7 @@ def compare(
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     spec = data.actors
+    data.judge_columns = [] if judge is None else list(judge.columns)
     prompts = data.prompts(split)
     rewards = None
     if data.reference_table is not None:
@@ -211,7 +212,7 @@ def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: in
     seconds = time.perf_counter() - began
     ids = actors.token_ids(decoded)
     texts = actors.decode(ids, batch)
-    return DecodedBatch(batch, decoded, texts, actors.score(batch.text, texts, ids, decoded.finished), seconds)
+    return DecodedBatch(batch, decoded, texts, actors.score(batch, texts, ids, decoded.finished), seconds)
 
 
 def _best_of_n(
@@ -232,14 +233,14 @@ def _best_of_n(
     if judge is not None:
         responses = [list(row.responses[used]) for row in rows]
         ids = [[list(tokens) for tokens in row.response_tokens[used]] for row in rows]
-        judged = ask_reward(judge, texts, responses, ids)
+        judged = ask_reward(judge, texts, responses, ids, data.prompt_batch(prompts).columns)
     return bon_reports(rewards, n_values=n, lengths=lengths, finished=finished, judge_rewards=judged)
 
 
 def _judge(actors: Actors, judge: RewardModel) -> Judge:
     def score(rollout: Rollout) -> Tensor:
         ids = actors.token_ids(rollout.completions)
-        return ask_reward(judge, rollout.prompts.text, rollout.responses, ids)
+        return ask_reward(judge, rollout.prompts.text, rollout.responses, ids, rollout.prompts.columns)
 
     return score
 

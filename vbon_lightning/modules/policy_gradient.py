@@ -23,7 +23,7 @@ from vbon_lightning.functional import (
 )
 from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.sampling import noise_seed
-from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses
+from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses, select_prompts
 
 
 class Experience(NamedTuple):
@@ -392,17 +392,6 @@ class PolicyGradient(AlignmentModule):
         experience = checkpoint["vbon_lightning"].get("experience")
         if self.resuming and experience is not None:
             self._experience = [_from_plain(part) for part in experience[self.trainer.global_rank]]
-
-
-def select_prompts(value: Any, rows: list[int]) -> Any:
-    """Return the same record for some of its prompts: dimension 0 of every tensor and list."""
-    if isinstance(value, Tensor):
-        return value[torch.as_tensor(rows, device=value.device)]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(select_prompts(part, rows) for part in value))
-    if isinstance(value, list):
-        return [value[row] for row in rows]
-    return value
 
 
 def _token_rewards(target: Target, rollout: Rollout, *, sampled: bool) -> Tensor:

@@ -12,11 +12,12 @@ from lightning.pytorch import Callback
 
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
+from vbon_lightning.encoding import batch_keys
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.paths import resolve_path
-from vbon_lightning.reference_table import ReferenceTable, TableRow, prompt_key
+from vbon_lightning.reference_table import ReferenceTable, TableRow
 from vbon_lightning.sampling import prompt_noise
-from vbon_lightning.types import PromptBatch
+from vbon_lightning.types import PromptBatch, select_prompts
 
 
 class _Sampled(NamedTuple):
@@ -160,28 +161,21 @@ class ReferenceSampler(AlignmentModule):
     def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
         """Split a batch so that its samples fit a pass, leaving out rows that even out the ranks and those done."""
         done = self.finished_keys()
-        missing = [
-            valid and (not done or prompt_key(row[keep].tolist()) not in done)
-            for row, keep, valid in zip(batch.tokens, batch.mask, batch.valid.tolist(), strict=True)
-        ]
+        keys = batch_keys(batch) if done else batch.text
+        missing = [valid and key not in done for key, valid in zip(keys, batch.valid.tolist(), strict=True)]
         kept = torch.tensor(missing, device=batch.tokens.device).nonzero().squeeze(-1)
         if not len(kept):
             return
         for rows in kept.split(max(1, self.rows_per_pass // self.samples)):
             width = int(batch.mask[rows].sum(-1).max())
-            yield PromptBatch(
-                batch.index[rows],
-                batch.valid[rows],
-                batch.tokens[rows, -width:],
-                batch.mask[rows, -width:],
-                [batch.text[row] for row in rows.tolist()],
-            )
+            some = select_prompts(batch, rows.tolist())
+            yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
 
     def _sample(self, prompts: PromptBatch) -> _Sampled:
         actors = self.loaded
         actors.place()
         ids = [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)]
-        keys = [prompt_key(tokens) for tokens in ids]
+        keys = batch_keys(prompts)
         if self._source is not None:
             return self._cached(self._source, prompts, keys, ids)
         noise = prompt_noise(
@@ -230,7 +224,7 @@ class ReferenceSampler(AlignmentModule):
     def _score(self, sampled: _Sampled) -> list[TableRow]:
         actors, prompts = self.loaded, sampled.prompts
         responses = actors.decode(sampled.token_ids, prompts)
-        rewards = actors.score(prompts.text, responses, sampled.token_ids, sampled.finished)
+        rewards = actors.score(prompts, responses, sampled.token_ids, sampled.finished)
         return [
             TableRow(*fields)
             for fields in zip(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -38,7 +39,7 @@ class TableRow(NamedTuple):
     """One prompt of the table with its M reference responses."""
 
     key: str
-    """:func:`prompt_key` of ``prompt_tokens``."""
+    """:func:`prompt_key` of ``prompt_tokens`` (and of what else the reward reads of the prompt's row)."""
     prompt: str
     """The prompt as text."""
     prompt_tokens: list[int]
@@ -55,16 +56,18 @@ class TableRow(NamedTuple):
     """M flags: True where an EOS ended the response; None if unknown."""
 
 
-def prompt_key(tokens: Sequence[int]) -> str:
+def prompt_key(tokens: Sequence[int], columns: Mapping[str, Any] | None = None) -> str:
     """Hash a prompt's token ids: SHA-256 over little-endian int32, in hexadecimal.
 
     Token ids, not text: a round trip through a tokenizer may change the text.
 
     Args:
         tokens: token ids of the prompt without padding.
+        columns: what the reward reads of the prompt's row beside it, such as the right answer: two prompts that differ
+            in it have rewards of their own.
 
     Returns:
-        64 hexadecimal digits.
+        64 hexadecimal digits; with columns, a colon and 16 digits of their hash behind them.
 
     Raises:
         ValueError: if there are no tokens, or one does not fit.
@@ -74,7 +77,11 @@ def prompt_key(tokens: Sequence[int]) -> str:
         raise ValueError(f"a prompt needs at least one token in a flat list, got shape {tuple(ids.shape)}")
     if ids.min() < 0 or ids.max() >= 2**31:
         raise ValueError(f"token ids must be in [0, 2**31), got {int(ids.min())} to {int(ids.max())}")
-    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
+    key = hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
+    if not columns:
+        return key
+    text = json.dumps(columns, sort_keys=True, default=str)
+    return f"{key}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def shard_count(path: Path, shard: str) -> int | None:

@@ -133,7 +133,7 @@ def _checked(row: TableRow) -> TableRow:
         key = prompt_key(row.prompt_tokens)
     except ValueError as problem:
         raise ReferenceTableError(f"{where}: {problem}") from problem
-    if row.key != key:
+    if row.key.partition(":")[0] != key:
         raise ReferenceTableError(f"{where}: expected the key {key} of its prompt tokens, got {row.key}")
     count = len(row.responses)
     if count == 0:
@@ -150,7 +150,7 @@ def _checked(row: TableRow) -> TableRow:
         except UnicodeEncodeError as problem:
             raise ReferenceTableError(f"{where}: {_short(text)} cannot be stored as UTF-8") from problem
     return TableRow(
-        key=key,
+        key=row.key,
         prompt=row.prompt,
         prompt_tokens=[int(token) for token in row.prompt_tokens],
         responses=list(row.responses),

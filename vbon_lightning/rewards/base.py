@@ -6,7 +6,7 @@ import inspect
 import numbers
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,7 +27,16 @@ class RewardModel(ABC):
     """Base of the reward models here; any object with ``__call__`` and ``identity`` will do.
 
     A reward model is no ``nn.Module``, so that its weights stay out of checkpoints and of the optimizer.
+
+    One that judges by more than the texts, such as by the right answer, names the columns of the data set that it needs
+    in ``columns`` and is called with a fourth argument, ``columns``: B values of each of them, and of each of
+    ``data.reward_columns``, by name.
     """
+
+    columns: Sequence[str] = ()
+    """Columns of the data set that the reward cannot do without."""
+    reads_columns: bool = False
+    """Whether it is called with ``columns``, the values of the prompts' rows; so is one that names ``columns``."""
 
     @abstractmethod
     def __call__(
@@ -66,6 +75,7 @@ def ask_reward(
     prompts: Sequence[str],
     responses: Sequence[Sequence[str]],
     token_ids: Sequence[Sequence[Sequence[int]]],
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Tensor:
     """Score responses by any reward and check what it says.
 
@@ -74,6 +84,7 @@ def ask_reward(
         prompts: B prompts.
         responses: B lists of G responses.
         token_ids: B lists of G lists of response token ids.
+        columns: B values of each column of the data set that came along.
 
     Returns:
         ``[B, G]`` float32, as :func:`check_rewards` returns them.
@@ -82,17 +93,41 @@ def ask_reward(
         RewardError: If the reward raises anything: it names the function, its line and the first row that it fails on
             by itself, and has the error as its cause. Or if what it returns is refused.
     """
+    beside = _beside(reward, columns or {})
     try:
-        found = reward(prompts, responses, token_ids)
+        found = reward(prompts, responses, token_ids, **beside)
     except RewardError:
         raise
     except Exception as error:  # whatever a user's function raises
         what = getattr(reward, "function", type(reward).__name__)
         raise RewardError(
             f"the reward {what} raised {type(error).__name__}: {error}; in {_innermost(error)}"
-            f"{_failing_row(reward, prompts, responses, token_ids)}. VBON_TRACEBACK=1 shows the way there"
+            f"{_failing_row(reward, prompts, responses, token_ids, beside)}. VBON_TRACEBACK=1 shows the way there"
         ) from error
     return check_rewards(found, prompts, responses)
+
+
+def _beside(reward: Any, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    needed = tuple(getattr(reward, "columns", ()))
+    check_columns(getattr(reward, "function", type(reward).__name__), needed, columns)
+    return {"columns": columns} if needed or getattr(reward, "reads_columns", False) else {}
+
+
+def check_columns(what: str, needed: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+    """Raise RewardError unless all columns that a reward needs came along.
+
+    Args:
+        what: The reward's name.
+        needed: The columns.
+        columns: Those that came, by name.
+    """
+    for name in needed:
+        if name not in columns:
+            raise RewardError(
+                f"the reward {what} reads the column {name!r} of the data set, and the prompts came with "
+                f"{', '.join(map(repr, columns)) or 'none'}: name the parameter as a column is named, or fill it by "
+                "`arguments`"
+            )
 
 
 def _innermost(error: BaseException) -> str:
@@ -105,11 +140,16 @@ def _failing_row(
     prompts: Sequence[str],
     responses: Sequence[Sequence[str]],
     token_ids: Sequence[Sequence[Sequence[int]]],
+    beside: dict[str, Any],
 ) -> str:
     """Say which row a reward fails on when it is asked for each by itself."""
     for row, (prompt, texts) in enumerate(zip(prompts, responses, strict=False)):
         try:
-            reward([prompt], [texts], list(token_ids)[row : row + 1])
+            own = {
+                key: {name: values[row : row + 1] for name, values in columns.items()}
+                for key, columns in beside.items()
+            }
+            reward([prompt], [texts], list(token_ids)[row : row + 1], **own)
         except Exception:
             first = shorten(texts[0]) if texts else "none"
             return f"; row {row}: prompt {shorten(prompt)}, first response {first}"

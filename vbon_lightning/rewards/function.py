@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards
+from vbon_lightning.rewards.base import RewardError, RewardModel, check_columns, check_rewards
+from vbon_lightning.rewards.calling import Convention, call_flat, call_grouped, convention_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,9 +22,15 @@ class CallableReward(RewardModel):
 
     It is called as ``(prompts, responses, **arguments)``: ``prompts`` are B texts, ``responses`` B lists of G texts;
     the result is ``[B, G]`` numbers. A function with a parameter that is named ``token_ids`` gets these too, B lists of
-    G lists of ids; no other parameter is taken for them. It is imported at the first call. The fingerprint of a
-    reference table knows the function by its name and arguments only: when its code changes, make the table
-    again.
+    G lists of ids. Its other parameters are filled with the columns of the data set of the same name, B values each
+    (those without a default must be there), and ``**kwargs`` with all of ``data.reward_columns``.
+
+    A function with a parameter ``completions`` is called as TRL calls it: everything by name and flat, a prompt, a
+    completion and a value of each column for each of the N = B G responses (``completion_ids`` for their token ids);
+    the result is N numbers. Coroutines are awaited.
+
+    The function is imported when it is first asked which columns it reads. The fingerprint of a reference table knows
+    it by its name and arguments only: when its code changes, make the table again.
 
     Args:
         function: Import path, ``package.module.attribute``.
@@ -37,20 +43,30 @@ class CallableReward(RewardModel):
         self.function = function
         self.arguments = dict(arguments or {})
         self._device = torch.device("cpu")
-        self._call: Callable[..., Any] | None = None
+        self._convention: Convention | None = None
         self._target: Any = None
+        self._passed: dict[str, Any] = {}
+
+    reads_columns = True
+
+    @property
+    def columns(self) -> Sequence[str]:  # type: ignore[override]
+        """Return the columns of the data set that the function cannot do without."""
+        return self._loaded().required
 
     def __call__(
         self,
         prompts: Sequence[str],
         responses: Sequence[Sequence[str]],
         token_ids: Sequence[Sequence[Sequence[int]]] = (),
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
         """Score responses; see :meth:`RewardModel.__call__`."""
-        if self._call is None:
-            self._load()
-        assert self._call is not None
-        return check_rewards(self._call(prompts, responses, token_ids), prompts, responses)
+        how = self._loaded()
+        check_columns(self.function, how.required, columns or {})
+        call = call_flat if how.layout == "flat" else call_grouped
+        found = call(self._target, how, self._passed, prompts, responses, token_ids, columns or {})
+        return check_rewards(found, prompts, responses)
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by its import path and arguments."""
@@ -71,7 +87,12 @@ class CallableReward(RewardModel):
         if hasattr(self._target, "to"):
             self._target.to(self._device)
 
-    def _load(self) -> None:
+    def _loaded(self) -> Convention:
+        if self._convention is None:
+            self._convention = self._load()
+        return self._convention
+
+    def _load(self) -> Convention:
         target = _import(self.function)
         arguments = self.arguments
         if isinstance(target, type):
@@ -82,16 +103,10 @@ class CallableReward(RewardModel):
             arguments = {}
         if not callable(target):
             raise RewardError(f"{self.function} is not callable: expected a function, or a class with __call__")
-        place = _place_of_token_ids(target, arguments, self.function)
-
-        def call(prompts: Any, responses: Any, token_ids: Any) -> Any:
-            if place == "position":
-                return target(prompts, responses, token_ids, **arguments)
-            named = {"token_ids": token_ids} if place == "name" else {}
-            return target(prompts, responses, **named, **arguments)
-
-        self._call, self._target = call, target
+        how = convention_of(target, arguments, self.function)
+        self._target, self._passed = target, arguments
         self._move()
+        return how
 
 
 def _import(path: str) -> Any:
@@ -131,28 +146,3 @@ def _attribute(module: Any, names: Sequence[str], path: str) -> Any:
             raise RewardError(f"cannot import {path!r}: {module.__name__} has no {'.'.join(names)!r}")
         found = getattr(found, name)
     return found
-
-
-def _place_of_token_ids(
-    target: Callable[..., Any], arguments: dict[str, Any], path: str
-) -> Literal["position", "name", "nowhere"]:
-    """Say how token ids are passed, and check that the call will fit."""
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):  # some builtins do not tell
-        return "nowhere"
-    found = signature.parameters.get("token_ids")
-    place: Literal["position", "name", "nowhere"] = "nowhere"
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if found is not None and "token_ids" not in arguments and found.kind not in several:
-        place = "position" if found.kind is found.POSITIONAL_ONLY else "name"
-    positional = [None] * (3 if place == "position" else 2)
-    named = {"token_ids": None} if place == "name" else {}
-    try:
-        signature.bind(*positional, **named, **arguments)
-    except TypeError as error:
-        raise RewardError(
-            f"cannot call {path} as (prompts, responses, **{arguments}): {error}; its signature is {signature}. Token "
-            "ids go to a parameter that is named `token_ids`, everything else comes from `arguments`"
-        ) from error
-    return place

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vbon_lightning.rewards.base import RewardModel
+from vbon_lightning.rewards.base import RewardModel, ask_reward
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,14 +28,22 @@ class ThresholdReward(RewardModel):
     def __init__(self, reward: RewardModel, threshold: float = 0.0) -> None:
         self.reward, self.threshold = reward, threshold
 
+    reads_columns = True
+
+    @property
+    def columns(self) -> Sequence[str]:  # type: ignore[override]
+        """Return the columns that the other reward reads."""
+        return self.reward.columns
+
     def __call__(
         self,
         prompts: Sequence[str],
         responses: Sequence[Sequence[str]],
         token_ids: Sequence[Sequence[Sequence[int]]] = (),
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
         """Score responses; see :meth:`RewardModel.__call__`."""
-        return (self.reward(prompts, responses, token_ids) > self.threshold).float()
+        return (ask_reward(self.reward, prompts, responses, token_ids, columns) > self.threshold).float()
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by the other one and the threshold."""
