@@ -13,6 +13,7 @@ what is removed and what is added, for a file or for all.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -106,7 +107,8 @@ def run(part: str) -> None:
         # What survived is tried again: the tests may be others now.
         found["exit_code_by_key"] = {name: code if code not in SURVIVED else None for name, code in codes.items()}
         meta.write_text(json.dumps(found))
-    subprocess.run([sys.executable, "-m", "mutmut", "run", "--max-children", "1"], cwd=where, check=True)
+    cores = str(len(os.sched_getaffinity(0)))
+    subprocess.run([sys.executable, "-m", "mutmut", "run", "--max-children", cores], cwd=where, check=True)
 
 
 def _results(part: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 
 import pytest
@@ -489,3 +490,75 @@ def test_leading_dimensions_are_as_many_rows(name: str) -> None:
         if left is not None:
             assert left.shape[: len(leading)] == leading
             torch.testing.assert_close(left.flatten(0, 1) if len(leading) > 1 else left, right)
+
+
+def test_truth_values_are_no_token_ids() -> None:
+    with pytest.raises(TypeError, match="^tokens must hold integers such as token ids, got torch.bool$"):
+        call("token_log_probs", tokens=torch.zeros(B, T, dtype=torch.bool))
+    with pytest.raises(TypeError, match="^tokens must hold integers such as token ids, got torch.complex64$"):
+        call("token_log_probs", tokens=torch.zeros(B, T, dtype=torch.complex64))
+
+
+def test_one_response_by_itself_is_masked_too() -> None:
+    values, mask = torch.arange(3.0), torch.tensor([True, True, False])
+    assert functional.reinforce_loss(values, torch.ones(3), mask).item() == -1.0
+    assert functional.clipped_value_loss(values, values, values + 1, mask).item() == 1.0
+
+
+def test_log_probabilities_above_one_are_taken_for_one() -> None:
+    zero, below = torch.zeros(2), torch.tensor([-0.5, -2.0])
+    for name in ("bon_log_ratio", "bon_log_prob"):
+        function = getattr(functional, name)
+        for key in ("log_reference", "log_below", "log_at_or_below"):
+            given = {"log_reference": below - 1, "log_below": below - 1, "log_at_or_below": below / 2, "n": 3.0}
+            assert torch.equal(function(**{**given, key: zero + 0.3}), function(**{**given, key: zero})), (name, key)
+    assert (functional.bon_log_prob(zero + 0.3, below, n=3.0) <= 0).all()
+    assert torch.equal(functional.bon_log_ratio_bound(zero + 0.3, n=3.0), functional.bon_log_ratio_bound(zero, n=3.0))
+    assert torch.equal(functional.bon_kl_estimate(zero + 0.3, n=3.0), functional.bon_kl_estimate(zero, n=3.0))
+
+
+def test_single_precision_is_computed_in_double() -> None:
+    n = 1e6
+    log_below = torch.tensor([-math.log(n) / (n - 1)])
+    exact = math.log(n) + (n - 1) * log_below.double().item()
+    assert functional.bon_log_ratio_bound(log_below, n=n).item() == pytest.approx(exact, abs=1e-9)
+    log_e = torch.tensor([-13.0, -9.5, -0.7])
+    for found, e in zip(functional.bon_kl_estimate(log_e, n=50.0).tolist(), log_e.double().exp().tolist(), strict=True):
+        miss = (1 - e) ** 50
+        spread = math.log(50) + 49 * math.log1p(-e) - 49 / 50
+        assert found == pytest.approx(miss * spread + (1 - miss) * math.log((1 - miss) / e), rel=1e-6)
+    log_cdf = torch.tensor([[-torch.inf, -1e-6, -5e-7, 0.0]])
+    wide = functional.bon_bin_log_weights(log_cdf.double(), n=1e5)
+    assert torch.equal(functional.bon_bin_log_weights(log_cdf, n=1e5), wide)
+
+
+def test_a_cdf_that_falls_is_taken_for_one_that_stands() -> None:
+    falling, standing = torch.tensor([[-2.0, -2.5, 0.0]]).double(), torch.tensor([[-2.5, -2.5, 0.0]]).double()
+    found = functional.bon_bin_log_weights(falling, n=3.0)[:, 0]
+    torch.testing.assert_close(found, functional.bon_bin_log_weights(standing, n=3.0)[:, 0])
+
+
+def test_values_are_in_the_dtype_of_the_kl() -> None:
+    given = arguments("value_advantages")
+    given["target"] = Target(given["target"].score.double(), 0.5)
+    assert call("value_advantages", **{**given, "log_values": given["log_values"].double()}).dtype == torch.float32
+
+
+def test_nothing_is_copied_at_temperature_one() -> None:
+    from vbon_lightning.functional.sequences import scaled_logits
+
+    logits = torch.randn(2, 3)
+    assert scaled_logits(logits, 1.0) is logits
+    assert torch.equal(scaled_logits(logits, 2.0), logits / 2)
+
+
+def test_a_row_without_numbers_leaves_the_others_alone() -> None:
+    rewards = torch.tensor([[1.0, math.nan, 3.0], [1.0, 2.0, 3.0]])
+    references = torch.tensor([[0.0, 2.0, 4.0], [0.0, math.nan, 4.0], [0.0, 2.0, 4.0]])
+    found = functional.reward_cdf(rewards, references[:2])
+    assert found.log_below.isnan().tolist() == [[False, True, False], [True, True, True]]
+    alone = functional.reward_cdf(rewards[:1], references[:1])
+    assert torch.equal(found.log_below[0, 0], alone.log_below[0, 0])
+    assert functional.bon_win_rate(rewards, references[:2], n=2).isnan().tolist() == [[False, True, False], [True] * 3]
+    assert functional.bon_selection_weights(references, n=2).isnan().any(-1).tolist() == [False, True, False]
+    assert functional.bon_self_win_rate(references, n=2).isnan().tolist() == [False, True, False]

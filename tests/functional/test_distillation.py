@@ -502,3 +502,9 @@ def test_a_teacher_without_a_rest_is_normalised_over_its_candidates() -> None:
     share = weights / weights.sum(-1, keepdim=True)
     torch.testing.assert_close(teacher.correction, share - candidates.log_mass.exp())
     torch.testing.assert_close(teacher.scale, torch.ones(2, 3))
+
+
+def test_the_last_stratum_ends_before_the_vocabulary_does() -> None:
+    log_reference = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    last = torch.full((50, 8), 1 - 2.0**-53, dtype=torch.float64)  # 7 + this rounds to 8
+    assert int(draw_candidates(log_reference, top=0, draws=8, uniforms=last).tokens.max()) == 6

@@ -485,3 +485,32 @@ def test_a_scale_goes_no_further_than_it_may() -> None:
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[2], found[3])
     assert not torch.equal(found[1], forecast_log_probs(torch.tensor([[0.1, -0.2, 0.3, 0.4, -6.5]]).double(), bins)[0])
+
+
+def test_sixteen_quantiles_a_bin_unless_others_are_asked_for() -> None:
+    assert reward_bins(torch.arange(100.0), bins=4).atoms.shape == (4, 16)
+    assert reward_bins(torch.arange(100.0), bins=4, atoms=5).atoms.shape == (4, 5)
+
+
+def test_more_bins_than_rewards_are_a_bin_a_reward() -> None:
+    found = reward_bins(torch.tensor([2.0, 0.0, 1.0]), bins=32)
+    assert found.edges.tolist() == [0.5, 1.5]
+    assert found.atoms[:, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_neighbouring_numbers_are_told_apart() -> None:
+    for steps in (1, 2):  # one of the two means rounds down, the other up
+        low = 1 + steps * 2.0**-52
+        rewards = torch.tensor([low, low + 2.0**-52], dtype=torch.float64)
+        assert bin_labels(rewards, reward_bins(rewards, bins=2).edges).tolist() == [0, 1]
+
+
+def test_only_a_bin_whose_rewards_are_all_equal_is_an_atom() -> None:
+    atoms = [[0.0, 0.0, 1.0], [2.0, 3.0, 3.0], [4.0, 4.0, 4.0]]
+    bins = RewardBins(float64(1.5, 3.5), torch.tensor(atoms).double())
+    cdf = float64(0.0, 0.2, 0.5, 1.0)
+    found = binned_reward_cdf(float64(0.0, 3.0, 4.0)[None], cdf.log()[None], bins)
+    # Of three quantiles two are at or below 0, none below: a third of the bin's mass; of 3.0 one below and all at it.
+    middle = [0.2 * 1 / 3, 0.2 + 0.3 * 2 / 3]
+    torch.testing.assert_close(found.log_below[0].exp(), float64(*middle, 0.5))
+    torch.testing.assert_close(found.log_at_or_below[0].exp(), float64(*middle, 1.0))

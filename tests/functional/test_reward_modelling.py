@@ -59,3 +59,11 @@ def test_bad_input(arguments: tuple[torch.Tensor, torch.Tensor], message: str) -
 def test_a_negative_centre_is_refused() -> None:
     with pytest.raises(ValueError, match="centre must be at least 0"):
         bradley_terry_loss(torch.zeros(1), torch.zeros(1), centre=-1.0)
+
+
+def test_the_centre_holds_the_sum_and_costs_nothing_where_it_is_off() -> None:
+    chosen, rejected = torch.tensor([2.0, 1e30]), torch.tensor([0.5, 1e30])
+    plain = torch.nn.functional.softplus(rejected - chosen)
+    assert torch.equal(bradley_terry_loss(chosen, rejected), plain)  # and no 0 times inf
+    got = bradley_terry_loss(chosen[:1], rejected[:1], centre=0.1)
+    torch.testing.assert_close(got, plain[:1] + 0.1 * 2.5**2)

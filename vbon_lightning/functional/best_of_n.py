@@ -47,7 +47,7 @@ def _log_ratio(log_p: Tensor, log_a: Tensor, log_b: Tensor | None, n: float) -> 
     log_a_plus_p = torch.logaddexp(log_a, log_p)
     log_b = log_a_plus_p if log_b is None else torch.maximum(log_b, log_a_plus_p)
     log_b = log_b.clamp(max=0.0)
-    x = torch.where(log_b == -torch.inf, log_b, (log_a - log_b).clamp(max=0.0))  # a = p = 0: not -inf + inf
+    x = torch.where(log_b == -torch.inf, log_b, log_a - log_b)  # a = p = 0: not -inf + inf
     return (n - 1) * log_b + log_mean_power(x, n)
 
 
@@ -115,8 +115,8 @@ def bon_log_prob(
         ValueError: if the shapes differ or ``n <= 0``.
     """
     log_ratio = _checked_log_ratio(log_reference, log_below, n, log_at_or_below)
-    log_p = log_reference.to(log_ratio.dtype)
-    log_prob = torch.where(log_p == -torch.inf, log_p, log_p + log_ratio)  # p = 0 stays 0, whatever the ratio
+    # p = 0 stays 0, whatever the ratio.
+    log_prob = torch.where(log_reference == -torch.inf, log_reference, log_reference + log_ratio)
     return log_prob.clamp(max=0.0).to(log_reference.dtype)
 
 

@@ -66,7 +66,7 @@ def draw_candidates(log_reference: Tensor, *, top: int, draws: int = 0, uniforms
     drawn = torch.searchsorted(cumulative, strata * cumulative[..., -1:], right=True)
     drawn = drawn.clamp_(max=log_reference.shape[-1] - 1)
     share = (log_rest - math.log(draws)).unsqueeze(-1).expand(drawn.shape)
-    return Candidates(torch.cat([tokens, drawn], -1), torch.cat([mass, share.to(mass.dtype)], -1), None)
+    return Candidates(torch.cat([tokens, drawn], -1), torch.cat([mass, share], -1), None)
 
 
 class Teacher(NamedTuple):

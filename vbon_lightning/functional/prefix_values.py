@@ -105,13 +105,12 @@ def value_advantages(
     check_float("token_kl", token_kl)
     check_mask("mask", mask)
     check_same_shape("token_kl", token_kl, "mask", mask)
-    check_real("lam", lam, at_least=0.0, at_most=1.0)
     check_real("target.kl_coef", float(target.kl_coef), above=0.0)
     values = with_exact_end(log_values, target.score / target.kl_coef, mask)
     kl = torch.where(mask, token_kl, torch.zeros_like(token_kl))
     # The potential is in the rewards already: no value is left to bootstrap from.
     rewards = (values[..., 1:] - values[..., :-1]).to(kl.dtype) - kl
-    found = generalized_advantage_estimation(rewards, torch.zeros_like(kl), mask, gamma=1.0, lam=lam).advantages
+    found = generalized_advantage_estimation(rewards, torch.zeros_like(kl), mask, lam=lam).advantages
     if siblings:
         found = leave_one_out(found)
     return torch.where(mask, target.kl_coef * found, torch.zeros_like(found))

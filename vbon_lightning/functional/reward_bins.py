@@ -217,7 +217,7 @@ def binned_reward_cdf(rewards: Tensor, log_cdf: Tensor, bins: RewardBins) -> Rew
         )
     dtype = working_dtype(rewards)
     labels = bin_labels(rewards, bins.edges)
-    cdf = log_cdf.to(rewards.device, dtype).exp()
+    cdf = log_cdf.to(dtype).exp()
     low, high = cdf.gather(-1, labels), cdf.gather(-1, labels + 1)
     atoms = bins.atoms.to(rewards.device, dtype)[labels]  # [B, G, Q]
     value = rewards.to(dtype).unsqueeze(-1)
@@ -230,8 +230,7 @@ def binned_reward_cdf(rewards: Tensor, log_cdf: Tensor, bins: RewardBins) -> Rew
     stop = torch.where(atomic, torch.ones_like(middle), middle)
     unknown = rewards.isnan()
     logs = [
-        (low + (high - low) * share).log().clamp(max=0.0).masked_fill(unknown, torch.nan).to(rewards.dtype)
-        for share in (start, stop)
+        (low + (high - low) * share).log().masked_fill(unknown, torch.nan).to(rewards.dtype) for share in (start, stop)
     ]
     return RewardCDF(log_below=logs[0], log_at_or_below=logs[1])
 
