@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --group dev -e ".[demo,gguf,lora]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --group dev -e ".[demo,gguf,lora,verify]" -c constraints.txt
 	touch $(STAMP)
 
 clean:

@@ -39,6 +39,7 @@ TESTED_ELSEWHERE = {
     "functional/_validate.py": "functional/test_arguments.py",
     "models/errors.py": "models/test_files.py",
     "rewards/calling.py": "rewards/test_function.py",
+    "rewards/per_response.py": "rewards/test_exact_match.py",
 }
 """Modules without a test file of their own, and the one that tests them."""
 

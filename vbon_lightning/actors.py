@@ -399,6 +399,7 @@ class Actors:
         token_ids = self.token_ids(completions)
         responses = self.decode(token_ids, prompts)
         rewards = self.score(prompts, responses, token_ids, completions.finished)
+        parts = getattr(self.reward, "parts", None)
         reference_rewards = prompts.reference_rewards
         if reference_rewards is None and reference_samples > 0:
             reference_rewards = self.reference_rewards(
@@ -414,6 +415,7 @@ class Actors:
             rewards=rewards,
             reference_rewards=reference_rewards,
             reference_log_cdf=predicted,
+            reward_parts=None if not parts else {name: part.to(rewards.device) for name, part in parts.items()},
         )
 
     def reference_rewards(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:

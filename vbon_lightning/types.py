@@ -102,6 +102,8 @@ class ScoredResponses(NamedTuple):
     reference_log_cdf: Tensor | None = None
     """``[B, K + 1]``: log of the reference's reward distribution at a value model's bin edges, predicted from the
     prompt; only where there are no reference rewards and a value model is named."""
+    reward_parts: dict[str, Tensor] | None = None
+    """``[B, G]`` of each part of a reward that has several, by name; NaN where one does not apply."""
 
 
 class Rollout(NamedTuple):
@@ -124,6 +126,8 @@ class Rollout(NamedTuple):
     reference_log_cdf: Tensor | None = None
     """``[B, K + 1]``: log of the reference's reward distribution at a value model's bin edges, predicted from the
     prompt; only where there are no reference rewards and a value model is named."""
+    reward_parts: dict[str, Tensor] | None = None
+    """``[B, G]`` of each part of a reward that has several, by name; NaN where one does not apply."""
 
 
 def select_prompts(value: Any, rows: list[int]) -> Any:

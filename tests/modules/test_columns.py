@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 
 from tests.modules.setting import make_data, make_files, make_module, make_trainer
 from vbon_lightning import ReferenceSampler, TextSource
-from vbon_lightning.callbacks import PolicyExport
+from vbon_lightning.callbacks import PolicyExport, RewardMonitor
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.reference_table import ReferenceTable
-from vbon_lightning.rewards import CallableReward
+from vbon_lightning.rewards import CallableReward, RegexReward, WeightedReward
 from vbon_lightning.sources import SourceError
 
 REWARDS = """
@@ -140,3 +141,35 @@ def test_a_column_that_is_not_there_is_named_before_anything_is_loaded(files: Pa
     data = letters_data(files, train=TextSource(path=str(files / "rows.jsonl"), stop=1), batch_size=1, val=None)
     module: Any = make_module("sft", data)
     make_trainer(files, steps=1).fit(module, data)  # which reads no rewards, and no columns for them
+
+
+def test_parts_of_a_reward_and_ties_are_logged_and_resumed(files: Path, tmp_path: Path) -> None:
+    def options() -> dict[str, Any]:
+        parts = {"letters": CallableReward("column_rewards.letters"), "short": RegexReward("^.?$")}
+        reward = WeightedReward(parts, {"short": 0.5})
+        return {"reward": reward, "reference_table": None, "val": TextSource(path=str(files / "rows.jsonl"))}
+
+    data = letters_data(files, **options())
+    module: Any = make_module("clipped", data, reference_samples=16)
+    rollouts: list[Any] = []
+
+    class Record(Callback):
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *rest: Any) -> None:
+            rollouts.append(outputs["rollout"])
+
+    trainer = make_trainer(tmp_path, RewardMonitor(), Record(), steps=3, log_every_n_steps=1, val_check_interval=3)
+    trainer.fit(module, data)
+    logged = trainer.callback_metrics
+    assert {"train/reward/letters", "train/reward/short", "train/tied_groups"} <= set(logged)
+    rewards = torch.cat([rollout.rewards for rollout in rollouts])
+    parts = {name: torch.cat([rollout.reward_parts[name] for rollout in rollouts]) for name in ("letters", "short")}
+    torch.testing.assert_close(rewards, parts["letters"] + 0.5 * parts["short"])
+    for name, part in parts.items():
+        assert float(logged[f"val/reward/{name}"]) == pytest.approx(float(part.mean()), abs=1e-5)
+    tied = [len(set(row)) == 1 for row in rewards.tolist()]
+    assert float(logged["val/tied_groups"]) == pytest.approx(sum(tied) / len(tied))
+    assert set(parts["short"].flatten().tolist()) == {0.0, 1.0}
+    again: Any = make_module("clipped", letters_data(files, **options()), reference_samples=16)
+    resumed = make_trainer(tmp_path, RewardMonitor(), steps=5)
+    resumed.fit(again, letters_data(files, **options()), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed.global_step == 5

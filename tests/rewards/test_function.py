@@ -145,8 +145,10 @@ def test_a_class_is_made_once_with_its_arguments_and_moved():
 
 
 def test_bad_rewards_stop_with_the_texts():
+    reward = CallableReward("reward_test_package.scores.nan_for_empty")
     with pytest.raises(RewardError, match="row 1, response 1 is nan .*prompt 'yy', response ''"):
-        score("nan_for_empty")
+        ask_reward(reward, PROMPTS, RESPONSES, TOKENS)
+    assert reward(PROMPTS, RESPONSES, TOKENS).isnan().tolist() == [[False, False], [False, True]]
 
 
 @pytest.mark.parametrize(

@@ -476,6 +476,8 @@ def _to_plain(value: Any) -> Any:
     """Turn nested NamedTuples into dicts, which checkpoints load under ``weights_only``."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return {name: _to_plain(part) for name, part in zip(value._fields, value, strict=True)}
+    if isinstance(value, dict):
+        return {name: _to_plain(part) for name, part in value.items()}
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 import traceback
 from abc import ABC, abstractmethod
@@ -76,6 +77,8 @@ def ask_reward(
     responses: Sequence[Sequence[str]],
     token_ids: Sequence[Sequence[Sequence[int]]],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    abstains: bool = False,
 ) -> Tensor:
     """Score responses by any reward and check what it says.
 
@@ -85,6 +88,7 @@ def ask_reward(
         responses: B lists of G responses.
         token_ids: B lists of G lists of response token ids.
         columns: B values of each column of the data set that came along.
+        abstains: Whether the reward may say None, or NaN, of a response that it does not apply to.
 
     Returns:
         ``[B, G]`` float32, as :func:`check_rewards` returns them.
@@ -104,7 +108,7 @@ def ask_reward(
             f"the reward {what} raised {type(error).__name__}: {error}; in {_innermost(error)}"
             f"{_failing_row(reward, prompts, responses, token_ids, beside)}. VBON_TRACEBACK=1 shows the way there"
         ) from error
-    return check_rewards(found, prompts, responses)
+    return check_rewards(found, prompts, responses, abstains=abstains)
 
 
 def _beside(reward: Any, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -156,13 +160,16 @@ def _failing_row(
     return "; no row fails by itself"
 
 
-def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
+def check_rewards(
+    rewards: Any, prompts: Sequence[str], responses: Sequence[Sequence[str]], *, abstains: bool = False
+) -> Tensor:
     """Check rewards for shape and finiteness, and return them as a float32 tensor.
 
     Args:
         rewards: ``[B, G]`` numbers: a tensor, an array or nested lists.
         prompts: B prompts.
         responses: B lists of G responses.
+        abstains: Whether None and NaN are taken, as NaN, for responses that the reward does not apply to.
 
     Returns:
         ``[B, G]`` float32, without a gradient, on the device the rewards came on.
@@ -182,6 +189,7 @@ def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequ
             f"returned {why}; row 0: prompt {shorten(prompts[0]) if prompts else 'none'}"
         )
     if not isinstance(rewards, Tensor):
+        rewards = _without_none(rewards) if abstains else rewards
         _check_lists(rewards, prompts, responses)
         try:
             rewards = torch.as_tensor(rewards, dtype=torch.float32)
@@ -198,12 +206,13 @@ def check_rewards(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequ
             f"rewards have shape {list(rewards.shape)}, expected [B, G] = {list(expected)}: "
             "one number for each response of each prompt"
         )
-    finite = torch.isfinite(rewards)
+    finite = torch.isfinite(rewards) | (rewards.isnan() if abstains else torch.zeros_like(rewards, dtype=torch.bool))
     if not finite.all():
         row, column = (int(index) for index in (~finite).nonzero()[0])
         raise RewardError(
             f"the reward of row {row}, response {column} is {float(rewards[row, column])} "
-            f"({int((~finite).sum())} such rewards in this batch): a reward must be a finite number; "
+            f"({int((~finite).sum())} such rewards in this batch): a reward must be a finite number "
+            "(only a part of a WeightedReward may say None or NaN, where it does not apply); "
             f"prompt {shorten(prompts[row])}, response {shorten(responses[row][column])}"
         )
     return rewards
@@ -248,6 +257,16 @@ def shorten(text: str, limit: int = 80) -> str:
     if len(text) > limit:
         text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
     return repr(text)
+
+
+def _without_none(rewards: Any) -> Any:
+    """Return nested lists with NaN for each None."""
+    if not isinstance(rewards, list | tuple):
+        return rewards
+    return [
+        [math.nan if value is None else value for value in row] if isinstance(row, list | tuple) else row
+        for row in rewards
+    ]
 
 
 def _check_lists(rewards: Any, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> None:

@@ -66,7 +66,7 @@ class CallableReward(RewardModel):
         check_columns(self.function, how.required, columns or {})
         call = call_flat if how.layout == "flat" else call_grouped
         found = call(self._target, how, self._passed, prompts, responses, token_ids, columns or {})
-        return check_rewards(found, prompts, responses)
+        return check_rewards(found, prompts, responses, abstains=True)  # which whoever asks may take, or refuse
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by its import path and arguments."""

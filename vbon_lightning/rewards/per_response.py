@@ -1,0 +1,78 @@
+"""Rewards that look at one response at a time, and at what the data set says the answer is."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.rewards.base import RewardError, RewardModel, check_columns
+
+
+class ResponseReward(RewardModel):
+    """Base of rewards of a single response: a subclass says what one is worth.
+
+    Args:
+        column: Column of the data set that holds the right answer; None where there is none to compare with.
+    """
+
+    reads_columns = True
+
+    def __init__(self, column: str | None = None) -> None:
+        self.column = column
+
+    @property
+    def columns(self) -> Sequence[str]:  # type: ignore[override]
+        """Return the column that holds the right answer."""
+        return () if self.column is None else (self.column,)
+
+    @abstractmethod
+    def score(self, response: str, answer: Any) -> float:
+        """Say what a response is worth.
+
+        Args:
+            response: The response.
+            answer: What the row holds in ``column``; None without one.
+        """
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        token_ids: Sequence[Sequence[Sequence[int]]] = (),
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Tensor:
+        """Score responses; see :meth:`RewardModel.__call__`."""
+        del token_ids
+        check_columns(type(self).__name__, self.columns, columns or {})
+        answers = [None] * len(prompts) if self.column is None else (columns or {})[self.column]
+        rewards = [
+            [float(self.score(response, answer)) for response in row]
+            for row, answer in zip(responses, answers, strict=True)
+        ]
+        return torch.tensor(rewards, dtype=torch.float32)
+
+    def identity(self) -> dict[str, str]:
+        """Describe the reward by its class and arguments."""
+        return {"class": type(self).__name__} | {name: str(value) for name, value in sorted(vars(self).items())}
+
+
+def compiled(name: str, pattern: str, flags: int = 0) -> re.Pattern[str]:
+    """Compile a regular expression of a configuration.
+
+    Args:
+        name: The option, for messages.
+        pattern: The expression.
+        flags: As in :mod:`re`.
+
+    Raises:
+        RewardError: If it is none.
+    """
+    try:
+        return re.compile(pattern, flags)
+    except re.error as problem:
+        raise RewardError(f"`{name}` is {pattern!r}, which is no regular expression: {problem}") from problem
