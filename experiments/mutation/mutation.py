@@ -45,23 +45,6 @@ process_isolation = "forkserver"
 timeout_constant = 60.0
 do_not_mutate_patterns = {texts}
 """
-CONFTEST = '''"""What makes thousands of short runs of pytest fast."""
-
-import gc
-
-
-QUICK = ("test_settings.py", "test_wiring.py")  # which notice most
-
-
-def pytest_collection_modifyitems(items):
-    # Tests of one file one after the other, or its fixtures would be made again and again.
-    files = {item.path: place for place, item in reversed(list(enumerate(items)))}
-    items.sort(key=lambda item: (item.path.name not in QUICK, files[item.path]))
-
-
-def pytest_collection_finish(session):
-    gc.freeze()  # what every run inherits need not be looked through by each
-'''
 # The lines that are the text of an error or a warning, and those that begin one.
 TEXTS = [
     r"^\s*raise ",
@@ -95,7 +78,7 @@ def run(part: str) -> None:
             if folder != "vbon_lightning" or old.parent == where:  # beside the mutants stand their results
                 shutil.rmtree(old, ignore_errors=True)
         shutil.copytree(ROOT / folder, where / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (where / "conftest.py").write_text(CONFTEST)
+    shutil.copy(Path(__file__).with_name("quick_runs.py"), where / "conftest.py")
     for source in (where / "vbon_lightning" / part).glob("*.py"):
         source.write_text(move_decorators(source.read_text()))
     shutil.copy(ROOT / "README.md", where)
