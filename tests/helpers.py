@@ -190,3 +190,8 @@ def _build(kind: Any, config: Any, seed: int, spread: float = 1.0) -> Any:
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(spread)
     return model.float().eval()
+
+
+def readable(value: object) -> str:
+    """Name a parameter in a test's id, without the backslashes of regular expressions: ids must be found again."""
+    return str(value).replace("\\", "")

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tests.helpers import readable
 from tests.models.setting import save_value_model
 from tests.modules.setting import (
     KillAt,
@@ -269,7 +270,7 @@ def test_draws_are_on_average_the_whole_vocabulary(files: Path) -> None:
         {"data": {"value_model": "other"}},
         {"data": {"table_samples": 8}},
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_change_the_loss(change: dict[str, Any], files: Path) -> None:
     if "value_model" in change.get("data", {}):
@@ -494,7 +495,7 @@ def test_only_a_tilted_policy_is_one_for_every_n(entries: dict[str, Any], files:
         ({"dial_degree": 0}, "model.dial_degree must be an integer >= 1, got 0"),
         ({"eval_samples": 0}, "model.eval_samples must be an integer >= 1, got 0"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -515,7 +516,7 @@ def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files
         ),
         ({"responses_per_prompt": 6}, {"table_samples": 5}, "M = 5 responses a prompt, as data.table_samples says"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_what_it_cannot_learn_from(
     model: dict[str, Any], data: dict[str, Any], message: str, files: Path, tmp_path: Path
@@ -554,7 +555,7 @@ def fit(files: Path, directory: Path, *callbacks: Any, steps: int = 5, data: Any
         ({"tilt": True, "states": "best_of_n", "n_range": [2, 8], "dial_degree": 1}, 3),
         ({"tilt": True}, 1),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp_path: Path) -> None:
     options = dict(options)
@@ -583,7 +584,7 @@ def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp
         ({"dial_degree": 1}, "dial_degree"),
         ({"data": {"value_model": "other"}}, "value_model.weights"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_a_resume_that_disagrees_is_refused(change: dict[str, Any], named: str, files: Path, tmp_path: Path) -> None:
     fit(files, tmp_path, steps=1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import readable
 from tests.modules.offline import TEMPERATURE, Record, assert_gradients_equal, by_hand, table_batch, table_data
 from tests.modules.setting import make_files, make_module, make_table, make_trainer, prepared
 from vbon_lightning import BoNSFT
@@ -79,7 +80,7 @@ def test_bonsft_trains_without_the_reference(files: Path, tmp_path: Path) -> Non
         (BoNSFT, {"selection": "best"}, "model.selection must be one of weights, groups; got 'best'"),
         (BoNSFT, {"eval_samples": 0}, "model.eval_samples must be an integer >= 1, got 0"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(cls: Any, changes: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):

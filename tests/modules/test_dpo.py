@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.functional.test_preference import gap_by_quadrature
+from tests.helpers import readable
 from tests.modules.offline import TEMPERATURE, Record, assert_gradients_equal, by_hand, table_batch, table_data
 from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer, prepared
 from vbon_lightning import DPO
@@ -85,7 +86,7 @@ def test_dropout_is_off(files: Path, tmp_path: Path) -> None:
         (DPO, {"loss": "ipo"}, "model.loss must be one of dpo, bonbon; got 'ipo'"),
         (DPO, {"alpha": 1.5}, r"model.alpha must be in \[0, 1\], got 1.5"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(cls: Any, changes: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import readable
 from tests.models.setting import save_value_model
 from tests.modules.setting import make_data, make_files
 from tests.modules.test_value_critic import advantages_by_hand, log_values_by_hand, rolled
@@ -55,7 +56,7 @@ def test_kl_rl_below_lambda_one_ends_where_its_values_do(tmp_path_factory: pytes
         (KLRL, {"beta": 0.0}, "model.beta must be a number > 0"),
         (KLRL, {"beta": -1.0}, "model.beta must be a number > 0"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(cls: Any, changes: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):

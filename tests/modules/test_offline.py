@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import EOS
+from tests.helpers import EOS, readable
 from tests.modules.offline import TEMPERATURE, Record, table_batch, table_data
 from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable
@@ -112,7 +112,7 @@ def test_low_rank_adapters(kind: str, files: Path, tmp_path: Path) -> None:
         ("bonsft", {"n": 6}, {"table_samples": 5}, "M = 5 responses a prompt, as data.table_samples says, fewer than"),
         ("bonsft", {"n": 6, "selection": "groups"}, {}, "the 18 that model.responses_per_prompt = 3 in groups of"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_a_table_that_will_not_do(
     kind: str, model: dict[str, Any], data: dict[str, Any], message: str, files: Path, tmp_path: Path

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tests.helpers import readable
 from tests.modules.setting import VowelReward, make_data, make_files, make_module, make_trainer
 from vbon_lightning import KLRL
 from vbon_lightning.types import Rollout, select_prompts
@@ -88,7 +89,7 @@ def hand_written_loss(module: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kl_estimator", ["sampled", "rao_blackwell"])
 @pytest.mark.parametrize("estimator", ["reinforce", "clipped"])
-@pytest.mark.parametrize(("kind", "changes"), [("vbon", {}), ("vbon", {"bound": "lower"}), ("klrl", {})], ids=str)
+@pytest.mark.parametrize(("kind", "changes"), [("vbon", {}), ("vbon", {"bound": "lower"}), ("klrl", {})], ids=readable)
 def test_the_update_is_the_hand_written_gradient(
     kind: str, changes: dict[str, Any], estimator: str, kl_estimator: str, files: Path
 ) -> None:
@@ -185,7 +186,7 @@ def test_select_prompts() -> None:
         (KLRL, {"value_coef": -1.0}, "model.value_coef must be >= 0"),
         (KLRL, {"gae_lambda": 1.5}, r"model.gae_lambda must be in \[0, 1\]"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(cls: Any, changes: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):

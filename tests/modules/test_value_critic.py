@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tests.helpers import readable
 from tests.models.setting import bins_after, save_value_model
 from tests.modules.setting import (
     KillAt,
@@ -251,7 +252,7 @@ def test_a_single_sample_needs_no_siblings(files: Path, tmp_path: Path) -> None:
         ({"value_lambda": 1.5}, True, r"model.value_lambda must be in \[0, 1\], got 1.5"),
         ({"value_lambda": -0.1}, True, r"model.value_lambda must be in \[0, 1\], got -0.1"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(kind: str, model: dict[str, Any], named: bool, message: str, files: Path) -> None:
     data = value_data(files) if named else make_data(files)
@@ -287,7 +288,7 @@ def test_vbon_without_a_table_trains(files: Path, tmp_path: Path) -> None:
 # -- resuming --
 
 
-@pytest.mark.parametrize(("options", "kill"), [({"value_lambda": 0.7}, 1), (SEVERAL, 2), (SEVERAL, 4)], ids=str)
+@pytest.mark.parametrize(("options", "kill"), [({"value_lambda": 0.7}, 1), (SEVERAL, 2), (SEVERAL, 4)], ids=readable)
 def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp_path: Path) -> None:
     expected = weights(fit(files, tmp_path / "whole", steps=5, **options))
     with pytest.raises(Killed):
@@ -304,7 +305,7 @@ def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp
         ({"value_model": False, "reference_samples": 16}, "value_model: checkpoint has True, this run has False"),
         ({"value_lambda": 0.5}, "value_lambda: checkpoint has 1.0, this run has 0.5"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_a_resume_that_disagrees_is_refused(changes: dict[str, Any], named: str, files: Path, tmp_path: Path) -> None:
     fit(files, tmp_path)

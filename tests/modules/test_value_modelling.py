@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import save_tiny_model
+from tests.helpers import readable, save_tiny_model
 from tests.models.setting import bins_after
 from tests.modules.setting import (
     ALPHABET,
@@ -144,7 +144,7 @@ def test_the_bins_are_those_of_the_tables_rewards(files: Path, tmp_path: Path) -
         {"body": "value"},
         {"data": {"table_samples": 8}},
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_change_the_loss(change: dict[str, Any], files: Path, tmp_path: Path) -> None:
     if "body" in change:
@@ -348,7 +348,7 @@ def test_a_checkpoint_that_does_not_say_its_bins(files: Path, tmp_path: Path) ->
         ({"probe": -1}, "model.probe must be at least 0, got -1"),
         ({"responses_per_prompt": 0}, "model.responses_per_prompt must be an integer >= 1, got 0"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(model: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -366,7 +366,7 @@ def test_options_that_make_no_sense(model: dict[str, Any], message: str, files: 
         ({}, {"table_samples": 2}, "model.responses_per_prompt = 3, but the reference table .* brings 2"),
         ({"body": "reordered"}, {}, "one vocabulary, but 8 tokens differ"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_what_it_cannot_learn_from(
     model: dict[str, Any], data: dict[str, Any], message: str, files: Path, tmp_path: Path
@@ -443,7 +443,7 @@ def test_a_checkpoints_head_is_not_started_anew(files: Path, tmp_path: Path, mon
 @pytest.mark.parametrize(
     "change",
     [{"bins": 5}, {"atoms": 8}, {"responses_per_prompt": 4}, {"probe": 9}, {"dropout": True}, {"seed": 2}],
-    ids=str,
+    ids=readable,
 )
 def test_a_resume_that_disagrees_is_refused(change: dict[str, Any], files: Path, tmp_path: Path) -> None:
     fit(files, tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import readable
 from tests.modules.setting import make_data, make_files, make_module, make_table
 from vbon_lightning import VBoN
 
@@ -92,7 +93,7 @@ def test_the_target_is_of_the_reference_and_not_of_the_policy(files: Path) -> No
         ),
         (VBoN, {"cdf_estimator": "x"}, "model.cdf_estimator must be one of"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_options_that_make_no_sense(cls: Any, changes: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):
