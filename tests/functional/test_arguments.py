@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import vbon_lightning.functional as functional
 from tests.functional.calls import CALLS, B, G, M, T, arguments, call
 from vbon_lightning.functional import RewardBins, Target
+from vbon_lightning.functional._validate import working_dtype
+from vbon_lightning.functional.sequences import scaled_logits
 
 # What takes numbers only, or cuts bins on the CPU.
 WITHOUT_TENSORS = {"bon_kl_bound", "bon_order_weights", "bon_win_rate_bound", "bonbon_beta", "kl_weight", "reward_bins"}
@@ -545,8 +548,6 @@ def test_values_are_in_the_dtype_of_the_kl() -> None:
 
 
 def test_nothing_is_copied_at_temperature_one() -> None:
-    from vbon_lightning.functional.sequences import scaled_logits
-
     logits = torch.randn(2, 3)
     assert scaled_logits(logits, 1.0) is logits
     assert torch.equal(scaled_logits(logits, 2.0), logits / 2)
@@ -562,3 +563,8 @@ def test_a_row_without_numbers_leaves_the_others_alone() -> None:
     assert functional.bon_win_rate(rewards, references[:2], n=2).isnan().tolist() == [[False, True, False], [True] * 3]
     assert functional.bon_selection_weights(references, n=2).isnan().any(-1).tolist() == [False, True, False]
     assert functional.bon_self_win_rate(references, n=2).isnan().tolist() == [False, True, False]
+
+
+def test_what_is_added_up_is_double_where_there_is_double() -> None:
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float64), ("mps", torch.float32)):
+        assert working_dtype(SimpleNamespace(device=torch.device(device))) == dtype  # type: ignore[arg-type]
