@@ -30,6 +30,7 @@ from vbon_lightning.functional import (
     sequence_log_prob,
     value_advantages,
 )
+from vbon_lightning.metrics import PREFIX_PLACES, ForecastSummary
 from vbon_lightning.models import ModelSpec
 from vbon_lightning.modules import (
     base,
@@ -37,6 +38,7 @@ from vbon_lightning.modules import (
     bon_sft,
     dpo,
     policy_gradient,
+    reference_sampler,
     reward_modelling,
     supervised,
     value_modelling,
@@ -624,6 +626,7 @@ def test_what_dpo_compares(loss: str, files: Path, spy: Any) -> None:
         goal = bonbon_gap(rewards, n=3).told_apart[:, None].to(ratios.dtype)
         want = bonbon_loss(log_probs[:, :2], ratios[:, :2], ratios[:, 2:], n=3, alpha=0.2, goal=goal, told_apart=apart)
     assert got.item() == pytest.approx(want.loss.item(), rel=1e-5)
+    assert got.dtype == torch.float32
     values = {name: value for name, (value, _) in logged.items()}
     assert values == {
         "train/loss": pytest.approx(want.loss.item(), rel=1e-5),
@@ -1000,3 +1003,44 @@ def test_what_a_checkpoint_brings_back(files: Path) -> None:
         first.configure_optimizers()
     with pytest.raises(ValueError, match="^the checkpoint's optimizer settings disagree with this run's:"):
         module.on_load_checkpoint({**checkpoint, "vbon_lightning": other})
+
+
+# -- odds and ends ---------------------------------------------------------------------------------
+
+
+def test_what_goes_into_a_checkpoint_carries_no_graph() -> None:
+    learnt = torch.ones(2, requires_grad=True)
+    for value in (learnt, {"a": learnt}):
+        found = policy_gradient._to_plain(value)
+        kept = found["a"] if isinstance(found, dict) else found
+        assert not kept.requires_grad
+        assert torch.equal(kept, learnt)
+
+
+def test_scoring_elsewhere_has_the_modes_of_here() -> None:
+    def modes(_: Any) -> Any:
+        return torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.float16):
+        there = reference_sampler._as_here(modes, cpu)
+    plain = reference_sampler._as_here(modes, cpu)
+    assert there(None) == (True, True, torch.float16)  # type: ignore[arg-type]
+    assert plain(None)[:2] == (False, False)  # type: ignore[arg-type]
+
+
+def test_places_that_one_prefix_was_seen_at_are_counted(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = make_module("valuemodelling", table_data(files), body=ModelSpec(name=str(files / "llama")))
+    places = len(PREFIX_PLACES)
+    numbers = torch.arange(1.0, places + 1)
+    prefixes = torch.zeros(places)
+    summary = ForecastSummary(nll=numbers, crps=10 * numbers, calibration_error=100 * numbers, prefixes=prefixes)
+    monkeypatch.setattr(module.forecast, "compute", lambda: summary)
+    assert module.counted() == {}
+    prefixes[1], prefixes[2] = 1, 5
+    found = {name: value.item() for name, value in module.counted().items()}
+    expected = {"loss": 2.5}
+    for number in (1, 2):
+        for scale, name in ((1, "nll"), (10, "crps"), (100, "calibration_error")):
+            expected[f"{name}/{PREFIX_PLACES[number]}"] = scale * (number + 1.0)
+    assert found == expected
