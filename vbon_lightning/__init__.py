@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vbon_lightning.actors import ActorSpec
     from vbon_lightning.data import AlignmentDataModule
+    from vbon_lightning.decoding import sample
     from vbon_lightning.models import ModelSpec
     from vbon_lightning.modules import (
         DPO,
@@ -38,6 +39,7 @@ __all__ = [
     "TextSource",
     "VBoN",
     "ValueModelling",
+    "sample",
 ]
 
 _HOMES = {
@@ -54,6 +56,7 @@ _HOMES = {
     "TextSource": "sources",
     "VBoN": "modules",
     "ValueModelling": "modules",
+    "sample": "decoding",
 }
 
 

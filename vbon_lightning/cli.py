@@ -130,8 +130,8 @@ def run(args: ArgsType = None) -> VbonCLI:
         parser_class=_Parser,
         parser_kwargs={
             "prog": "vbon",
-            "description": "Align language models to Best-of-N. There are also `vbon compare` and `vbon dial`; each "
-            "has a --help of its own.",
+            "description": "Align language models to Best-of-N. There are also `vbon compare` (policies and "
+            "decoders with Best-of-N), `vbon sample` (responses to take away) and `vbon dial`; each has a --help.",
         },
         args=args,
         subclass_mode_model=True,
@@ -158,13 +158,17 @@ def quiet() -> None:
 
 
 def main() -> None:
-    """Run the command line: LightningCLI's subcommands, ``compare`` and ``dial``."""
+    """Run the command line: LightningCLI's subcommands, ``compare``, ``sample`` and ``dial``."""
     quiet()
     try:
         if sys.argv[1:2] == ["compare"]:
             from vbon_lightning.evaluation.command import main as compare
 
             compare(sys.argv[2:])
+        elif sys.argv[1:2] == ["sample"]:
+            from vbon_lightning.commands.sample import main as sample
+
+            sample(sys.argv[2:])
         elif sys.argv[1:2] == ["dial"]:
             from vbon_lightning.dialling import main as dial
 

@@ -2,6 +2,7 @@
 
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.decoding.best_of_n import BestOfN
+from vbon_lightning.decoding.drawing import Drawn, sample
 from vbon_lightning.decoding.value_guided import ValueGuided
 
-__all__ = ["BestOfN", "Decoded", "Decoder", "DecodingCost", "ValueGuided"]
+__all__ = ["BestOfN", "Decoded", "Decoder", "DecodingCost", "Drawn", "ValueGuided", "sample"]

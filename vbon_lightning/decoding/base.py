@@ -39,6 +39,8 @@ class Decoded(NamedTuple):
     """``[B, G, T]``: KL(decoder || reference) at each token, 0 outside the mask, or an upper bound of it where
     candidates are drawn: that of candidates and choice together. None where it is not known token by token."""
     cost: DecodingCost
+    rewards: Tensor | None = None
+    """``[B, G]``: the rewards of the responses, where the decoder knows them."""
 
 
 class Decoder(ABC):
@@ -46,6 +48,8 @@ class Decoder(ABC):
 
     needs_value_model = False
     """Whether it reads a value model."""
+    needs_reward = False
+    """Whether it chooses by the reward."""
     n: float
     """N of the Best-of-N that it is, or aims at."""
 

@@ -18,6 +18,8 @@ class BestOfN(Decoder):
         n: Responses drawn for each that is kept, an integer >= 1.
     """
 
+    needs_reward = True
+
     def __init__(self, n: int = 4) -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be an integer >= 1, got {n!r}")
@@ -35,7 +37,8 @@ class BestOfN(Decoder):
         ids = actors.token_ids(drawn)
         rewards = actors.score(prompts, actors.decode(ids, prompts), ids, drawn.finished)
         batch = len(ids)
-        best = rewards.view(batch, num_samples, self.n).argmax(-1, keepdim=True)
+        found = rewards.view(batch, num_samples, self.n).max(-1)
+        best = found.indices.unsqueeze(-1)
         index = (torch.arange(num_samples, device=best.device)[:, None] * self.n + best).squeeze(-1)
         rows = torch.arange(batch, device=best.device)[:, None]
         return Decoded(
@@ -44,4 +47,5 @@ class BestOfN(Decoder):
             finished=drawn.finished[rows, index],
             token_kl=None,
             cost=DecodingCost(int(drawn.mask.sum()), 0, rewards.numel()),
+            rewards=found.values,
         )

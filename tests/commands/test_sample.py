@@ -1,0 +1,158 @@
+"""``vbon sample`` as it is typed."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import save_tiny_model
+from tests.modules.setting import ALPHABET
+from vbon_lightning import cli
+from vbon_lightning.commands import sample as command
+
+REWARD = """
+def vowels(prompts, responses):
+    return [[float(sum(char in "ae" for char in text)) for text in texts] for texts in responses]
+
+def letters(prompts, completions, letter):
+    return [float(text.count(one)) for text, one in zip(completions, letter)]
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save_tiny_model(tmp_path / "policy", alphabet=ALPHABET, seed=1, spread=2.0)
+    (tmp_path / "prompts.txt").write_text("ab\n\ncde\nh\n")
+    (tmp_path / "sample_rewards.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def vbon(*arguments: str) -> None:
+    command.main(["--policy", "./policy", "--max_new_tokens", "5", "--device", "cpu", *arguments])
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+VOWELS = ("--reward", "CallableReward", "--reward.function", "sample_rewards.vowels")
+BEST = ("--decoder", "best_of_n", "--n", "3", *VOWELS)
+
+
+def test_a_file_of_prompts_becomes_json_lines(files: Path) -> None:
+    vbon("--prompts", "prompts.txt", "--output", "out/plain.jsonl", "--samples", "3")
+    plain = read("out/plain.jsonl")
+    assert [(line["row"], line["sample"], line["prompt"]) for line in plain] == [
+        (row, place, text) for row, text in enumerate(["ab", "cde", "h"]) for place in range(3)
+    ]
+    assert {line["reward"] for line in plain} == {None}
+    assert set(plain[0]) == {"row", "sample", "prompt", "response", "reward", "log_prob", "tokens", "finished"}
+    vbon("--prompts", "prompts.txt", "--output", "best.jsonl", *BEST)
+    for line in read("best.jsonl"):
+        group = [other for other in plain if other["row"] == line["row"]]
+        assert line["reward"] == max(sum(c in "ae" for c in other["response"]) for other in group)
+
+
+def test_standard_input_and_output(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    vbon("--prompts", "prompts.txt", "--output", "out.jsonl")
+    for prompts in ((), ("--prompts", "-")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n\ncde\nh\n"))
+        capsys.readouterr()
+        vbon(*prompts)
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == read("out.jsonl")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(command.SampleError, match="standard input holds no prompt"):
+        vbon()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 5, 6])
+def test_an_interrupted_run_goes_on(kept: int, files: Path) -> None:
+    arguments = ("--prompts", "prompts.txt", "--samples", "2", "--batch_size", "2", "--output")
+    vbon(*arguments, "whole.jsonl")
+    vbon(*arguments, "cut.jsonl")
+    text = Path("whole.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    Path("cut.jsonl").write_text("".join(lines[:kept]) + (lines[kept][:20] if kept < len(lines) else ""))
+    vbon(*arguments, "cut.jsonl")
+    assert Path("cut.jsonl").read_text() == text
+    assert sorted(path.name for path in files.iterdir() if path.name.startswith((".", "cut"))) == [
+        "cut.jsonl",
+        "cut.jsonl.settings.json",
+    ]
+
+
+def test_another_runs_output_is_left_alone(files: Path) -> None:
+    vbon("--prompts", "prompts.txt", "--output", "out.jsonl")
+    before = Path("out.jsonl").read_text()
+    with pytest.raises(ValueError, match="output settings disagree with this run's:\n  seed: checkpoint has 0"):
+        vbon("--prompts", "prompts.txt", "--output", "out.jsonl", "--seed", "1")
+    with pytest.raises(ValueError, match="output settings disagree"):
+        vbon("--prompts", "prompts.txt", "--output", "out.jsonl", *BEST)
+    (files / "others.txt").write_text("ab\nhh\nh\n")
+    with pytest.raises(command.SampleError, match=r"out.jsonl, line 2: of other prompts than these; name an"):
+        vbon("--prompts", "others.txt", "--output", "out.jsonl")
+    assert Path("out.jsonl").read_text() == before
+    (files / "out.jsonl.settings.json").unlink()
+    with pytest.raises(command.SampleError, match="out.jsonl exists, and out.jsonl.settings.json, which"):
+        vbon("--prompts", "prompts.txt", "--output", "out.jsonl")
+
+
+def test_a_source_with_columns_and_a_split_of_the_data(files: Path) -> None:
+    rows = [{"q": "ab", "letter": "a"}, {"q": "ab", "letter": "b"}]
+    (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = ("--reward", "CallableReward", "--reward.function", "sample_rewards.letters")
+    vbon("--prompts.path", "rows.jsonl", "--prompts.column", "q", *reward, "--output", "out.jsonl")
+    for line, row in zip(read("out.jsonl"), rows, strict=True):
+        assert line["reward"] == line["response"].count(row["letter"])
+    (files / "data.yaml").write_text(
+        "data:\n  policy: ./policy\n  test: {path: ./rows.jsonl, column: q}\n  max_new_tokens: 5\n  reward:\n"
+        "    class_path: vbon_lightning.rewards.CallableReward\n    init_args: {function: sample_rewards.letters}\n"
+    )
+    command.main(["--config", "data.yaml", "--split", "test", "--output", "split.jsonl", "--device", "cpu"])
+    assert read("split.jsonl") == read("out.jsonl")
+
+
+def test_at_a_terminal_it_asks(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed = iter(["ab", "ab", ""])
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    vbon(*VOWELS)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first != second, "the same prompt twice has two answers"
+    text, _, score = first.partition("    [reward ")
+    assert float(score.rstrip("]")) == sum(char in "ae" for char in text)
+
+    def ended(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    vbon()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "prompts.txt"], "nothing to sample from: name a policy with --policy"),
+        (["--policy", "./policy", "--split", "test"], "--split is a split of the data, and no data is named"),
+        (["--policy", "./policy", "--prompts", "none.txt"], "none.txt does not exist"),
+        (["--policy", "./policy", "--prompts", "prompts.txt", "--decoder", "best_of_n"], "BestOfN chooses by a reward"),
+        (["--policy", "./policy", "--prompts", "prompts.txt", "--samples", "0"], "samples must be an integer >= 1"),
+    ],
+)
+def test_what_does_not_go_together(
+    arguments: list[str], message: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vbon", "sample", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        cli.main()

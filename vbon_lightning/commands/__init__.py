@@ -1,0 +1,1 @@
+"""Commands of ``vbon`` beside Lightning's own."""

@@ -1,0 +1,225 @@
+"""``vbon sample``: responses to take away, from a policy or by a decoder, into a JSON Lines file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from jsonargparse import ArgumentParser
+from tqdm.auto import tqdm
+
+from vbon_lightning._json_lines import read_json_lines
+from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.data import AlignmentDataModule, Split
+from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
+from vbon_lightning.decoding.drawing import Drawn, draw, load_actors, sampling_spec
+from vbon_lightning.encoding import EncodedPrompt, encode_prompts
+from vbon_lightning.models import load_tokenizer, model_identity
+from vbon_lightning.rewards import RewardModel
+from vbon_lightning.sources import TextRow, TextSource, read_rows
+
+NAMED: dict[str, Any] = {"policy": None, "best_of_n": BestOfN, "value_guided": ValueGuided}
+"""Decoders by the names that the command line knows them by."""
+
+
+class SampleError(ValueError):
+    """An output that is another run's, or arguments that do not go together."""
+
+
+def sample_command(
+    policy: str | None = None,
+    prompts: str | TextSource | None = None,
+    decoder: Literal["policy", "best_of_n", "value_guided"] | Decoder = "policy",
+    n: int = 4,
+    reward: RewardModel | None = None,
+    split: Split | None = None,
+    samples: int = 1,
+    output: str | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    *,
+    data: AlignmentDataModule | None = None,
+) -> None:
+    """Draw responses from a policy, or the best of several, and write them as JSON Lines.
+
+    Prompts come from a file (or any source that `data.train` takes), from standard input, a line each, or from a split
+    of the data; without any, at a terminal, they are asked for one by one.
+
+    Each line of the output has the prompt and its row, the response and its place among those to the prompt, the
+    reward, the log-probability under the policy, the token ids, and whether the response finished. A run that was
+    interrupted goes on where its output ends.
+
+    Args:
+        policy: The model to sample from: a hub name or a directory; `data.policy` by default.
+        prompts: A file of prompts, a source with its path, column and so on, or `-` for standard input.
+        decoder: How a response is chosen: `policy` for plain samples, `best_of_n`, `value_guided`, or a decoder's class
+            with its arguments.
+        n: N of Best-of-N, for the decoders that are given by name.
+        reward: What scores the responses, and what Best-of-N chooses by; `data.reward` by default.
+        split: Split of the data whose prompts to take.
+        samples: Responses a prompt.
+        output: The file to write; standard output by default.
+        max_new_tokens: Longest response in tokens; as the policy's generation config has it by default.
+        temperature: Sampling temperature; as the policy's generation config has it by default.
+        batch_size: Prompts that are answered together.
+        seed: Seeds the noise.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        data: The data, for a split's prompts, its reward, lengths, temperature and value model.
+    """
+    chosen = _decoder(decoder, n)
+    given = data is not None and bool(data.actors.policy)
+    if policy is None and not given:
+        raise SampleError("nothing to sample from: name a policy with --policy, or data with --config")
+    if split is not None and not given:
+        raise SampleError("--split is a split of the data, and no data is named: give --config or --prompts")
+    if split is not None and prompts is not None:
+        raise SampleError("the prompts of --prompts or those of --split: one of the two")
+    if data is not None and given:
+        spec = data.actors.replaced(
+            policy=policy or data.actors.policy,
+            reference=None,
+            reward=reward or data.actors.reward,
+            max_new_tokens=max_new_tokens or data.actors.max_new_tokens,
+            temperature=temperature or data.actors.temperature,
+            missing_eos_penalty=0.0,
+        )
+    else:
+        assert policy is not None
+        spec = sampling_spec(policy, reward, max_new_tokens, temperature)
+    settings = {
+        "policy": model_identity(spec.policy_spec),
+        "decoder": "policy" if chosen is None else {"class": type(chosen).__name__, **plain(vars(chosen))},
+        "reward": None if spec.reward is None else spec.reward.identity(),
+        "max_new_tokens": spec.max_new_tokens,
+        "temperature": spec.temperature,
+        "samples": samples,
+        "seed": seed,
+    }
+    drawing: dict[str, Any] = {"decoder": chosen, "samples": samples, "seed": seed}
+    if prompts is None and split is None and sys.stdin.isatty():
+        _converse(load_actors(spec, chosen, device), drawing)
+        return
+    if split is not None and data is not None:
+        data.actors.reward = spec.reward
+        encoded = data.prompts(split)
+    else:
+        encoded = _encoded(prompts or "-", spec)
+    done = 0 if output is None else _resumed(Path(output), settings, encoded, samples, batch_size)
+    left = list(enumerate(encoded))[done:]
+    if not left:
+        print(f"{output} has all {len(encoded)} prompts already", file=sys.stderr)
+        return
+    actors = load_actors(spec, chosen, device)
+    drawn = draw(actors, iter(left), batch_size=batch_size, **drawing)
+    shown = tqdm(drawn, total=len(left) * samples, unit="response", disable=None, file=sys.stderr)
+    if output is None:
+        _write(shown, sys.stdout)
+        return
+    with Path(output).open("a", encoding="utf-8") as stream:
+        _write(shown, stream)
+    print(f"wrote {output}", file=sys.stderr)
+
+
+def _decoder(decoder: str | Decoder, n: int) -> Decoder | None:
+    if not isinstance(decoder, str):
+        return decoder
+    if decoder not in NAMED:
+        raise SampleError(f"--decoder must be one of {', '.join(NAMED)}, or a decoder's class; got {decoder!r}")
+    made = NAMED[decoder]
+    return None if made is None else made(n)
+
+
+def _encoded(prompts: str | TextSource, spec: Any) -> list[EncodedPrompt]:
+    columns = tuple(getattr(spec.reward, "columns", ()))
+    tokenizer = load_tokenizer(spec.policy_spec)
+    if prompts == "-":
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        rows = [TextRow(place, line, None, line) for place, line in enumerate(lines, start=1) if line.strip()]
+        if not rows:
+            raise SampleError("standard input holds no prompt: a line each")
+        return encode_prompts(rows, tokenizer)
+    source = prompts if isinstance(prompts, TextSource) else TextSource(prompts)
+    return encode_prompts(read_rows(source, columns), tokenizer, source=source, key_columns=columns)
+
+
+def _resumed(output: Path, settings: dict[str, Any], prompts: Sequence[EncodedPrompt], samples: int, batch: int) -> int:
+    """Return how many prompts an output has already, in whole batches, and drop what was written of the next one.
+
+    In whole batches, so that what is added is the same to the last digit: a log-probability is rounded otherwise in
+    other company.
+
+    Raises:
+        SampleError: If the output is of other prompts.
+        ConfigMismatchError: If it was made with other settings.
+    """
+    beside = output.with_name(output.name + ".settings.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists():
+        _replace(beside, json.dumps(settings, indent=1) + "\n")
+        return 0
+    if not beside.exists():
+        raise SampleError(f"{output} exists, and {beside.name}, which says what made it, does not: name another output")
+    check_same_settings(json.loads(beside.read_text()), settings, what="output")
+    kept = [line for line in output.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    done = min(len(kept) // samples, len(prompts))
+    done -= done % batch if done < len(prompts) else 0
+    whole = "".join(kept[: done * samples])
+    if whole != output.read_text(encoding="utf-8"):
+        _replace(output, whole)
+    for number, record in read_json_lines(output, SampleError):
+        row = (number - 1) // samples
+        if record.get("row") != row or record.get("prompt") != prompts[row].text:
+            raise SampleError(f"{output}, line {number}: of other prompts than these; name another output")
+    return done
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _write(drawn: Iterator[Drawn], stream: TextIO) -> None:
+    for one in drawn:
+        stream.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
+        stream.flush()
+
+
+def _converse(actors: Any, drawing: dict[str, Any]) -> None:
+    """Answer prompts as they are typed; the same prompt twice gets two answers."""
+    print("A prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
+    for number in range(sys.maxsize):
+        try:
+            text = input("> ")
+        except EOFError:
+            break
+        if not text.strip():
+            break
+        prompts = encode_prompts([TextRow(number + 1, text, None, text)], actors.tokenizer)
+        for one in draw(actors, enumerate(prompts), step=number, **drawing):
+            print(one.response if one.reward is None else f"{one.response}    [reward {one.reward:.3f}]")
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of ``vbon sample``."""
+    parser = ArgumentParser(prog="vbon sample", description=sample_command.__doc__)
+    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser.add_function_arguments(sample_command, skip={"data"})
+    parser.add_class_arguments(AlignmentDataModule, "data")
+    parser.set_defaults({"data.policy": ""})  # the policy may be all that is named
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the arguments of ``vbon sample`` and run it."""
+    parser = build_parser()
+    values = dict(parser.instantiate_classes(parser.parse_args(list(args))).items())
+    values.pop("config", None)
+    sample_command(**values)

@@ -1,0 +1,220 @@
+"""Responses to take away: prompts in, texts with rewards and log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from vbon_lightning.actors import Actors, ActorSpec
+from vbon_lightning.decoding.base import Decoded, Decoder
+from vbon_lightning.encoding import EncodedPrompt, collate_prompts, encode_prompts
+from vbon_lightning.models import ModelSpec, as_spec, load_tokenizer
+from vbon_lightning.rewards import RewardModel
+from vbon_lightning.sampling.scoring import response_log_probs
+from vbon_lightning.sources import TextRow
+from vbon_lightning.types import Completions, PromptBatch, Responses
+
+STREAM = "sample"
+"""The noise of drawn responses: neither that of training nor that of evaluation."""
+
+
+class Drawn(NamedTuple):
+    """One response to a prompt."""
+
+    row: int
+    """The prompt's place, from 0."""
+    sample: int
+    """The response's place among those to its prompt, from 0."""
+    prompt: str
+    """The prompt as text."""
+    response: str
+    """The response as text, special tokens left out."""
+    reward: float | None
+    """Its reward; None without a reward."""
+    log_prob: float
+    """Its log-probability under the policy at the sampling temperature, in nats."""
+    tokens: list[int]
+    """Its token ids, the EOS included where there is one."""
+    finished: bool
+    """Whether an EOS ended it, rather than the length limit."""
+
+
+def sample(
+    policy: str | ModelSpec,
+    prompts: Sequence[str],
+    *,
+    decoder: Decoder | None = None,
+    reward: RewardModel | None = None,
+    samples: int = 1,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    end_tokens: Sequence[str] = (),
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+) -> Iterator[Drawn]:
+    """Draw responses from a policy, or the best of several.
+
+    ``for drawn in sample("runs/vbon/export", ["Once upon a time"]): print(drawn.response)``. The noise of a
+    response is that of the seed, of its prompt's place and of its own: the batch size changes nothing.
+
+    Args:
+        policy: The model: a hub name, a local directory, or a specification.
+        prompts: The prompts.
+        decoder: How a response is chosen, such as ``BestOfN(8)``; None for samples of the policy.
+        reward: What scores the responses (and what Best-of-N chooses by).
+        samples: Responses a prompt.
+        max_new_tokens: Longest response in tokens; what the export's generation config says by default, or 32.
+        temperature: Sampling temperature; what the export's generation config says by default, or 1.
+        end_tokens: Tokens that end a response beside the usual ones, as the vocabulary writes them.
+        batch_size: Prompts that are answered together.
+        seed: Seeds the noise.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+
+    Yields:
+        One record a response, prompt by prompt.
+
+    Raises:
+        ValueError: On numbers that make no sense, or a decoder that needs a reward and has none.
+        ModelError: If the policy cannot be loaded.
+    """
+    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens)
+    encoded = encode_prompts(
+        [TextRow(place, text, None, text) for place, text in enumerate(prompts, start=1)],
+        load_tokenizer(spec.policy_spec),
+    )
+    actors = load_actors(spec, decoder, device)
+    yield from draw(actors, enumerate(encoded), decoder=decoder, samples=samples, batch_size=batch_size, seed=seed)
+
+
+def sampling_spec(
+    policy: str | ModelSpec,
+    reward: RewardModel | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    end_tokens: Sequence[str] = (),
+) -> ActorSpec:
+    """Say what to sample with: what is not given is as the policy's generation config has it."""
+    found = generation_settings(policy)
+    return ActorSpec(
+        policy=policy,
+        reward=reward,
+        max_new_tokens=max_new_tokens or found.get("max_new_tokens") or 32,
+        temperature=temperature or found.get("temperature") or 1.0,
+        end_tokens=end_tokens,
+    )
+
+
+def generation_settings(policy: str | ModelSpec) -> dict[str, Any]:
+    """Return what a policy's generation config says of length and temperature; nothing where it has none."""
+    spec = as_spec(policy)
+    try:
+        config = GenerationConfig.from_pretrained(str(spec.name))
+    except (OSError, ValueError):
+        return {}
+    return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature if config.do_sample else None}
+
+
+def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") -> Actors:
+    """Load the policy (and a value model, where the decoder reads one) to sample from.
+
+    Raises:
+        ValueError: If the decoder needs a reward or a value model and none is named.
+    """
+    if decoder is not None and decoder.needs_reward and spec.reward is None:
+        raise ValueError(f"{type(decoder).__name__} chooses by a reward, and none is named: give `reward`")
+    if decoder is not None and decoder.needs_value_model and spec.value_model is None:
+        raise ValueError(f"{type(decoder).__name__} needs a value model: name one as data.value_model")
+    valued = decoder is not None and decoder.needs_value_model
+    actors = Actors.load(spec, trainable=False, reference=False, value=valued)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    actors.policy.to(place)  # type: ignore[arg-type]
+    if spec.reward is not None and hasattr(spec.reward, "to"):
+        spec.reward.to(place)
+    actors.reference = actors.policy
+    return actors
+
+
+@torch.no_grad()
+def draw(
+    actors: Actors,
+    prompts: Iterator[tuple[int, EncodedPrompt]],
+    *,
+    decoder: Decoder | None = None,
+    samples: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+    step: int = 0,
+) -> Iterator[Drawn]:
+    """Draw responses with loaded models.
+
+    Args:
+        actors: The models.
+        prompts: Places and prompts.
+        decoder: How a response is chosen; None for samples of the policy.
+        samples: Responses a prompt.
+        batch_size: Prompts that are answered together.
+        seed: Seeds the noise.
+        step: The draw's number: the same prompts get other responses.
+
+    Yields:
+        One record a response, prompt by prompt.
+    """
+    for name, count in (("samples", samples), ("batch_size", batch_size)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+    pad = actors.tokenizer.pad_token_id
+    waiting = iter(prompts)
+    while some := list(islice(waiting, batch_size)):
+        items = [(place, True, prompt) for place, prompt in some]
+        batch = _on(collate_prompts(items, pad_id=0 if pad is None else int(pad)), actors.policy.device)
+        yield from _drawn(actors, batch, decoder, samples, seed, step)
+
+
+def _drawn(
+    actors: Actors, batch: PromptBatch, decoder: Decoder | None, samples: int, seed: int, step: int
+) -> Iterator[Drawn]:
+    actors.place()
+    how: dict[str, Any] = {"num_samples": samples, "seed": seed, "stream": STREAM, "step": step}
+    rewards: Tensor | None = None
+    found: Completions | Decoded
+    if decoder is None:
+        found = actors.sample(actors.policy, batch, **how)
+        log_probs = found.log_probs
+    else:
+        found = decoder(actors, batch, **how)
+        chosen = Responses(found.tokens, found.mask)
+        log_probs = response_log_probs(actors.policy, batch, chosen, temperature=actors.temperature)
+        rewards = found.rewards
+    ids = actors.token_ids(found)
+    texts = actors.decode(ids, batch)
+    if rewards is None and actors.reward is not None:
+        rewards = actors.score(batch, texts, ids, found.finished)
+    scores = None if rewards is None else rewards.tolist()
+    sums = torch.where(found.mask, log_probs, 0.0).sum(-1).tolist()
+    for row, place in enumerate(batch.index.tolist()):
+        for number in range(samples):
+            yield Drawn(
+                row=place,
+                sample=number,
+                prompt=batch.text[row],
+                response=texts[row][number],
+                reward=None if scores is None else scores[row][number],
+                log_prob=sums[row][number],
+                tokens=ids[row][number],
+                finished=bool(found.finished[row, number]),
+            )
+
+
+def _on(batch: PromptBatch, device: torch.device) -> PromptBatch:
+    return batch._replace(
+        index=batch.index.to(device),
+        valid=batch.valid.to(device),
+        tokens=batch.tokens.to(device),
+        mask=batch.mask.to(device),
+    )
