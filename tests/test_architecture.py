@@ -14,7 +14,7 @@ import vbon_lightning
 PACKAGE = Path(vbon_lightning.__file__).parent
 
 LAYERS = [
-    {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks"},
+    {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "conversations"},
     {"types"},
     {"metrics", "models", "rewards", "sampling", "reference_table", "sources", "sampler"},
     {"encoding", "prefix_scorer"},

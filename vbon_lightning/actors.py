@@ -69,6 +69,7 @@ class ActorSpec:
         value_model: A model of the reward to come (what ``ValueModelling`` exported), where a method uses one.
         end_tokens: Tokens that end a response beside the tokenizer's EOS and those of the generation config, as the
             vocabulary writes them.
+        chat_template: A chat template in place of the tokenizer's own, which exports then carry.
     """
 
     # Not a dataclass: jsonargparse would spread its fields over every module's options.
@@ -85,6 +86,7 @@ class ActorSpec:
         engine_options: dict[str, Any] | None = None,
         value_model: str | ModelSpec | None = None,
         end_tokens: Sequence[str] = (),
+        chat_template: str | None = None,
     ) -> None:
         check_sampler(sampler, max_rows=max_rows, engine_options=engine_options)
         if not 0 < temperature < math.inf:
@@ -100,6 +102,7 @@ class ActorSpec:
         self.missing_eos_penalty = missing_eos_penalty
         self.sampler, self.max_rows, self.engine_options = sampler, max_rows, engine_options
         self.value_model, self.end_tokens = value_model, tuple(end_tokens)
+        self.chat_template = chat_template
 
     def replaced(self, **changes: Any) -> ActorSpec:
         """Return a copy with other values of some arguments."""
@@ -220,6 +223,8 @@ class Actors:
         sampler = make_sampler(spec.sampler, max_rows=spec.max_rows, engine_options=spec.engine_options)
         policy_spec, reference_spec = spec.policy_spec, spec.reference_spec
         tokenizer = load_tokenizer(policy_spec)
+        if spec.chat_template is not None:
+            tokenizer.chat_template = spec.chat_template
         if reference and reference_spec != policy_spec:
             check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
         scorer = None if spec.value_model is None or not value else _load_scorer(spec, tokenizer, seed=seed)

@@ -10,11 +10,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.conversations import Chat, ConversationError
 from vbon_lightning.encoding import (
     EncodedJudged,
     EncodedPrompt,
@@ -26,13 +28,14 @@ from vbon_lightning.encoding import (
     encode_labelled,
     encode_prompts,
     encode_texts,
+    render_conversations,
 )
 from vbon_lightning.models import ModelSpec, load_tokenizer, named_token_ids
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.sampler import ShardedSampler
-from vbon_lightning.sources import TextSource, read_rows
+from vbon_lightning.sources import TextRow, TextSource, read_rows
 from vbon_lightning.types import JudgedBatch, PromptBatch, Responses, TableBatch, TextBatch
 
 Split = Literal["train", "val", "test"]
@@ -78,6 +81,8 @@ class AlignmentDataModule(LightningDataModule):
         policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
         reference: The model to stay close to and to take Best-of-N of; the policy's own start by default.
         reward: The reward model.
+        chat: How conversations are rendered: ``template`` (Jinja) in place of the tokenizer's own, ``system`` for those
+            without a system message, and anything else for the template, such as ``enable_thinking``.
         reward_columns: Columns of the data set that the reward reads beside the prompt, such as the right answer; those
             that it names itself come without asking.
         value_model: The model of the reward to come that ``ValueModelling`` exported, for methods that use one.
@@ -118,6 +123,7 @@ class AlignmentDataModule(LightningDataModule):
         reference: str | ModelSpec | None = None,
         reward: RewardModel | None = None,
         reward_columns: list[str] = [],  # noqa: B006 (never mutated)
+        chat: dict[str, Any] | None = None,
         value_model: str | ModelSpec | None = None,
         train: TextSource | None = None,
         val: TextSource | None = None,
@@ -170,8 +176,9 @@ class AlignmentDataModule(LightningDataModule):
             engine_options=engine_options,
             value_model=value_model,
             end_tokens=end_tokens,
+            chat_template=(chat or {}).get("template"),
         )
-        self.reward_columns = list(reward_columns)
+        self.reward_columns, self.chat = list(reward_columns), dict(chat or {})
         self.judge_columns: list[str] = []
         self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
         if table_skip < 0:
@@ -274,6 +281,8 @@ class AlignmentDataModule(LightningDataModule):
                 raise ValueError(f"no {split} data: set `data.{split}`")
             beside = self.columns_read if kind == "prompts" else ()
             rows = read_rows(source, tuple(dict.fromkeys([*beside, *self.judge_columns])))
+            if any(row.messages is not None for row in rows):
+                rows = self._rendered(split, rows, kind)
             if kind == "prompts":
                 encoded: Sequence[Any] = encode_prompts(
                     rows,
@@ -303,6 +312,17 @@ class AlignmentDataModule(LightningDataModule):
                 )
             self._rows[split, kind] = _Rows(encoded)
         return self._rows[split, kind]
+
+    def _rendered(self, split: str, rows: list[TextRow], kind: str) -> list[TextRow]:
+        if kind == "labelled":
+            raise ValueError(f"data.{split}: labelled texts are plain texts, and these are conversations")
+        try:
+            chat = Chat(self.tokenizer, self.chat)
+        except ConversationError as problem:
+            raise ValueError(f"data.{split}: {problem}") from problem
+        whose = "data.chat.template" if "template" in self.chat else "the tokenizer's chat template"
+        rank_zero_info(f"data.{split}: {len(rows)} conversations, rendered by {whose}")
+        return render_conversations(rows, chat, whole=kind == "text")
 
     # -- Lightning ---------------------------------------------------------------------------------
 
@@ -350,6 +370,7 @@ class AlignmentDataModule(LightningDataModule):
             "max_text_tokens": self.max_text_tokens,
             "long_text": self.long_text,
             "seed": self.seed,
+            **({"chat": self.chat} if self.chat else {}),
         }
         if source is not None:
             settings["train_content"] = self._split("train", self._batch_kind).digest

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vbon_lightning.conversations import Chat, ConversationError
 from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids, shared_start
 from vbon_lightning.reference_table import prompt_key
 from vbon_lightning.sources import TextRow, TextSource
@@ -36,6 +37,8 @@ class EncodedText(NamedTuple):
     tokens: list[int]
     context: int
     """Number of leading tokens that are given and not learnt."""
+    learnt: list[bool] | None = None
+    """Which tokens are learnt, where it is not all behind the context: a conversation's turns of the assistant."""
 
 
 class EncodedJudged(NamedTuple):
@@ -51,11 +54,14 @@ class EncodedJudged(NamedTuple):
         return max(self.texts, key=len)
 
 
-def encode_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool = False) -> list[int]:
     """Encode a prompt with the tokenizer's own opening tokens (BOS), without an EOS it would close texts with.
 
-    An EOS that the prompt itself ends with, as in a template, stays, and a BOS that it begins with gets no other.
+    An EOS that the prompt itself ends with, as in a template, stays, and a BOS that it begins with gets no other. What
+    a chat template rendered has all its special tokens written out and gets none.
     """
+    if rendered:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     (tokens,) = encode_whole_texts(tokenizer, [text])
     if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
         bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -91,7 +97,7 @@ def encode_prompts(
     where = "" if source is None else f"{source.path}, "
     encoded = []
     for row in rows:
-        tokens, text = encode_prompt_ids(tokenizer, row.prompt), row.prompt
+        tokens, text = encode_prompt_ids(tokenizer, row.prompt, rendered=row.rendered), row.prompt
         if not tokens:
             raise PromptError(f"{where}row {row.row}: the prompt {row.prompt!r} has no tokens")
         if max_tokens is not None and len(tokens) > max_tokens:
@@ -110,8 +116,9 @@ def encode_prompts(
             # As the whole text has it: with a template's special tokens, without a BOS that the tokenizer put before.
             written = tokens if opening and row.prompt.startswith(str(tokenizer.bos_token)) else tokens[len(opening) :]
             text = str(tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        beside = {name: (row.columns or {})[name] for name in key_columns}
-        encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens, beside), row.columns))
+        beside = {name: (row.columns or {})[name] for name in key_columns if name != "messages"}
+        columns = row.columns if row.messages is None else {**(row.columns or {}), "messages": row.messages}
+        encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens, beside), columns))
     return encoded
 
 
@@ -148,14 +155,17 @@ def encode_texts(
         raise PromptError(f"data.max_text_tokens must be at least 2, got {max_tokens}")
     encoded = []
     for row in rows:
+        if row.spans is not None:
+            encoded.append(_encode_turns(row, tokenizer, {eos, *ends}, max_tokens))
+            continue
         if row.response is None:
             tokens = encode_prompt_ids(tokenizer, row.text)
             context = 1
             if not tokens:
                 raise PromptError(f"row {row.row}: the text {row.text!r} has no tokens")
         else:
-            prompt = encode_prompt_ids(tokenizer, row.prompt)
-            tokens = encode_prompt_ids(tokenizer, row.prompt + row.response)
+            prompt = encode_prompt_ids(tokenizer, row.prompt, rendered=row.rendered)
+            tokens = encode_prompt_ids(tokenizer, row.prompt + row.response, rendered=row.rendered)
             context = max(1, shared_start(prompt, tokens))
             if not prompt:
                 raise PromptError(f"row {row.row}: the prompt {row.prompt!r} has no tokens")
@@ -164,7 +174,9 @@ def encode_texts(
                     f"row {row.row}: its prompt of {context} tokens leaves no room for a response within "
                     f"data.max_text_tokens={max_tokens}"
                 )
-        if len(tokens) <= context or tokens[-1] not in (eos, *ends):
+        if row.rendered:
+            tokens = _through_the_end(tokens, context, {eos, *ends})
+        elif len(tokens) <= context or tokens[-1] not in (eos, *ends):
             tokens = [*tokens, eos]
         if max_tokens is None or len(tokens) <= max_tokens:
             pieces = [tokens]
@@ -175,6 +187,65 @@ def encode_texts(
             pieces = [tokens[start : start + max_tokens] for start in starts]
         encoded += [EncodedText(piece, context) for piece in pieces]
     return encoded
+
+
+def _through_the_end(tokens: list[int], context: int, ends: Collection[int]) -> list[int]:
+    """Drop what a template puts behind the token that ends a response: it is not the policy's to write."""
+    closing = [place for place in range(context, len(tokens)) if tokens[place] in ends]
+    return tokens[: closing[-1] + 1] if closing else tokens
+
+
+def _encode_turns(
+    row: TextRow, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], max_tokens: int | None
+) -> EncodedText:
+    """Encode a rendered conversation, to be learnt where the assistant speaks, through the token that ends a turn."""
+    found = tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, offsets = list(found["input_ids"]), list(found["offset_mapping"])
+    learnt = [False] * len(tokens)
+    for start, stop in row.spans or ():
+        # A token that straddles the seam belongs to the turn, as a response's does.
+        turn = [place for place, (first, last) in enumerate(offsets) if last > start and first < stop and last > first]
+        closing = [place for place in turn if tokens[place] in ends]
+        # What the template puts behind the closing token is not the policy's to write.
+        for place in turn if not closing else [place for place in turn if place <= closing[-1]]:
+            learnt[place] = True
+    if max_tokens is not None:
+        tokens, learnt = tokens[:max_tokens], learnt[:max_tokens]
+    if not any(learnt[1:]):
+        raise PromptError(
+            f"row {row.row}: nothing that the assistant says lies within data.max_text_tokens={max_tokens}: raise it"
+        )
+    return EncodedText(tokens, 1, learnt)
+
+
+def render_conversations(rows: Sequence[TextRow], chat: Chat, *, whole: bool) -> list[TextRow]:
+    """Write conversations out as the chat template has them.
+
+    Args:
+        rows: Rows of messages.
+        chat: The template.
+        whole: Whether a conversation without an answer beside it is a text to learn from, rather than a prompt.
+
+    Raises:
+        PromptError: Naming a row that is no conversation, or one that the template cannot render.
+    """
+    rendered = []
+    for row in rows:
+        if row.messages is None:
+            raise PromptError(f"row {row.row} is plain text, and others are conversations: give them apart")
+        try:
+            if whole and row.answer is None:
+                text, spans = chat.text(row.messages)
+                rendered.append(row._replace(prompt=text, text=text, rendered=True, spans=spans))
+                continue
+            prompt = chat.prompt(row.messages)
+            response, rejected = (
+                None if side is None else chat.response(row.messages, side) for side in (row.answer, row.worse)
+            )
+        except ConversationError as problem:
+            raise PromptError(f"row {row.row}: {problem}") from problem
+        rendered.append(row._replace(prompt=prompt, text=prompt, response=response, rejected=rejected, rendered=True))
+    return rendered
 
 
 def encode_labelled(
@@ -233,7 +304,10 @@ def encode_comparisons(
                 "columns that hold them (response_column, rejected_column)"
             )
         texts += [row.prompt + row.response, row.prompt + row.rejected]
-    tokens = [piece for _, piece in _encode_whole(tokenizer, texts, max_tokens, split=False)]
+    if rows and rows[0].rendered:
+        tokens = [encode_prompt_ids(tokenizer, text, rendered=True)[:max_tokens] for text in texts]
+    else:
+        tokens = [piece for _, piece in _encode_whole(tokenizer, texts, max_tokens, split=False)]
     encoded = []
     for row, chosen, rejected in zip(rows, tokens[::2], tokens[1::2], strict=True):
         if chosen == rejected:
@@ -286,7 +360,8 @@ def batch_keys(batch: PromptBatch) -> list[str]:
     """Return the reference table's key of each prompt of a batch."""
     tokens = [row[keep].tolist() for row, keep in zip(batch.tokens, batch.mask, strict=True)]
     columns = batch.columns or {}
-    beside = [{name: values[row] for name, values in columns.items()} for row in range(len(tokens))]
+    names = [name for name in columns if name != "messages"]  # which the tokens tell
+    beside = [{name: columns[name][row] for name in names} for row in range(len(tokens))]
     return [prompt_key(ids, extra) for ids, extra in zip(tokens, beside, strict=True)]
 
 
@@ -295,6 +370,9 @@ def collate_texts(items: Sequence[tuple[int, bool, EncodedText]], *, pad_id: int
     _, valid, rows = zip(*items, strict=True)
     tokens, mask = _pad([row.tokens for row in rows], pad_id=pad_id, left=False)
     learnt = torch.arange(tokens.shape[1]) >= torch.tensor([row.context for row in rows])[:, None]
+    for place, row in enumerate(rows):
+        if row.learnt is not None:
+            learnt[place, : len(row.learnt)] &= torch.tensor(row.learnt)
     return TextBatch(tokens, mask, mask & learnt, torch.tensor(valid))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vbon_lightning._json_lines import read_json_lines, read_lines
+from vbon_lightning.conversations import ConversationError, Message, as_conversation, split_prompt, transcript
 from vbon_lightning.paths import looks_like_path, resolve_path
 
 _Row = tuple[int, dict[str, Any]]
@@ -39,7 +40,9 @@ class TextSource:
             inside an installed package, and ``${VAR}`` an environment variable.
         name: Configuration of the data set, for the hub.
         split: Split of the data set; single files have none.
-        column: Column that holds the text; ``text`` for the lines of a ``.txt`` file.
+        column: Column that holds the text, or a conversation as a list of messages (``{role, content}``); ``text`` for
+            the lines of a ``.txt`` file. None where the conversations of ``response_column`` and ``rejected_column``
+            hold the prompt that they share.
         response_column: Column that holds the response, to fine-tune on pairs.
         rejected_column: Column that holds a worse response than ``response_column``, to learn a reward from
             preferences.
@@ -64,7 +67,7 @@ class TextSource:
     path: str
     name: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str | None = "text"
     response_column: str | None = None
     rejected_column: str | None = None
     label_column: str | None = None
@@ -117,6 +120,16 @@ class TextRow(NamedTuple):
     """The text's label as it stands in the source; None without a column of them."""
     columns: dict[str, Any] | None = None
     """The columns that were asked for beside the text, by name."""
+    messages: list[Message] | None = None
+    """The prompt, or the whole conversation, as messages where the column has some; ``prompt`` is their transcript."""
+    answer: list[Message] | None = None
+    """The response as messages, where there is one and the prompt is messages."""
+    worse: list[Message] | None = None
+    """The worse response as messages."""
+    rendered: bool = False
+    """Whether the texts are what a chat template made of messages, special tokens written out."""
+    spans: list[tuple[int, int]] | None = None
+    """Of a rendered conversation, where the assistant's turns stand in ``text``, as characters."""
 
 
 def read_rows(source: TextSource, columns: Sequence[str] = ()) -> list[TextRow]:
@@ -156,7 +169,9 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
     texts = fields if source.template is not None else [source.column]
     named = (source.response_column, source.rejected_column, source.label_column)
     texts = texts + [column for column in named if column]
-    needed = list(dict.fromkeys([*texts, *(source.where or {}), *columns]))
+    texts = [column for column in texts if column is not None]
+    wanted = [name for name in columns if name != "messages"]  # which a conversation brings by itself
+    needed = list(dict.fromkeys([*texts, *(source.where or {}), *wanted]))
     where, unit, records = _open(source, needed)
     seen: set[str] = set()
     for number, record in records:
@@ -168,13 +183,22 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
         if not all(_equal(record[column], value) for column, value in (source.where or {}).items()):
             continue
         kept["where"] += 1
+        try:
+            talk = _conversation(source, record)
+        except ConversationError as problem:
+            raise SourceError(f"{place}: {problem}") from problem
+        if "messages" in columns and talk is None and "messages" not in record:
+            raise SourceError(f"{place}: there are no messages, which the reward reads: the prompt is plain text")
         if source.template is not None:
             filled = {field: _field(record[field], field, place) for field in fields}
             for field, most in (source.field_words or {}).items():
                 if (words := len(filled[field].split())) > most:
                     filled[field] = _first_words(filled[field], words, most, place)
             text = source.template.format(**filled)
+        elif talk is not None:
+            text = transcript(talk[0])
         else:
+            assert source.column is not None
             text = _text(record[source.column], source.column, place)
         words = len(text.split())
         if words < (source.min_words or 0) or (source.max_words is not None and words > source.max_words):
@@ -182,6 +206,8 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
         kept["words"] += 1
         if not words:
             raise SourceError(f"{place}: the prompt is empty; fill it, or set min_words to leave out such rows")
+        if talk is not None and source.first_words is not None:
+            raise SourceError(f"{place}: first_words cuts texts, and this is a conversation: leave it out")
         prompt = _first_words(text, words, source.first_words, place)
         if source.unique:
             if prompt in seen:
@@ -189,11 +215,41 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
             seen.add(prompt)
         kept["unique"] += 1
         response, rejected = (
-            _response(record, column, place) for column in (source.response_column, source.rejected_column)
+            None if talk is not None else _response(record, column, place)
+            for column in (source.response_column, source.rejected_column)
         )
         label = None if source.label_column is None else _label(record[source.label_column], source.label_column, place)
-        beside = {column: record[column] for column in columns} if columns else None
-        yield TextRow(number, prompt, response, text, rejected, label, beside)
+        beside = {column: record[column] for column in wanted} if columns else None
+        if talk is None:
+            yield TextRow(number, prompt, response, text, rejected, label, beside)
+        else:
+            messages, answer, worse = talk
+            yield TextRow(number, prompt, None, text, None, label, beside, messages, answer, worse)
+
+
+def _conversation(
+    source: TextSource, record: dict[str, Any]
+) -> tuple[list[Message], list[Message] | None, list[Message] | None] | None:
+    """Return the prompt's messages, the answer's and the worse answer's; None where the column holds text."""
+    if source.template is not None:
+        return None
+    sides = [
+        None if column is None else _turns(record[column])
+        for column in (source.response_column, source.rejected_column)
+    ]
+    if source.column is None:
+        if sides[0] is None or sides[1] is None:
+            raise ConversationError(
+                "without a column the prompt is what chosen and rejected conversations share: name both as "
+                "response_column and rejected_column"
+            )
+        return split_prompt(sides[0], sides[1])  # type: ignore[return-value]
+    messages = as_conversation(record[source.column])
+    return None if messages is None else (messages, sides[0], sides[1])
+
+
+def _turns(value: Any) -> list[Message] | None:
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else as_conversation(value)
 
 
 def _response(record: dict[str, Any], column: str | None, place: str) -> str | None:

@@ -76,6 +76,8 @@ class RewardModelling(SupervisedModule):
         """Return the reward model's tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.actor_spec.policy_spec)
+            if self.actor_spec.chat_template is not None:
+                self._tokenizer.chat_template = self.actor_spec.chat_template
         return self._tokenizer
 
     def configure_model(self) -> None:

@@ -121,10 +121,10 @@ def call_flat(
     def repeated(values: Sequence[Any]) -> list[Any]:
         return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
 
-    named: dict[str, Any] = {
-        "prompts": repeated(prompts),
-        "completions": [text for row in responses for text in row],
-    }
+    texts: list[Any] = [text for row in responses for text in row]
+    if "messages" in columns:  # as TRL has conversations
+        prompts, texts = columns["messages"], [[{"role": "assistant", "content": text}] for text in texts]
+    named: dict[str, Any] = {"prompts": repeated(prompts), "completions": texts}
     accepted = inspect.signature(target).parameters
     if "prompts" not in accepted and how.optional is not None:
         del named["prompts"]

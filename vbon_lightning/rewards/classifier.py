@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from vbon_lightning.conversations import Chat, Message
 from vbon_lightning.models import (
     ModelSpec,
     check_no_missing_weights,
@@ -95,16 +96,43 @@ class ClassifierReward(RewardModel):
         prompts: Sequence[str],
         responses: Sequence[Sequence[str]],
         token_ids: Sequence[Sequence[Sequence[int]]] = (),
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
         """Score responses; see :meth:`RewardModel.__call__`."""
         del token_ids
+        rendered = False
+        if columns and "messages" in columns and self.text == "prompt_and_response":
+            prompts, responses, rendered = self._in_its_own_words(columns["messages"], responses)
         texts = join_texts(prompts, responses, self.text)
-        columns = len(responses[0]) if responses else 0
-        if any(len(row) != columns for row in responses):
+        count = len(responses[0]) if responses else 0
+        if any(len(row) != count for row in responses):
             raise RewardError(f"every prompt needs the same number of responses: {[len(row) for row in responses]}")
-        starts = [prompt if self.text == "prompt_and_response" else "" for prompt in prompts for _ in range(columns)]
-        scores = self._scores(texts, starts, columns).view(len(prompts), columns)
+        starts = [prompt if self.text == "prompt_and_response" else "" for prompt in prompts for _ in range(count)]
+        scores = self._scores(texts, starts, count, rendered).view(len(prompts), count)
         return check_rewards(scores, prompts, responses)
+
+    reads_columns = True  # the conversation, where the prompts are some
+
+    def _in_its_own_words(
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[Sequence[str]]
+    ) -> tuple[list[str], list[list[str]], bool]:
+        """Render conversations by the classifier's own template, each response as the assistant's turn.
+
+        A classifier without a template, such as one of film reviews, reads what was said, a paragraph a message.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        tokenizer = self._loaded[1]
+        if not getattr(tokenizer, "chat_template", None):
+            said = ["".join(f"{one.get('content', '')}\n\n" for one in messages) for messages in conversations]
+            return said, [list(row) for row in responses], False
+        chat = Chat(tokenizer)
+        prompts = [chat.prompt(messages) for messages in conversations]
+        answers = [
+            [chat.response(messages, [{"role": "assistant", "content": text}]) for text in row]
+            for messages, row in zip(conversations, responses, strict=True)
+        ]
+        return prompts, answers, True
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by its arguments and its model's identity."""
@@ -167,7 +195,7 @@ class ClassifierReward(RewardModel):
         return model, tokenizer, _label_index(self.label, model.config, name)
 
     @torch.no_grad()
-    def _scores(self, texts: list[str], starts: list[str], columns: int) -> Tensor:
+    def _scores(self, texts: list[str], starts: list[str], columns: int, rendered: bool = False) -> Tensor:
         if self._loaded is None:
             self._loaded = self._load()
         model, tokenizer, label = self._loaded
@@ -177,7 +205,7 @@ class ClassifierReward(RewardModel):
         suffix = _suffix_ids(self.suffix, tokenizer, longest)
         if longest is not None:
             longest -= len(suffix)
-        encoded = self._fitting(texts, starts, columns, tokenizer, longest)
+        encoded = self._fitting(texts, starts, columns, tokenizer, longest, rendered)
         # A decoder's tokenizer makes nothing of an empty text, and a model needs one token to read.
         blank = next(
             token
@@ -197,17 +225,30 @@ class ClassifierReward(RewardModel):
         return scores
 
     def _fitting(
-        self, texts: list[str], starts: list[str], columns: int, tokenizer: PreTrainedTokenizerBase, longest: int | None
+        self,
+        texts: list[str],
+        starts: list[str],
+        columns: int,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int | None,
+        rendered: bool,
     ) -> list[list[int]]:
         """Encode texts; where one is too long, what it starts with gives way to the rest."""
-        encoded = encode_whole_texts(tokenizer, texts)
+
+        def encode(some: list[str], max_length: int | None = None) -> list[list[int]]:
+            if not rendered:
+                return encode_whole_texts(tokenizer, some, max_length=max_length)
+            # A template writes out all special tokens there are to be.
+            return [list(ids)[:max_length] for ids in tokenizer(some, add_special_tokens=False)["input_ids"]]
+
+        encoded = encode(texts)
         long = [] if longest is None else [index for index, ids in enumerate(encoded) if len(ids) > longest]
         if longest is None or not long:
             return encoded
         known = self.cut_prompts + self.cut_responses
-        opening = opening_ids(tokenizer)
+        opening = [] if rendered else opening_ids(tokenizer)
         prompts = dict.fromkeys(starts[index] for index in long)
-        prompt_ids = dict(zip(prompts, encode_whole_texts(tokenizer, list(prompts)), strict=True))
+        prompt_ids = dict(zip(prompts, encode(list(prompts)), strict=True))
         for index in long:
             ids, response = encoded[index], texts[index][len(starts[index]) :]
             first = len(opening) if ids[: len(opening)] == opening else 0
@@ -217,7 +258,7 @@ class ClassifierReward(RewardModel):
                 encoded[index] = ids[:first] + ids[first + excess :]
                 self.cut_prompts += 1
             elif self.max_length is not None:
-                (encoded[index],) = encode_whole_texts(tokenizer, [response], max_length=longest)
+                (encoded[index],) = encode([response], longest)
                 self.cut_responses += 1
             else:
                 raise RewardError(
