@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.setting import make_valued_files
+from tests.models.setting import last_state, make_valued_files
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.offline import TEMPERATURE, table_batch, table_data
 from tests.modules.setting import make_data, make_module
@@ -1044,3 +1047,192 @@ def test_places_that_one_prefix_was_seen_at_are_counted(files: Path, monkeypatch
         for scale, name in ((1, "nll"), (10, "crps"), (100, "calibration_error")):
             expected[f"{name}/{PREFIX_PLACES[number]}"] = scale * (number + 1.0)
     assert found == expected
+
+
+# -- before training -------------------------------------------------------------------------------
+
+
+def table_of(rewards: int, **attributes: Any) -> SimpleNamespace:
+    """Stands for data with a table that brings so many rewards a prompt."""
+    table = SimpleNamespace(knows_finished=True)
+    return SimpleNamespace(
+        reference_table="there", table=lambda: table, reference_rewards=rewards, table_samples=None, **attributes
+    )
+
+
+def test_tables_that_are_too_small_are_named_before_training(files: Path) -> None:
+    data = table_data(files, value_model=str(files / "value"))
+    module: Any = make_module("distillation", data, n=3.5, states="policy", responses_per_prompt=20)
+    assert module.samples_needed == (4, "Best-of-3.5")  # what is sampled afresh needs no table
+    attach(module, FakeTrainer(datamodule=table_of(3)))
+    with pytest.raises(ValueError, match=r"brings M = 3 responses a prompt, fewer than the 4 that Best-of-3\.5 needs"):
+        module.setup("fit")
+    for fitting in (table_of(4), SimpleNamespace(reference_table=None), None):
+        attach(module, FakeTrainer(datamodule=fitting))
+        module.setup("fit")
+    trainer = FakeTrainer()
+    del trainer.datamodule
+    attach(module, trainer)
+    module.setup("fit")
+
+    best: Any = make_module("vbon", table_data(files), reference_samples=2, n=4)
+    attach(best, FakeTrainer(datamodule=None))
+    with pytest.raises(ValueError, match=r"^model\.reference_samples has M = 2 reference rewards a prompt, fewer"):
+        best.setup("fit")
+    cached: Any = make_module("vbon", table_data(files), reference_samples=0, n=4)
+    attach(cached, FakeTrainer(datamodule=table_of(3)))
+    with pytest.raises(ValueError, match="^the reference table there has M = 3 reference rewards a prompt, fewer"):
+        cached.setup("fit")
+
+
+def test_accumulated_gradients_are_not_normalised(files: Path) -> None:
+    module: Any = make_module("vbon", table_data(files), kl_estimator="sampled", normalise=True)
+    attach(module, FakeTrainer(accumulate_grad_batches=2))
+    with pytest.raises(ValueError, match=r"^model\.normalise divides by the spread of one batch"):
+        module.setup("fit")
+    module.setup("test")
+
+
+def test_a_value_model_needs_a_table_of_enough_responses(files: Path, spy: Any) -> None:
+    body = ModelSpec(name=str(files / "llama"))
+    module: Any = make_module("valuemodelling", table_data(files), body=body, responses_per_prompt=16, seed=7)
+    for data in (None, SimpleNamespace()):
+        attach(module, FakeTrainer(datamodule=data))
+        with pytest.raises(ValueError, match="^ValueModelling learns from a reference table: fit it with an Alignment"):
+            module.setup("fit")
+    attach(module, FakeTrainer(datamodule=SimpleNamespace(reference_table=None, table=None)))
+    with pytest.raises(ValueError, match=r"^ValueModelling learns from cached responses: name a table"):
+        module.setup("fit")
+    attach(module, FakeTrainer(datamodule=table_data(files)))
+    module.setup("fit")  # 16 of the table's 16
+    more: Any = make_module("valuemodelling", table_data(files), body=body, responses_per_prompt=17)
+    attach(more, FakeTrainer(datamodule=table_data(files)))
+    with pytest.raises(ValueError, match=r"^model\.responses_per_prompt = 17, but the reference table .* brings 16"):
+        more.setup("fit")
+
+    checked = spy(value_modelling, "check_value_model")
+    own: Any = make_module("valuemodelling", table_data(files), body=ModelSpec(name=str(files / "value")), seed=7)
+    attach(own, FakeTrainer(datamodule=None, state=SimpleNamespace(fn="validate")))
+    own.check_lengths(4)
+    assert checked.calls == [((own.actor_spec, own.scorer, str(files / "value")), {"seed": 7})]
+
+
+@pytest.mark.parametrize("probe", [4096, 40])
+def test_what_a_new_head_is_fitted_to(probe: int, files: Path, spy: Any) -> None:
+    data = table_data(files)
+    body = ModelSpec(name=str(files / "llama"))
+    module: Any = make_module("valuemodelling", data, body=body, probe=probe)
+    broadcast: list[Any] = []
+    trainer = FakeTrainer(datamodule=data)
+    trainer.strategy.broadcast = lambda found: broadcast.append(found) or found
+    attach(module, trainer)
+    module.setup("fit")
+    module.configure_model()
+    fitted = spy(value_modelling, "forecast_head")
+    module._start_head()
+    (((features, rewards, bins), options),) = fitted.calls
+    assert bins is module._bins
+    prompts = data.prompts("train")
+    step = max(1, len(prompts) * 16 // probe)
+    assert step == (1 if probe > 1000 else 4)
+    table, expected = data.table(), []
+    for prompt in prompts[::step]:
+        row = table.row(prompt.key, prompt.text)
+        for tokens, reward in zip(row.response_tokens, row.rewards, strict=True):
+            for length in range(len(tokens) + 1):
+                state = last_state(module.policy.body, [*prompt.tokens, *tokens[:length]])
+                expected.append((state, reward, length == len(tokens)))
+    assert len(features) == len(rewards) == len(options["fit"]) == len(expected)
+    torch.testing.assert_close(features, torch.stack([state for state, _, _ in expected]), rtol=1e-4, atol=1e-5)
+    assert rewards.tolist() == pytest.approx([reward for _, reward, _ in expected])
+    assert options["fit"].tolist() == [whole for _, _, whole in expected]
+    weight, bias = broadcast[0]
+    torch.testing.assert_close(module.policy.head.weight.double(), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(module.policy.head.bias.double(), bias, rtol=1e-6, atol=1e-6)
+    assert module.policy.training
+
+
+def test_a_checkpoint_with_other_bins_is_evaluated_by_its_own(files: Path) -> None:
+    data = table_data(files)
+    body = ModelSpec(name=str(files / "llama"))
+    trained: Any = make_module("valuemodelling", data, body=body, bins=4)
+    attach(trained, FakeTrainer(datamodule=data, gradient_clip_val=None, precision="32-true"))
+    trained.setup("fit")
+    trained.configure_model()
+    trained.configure_optimizers()
+    checkpoint: dict[str, Any] = {"state_dict": trained.state_dict()}
+    trained.on_save_checkpoint(checkpoint)
+    for start, same in ((str(files / "value"), False), (str(files / "llama"), True)):
+        again: Any = make_module("valuemodelling", data, body=ModelSpec(name=start), bins=4)
+        attach(again, FakeTrainer(datamodule=data, state=SimpleNamespace(fn="validate")))
+        if same:
+            again._bins, again._fingerprint = trained._bins, trained._fingerprint
+        again.configure_model()
+        before = again.policy
+        again.on_load_checkpoint(checkpoint)
+        assert (again.policy is before) == same
+        assert torch.equal(again.scorer.bins.edges, trained._bins.edges)
+
+
+# -- scoring beside sampling -----------------------------------------------------------------------
+
+
+def test_scoring_that_hangs_holds_nobody_up(files: Path) -> None:
+    module = ReferenceSampler(make_data(files).actors)
+    release, begun = threading.Event(), threading.Event()
+    module._scorer = ThreadPoolExecutor(1)
+    running = module._scorer.submit(lambda: begun.set() or release.wait(30))
+    waiting = module._scorer.submit(lambda: None)
+    assert begun.wait(30)
+    started = time.monotonic()
+    module._stop_scoring()
+    assert time.monotonic() - started < 10
+    assert waiting.cancelled()
+    assert (module._scorer, module._pending) == (None, None)
+    release.set()
+    assert running.result(30)
+
+
+def test_responses_are_decoded_behind_their_prompts(files: Path, spy: Any) -> None:
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=3)
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=data))
+    prompts = data.prompt_batch(data.prompts("train")[:2])
+    sampled = module._sample(prompts)
+    assert torch.equal(sampled.prompts.mask, prompts.mask)
+    decoded, scored = spy(module.loaded, "decode"), spy(module.loaded, "score")
+    rows = module._score(sampled)
+    assert decoded.calls == [((sampled.token_ids, sampled.prompts), {})]
+    assert [row.key for row in rows] == sampled.keys
+    (given, texts, ids, finished), _ = scored.calls[0]
+    assert (given, texts, ids) == (sampled.prompts, [row.responses for row in rows], sampled.token_ids)
+    assert torch.equal(finished, sampled.finished)
+    assert [list(row.finished) for row in rows] == sampled.finished.tolist()
+
+
+def test_weights_are_loaded_into_the_parameters_that_are_there(files: Path) -> None:
+    module, _ = moved(files, "vbon")
+    state = {name: value.clone() + 1 for name, value in module.state_dict().items()}
+    held = list(module.policy.parameters())
+    module.load_state_dict(state)
+    assert all(a is b for a, b in zip(held, module.policy.parameters(), strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    missing = {name: value for name, value in state.items() if name != next(iter(state))}
+    with pytest.raises(ValueError, match=r"^the checkpoint does not hold this policy's weights: [\s\S]*Missing key"):
+        module.load_state_dict(missing, strict=False)
+
+
+def test_two_texts_of_one_score_are_not_told_apart(files: Path) -> None:
+    module = RewardModelling(make_data(files).actors, objective="preference")
+    batch: Any = SimpleNamespace(labels=None)
+    scores = torch.tensor([[[1.0], [1.0]], [[2.0], [1.0]], [[1.0], [2.0]]])
+    assert module._right(scores, batch).tolist() == [False, True, False]
+
+
+def test_a_tables_rewards_say_what_the_bins_are_worth(files: Path, spy: Any) -> None:
+    module, _ = moved(files, "valuecritic")
+    rollout = module.loaded.rollout(module_batch(files), num_samples=4, seed=1, stream="a", step=0)
+    asked = spy(module.loaded.value, "log_cdf")
+    module.bin_log_weights(rollout)
+    assert asked.calls == [((rollout.prompts, rollout.reference_rewards), {})]
