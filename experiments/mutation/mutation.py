@@ -161,11 +161,21 @@ def report() -> None:
 
 def _reason(reasons: dict[str, Any], file: str, mutant: Mutant) -> str:
     for kind in (*reasons.get(file, []), *reasons["everywhere"]):
-        if kind.get("function", mutant.function) == mutant.function and all(
-            re.search(kind.get(side, ""), text) for side, text in (("removed", mutant.removed), ("added", mutant.added))
-        ):
+        if kind.get("function", mutant.function) != mutant.function:
+            continue
+        if apart := kind.get("apart_from"):
+            # The two lines are the same but for this.
+            fits = re.search(apart, mutant.removed) and _without(apart, mutant.removed) == _without(apart, mutant.added)
+        else:
+            sides = (("removed", mutant.removed), ("added", mutant.added))
+            fits = all(re.search(kind.get(side, ""), text) for side, text in sides)
+        if fits:
             return str(kind["reason"])
     return ""
+
+
+def _without(pattern: str, text: str) -> str:
+    return re.sub(r"[\s,]+", "", re.sub(pattern, "", text))
 
 
 def _code(text: str) -> str:
