@@ -33,13 +33,18 @@ RUNS = ROOT / "runs" / "mutation"
 REASONS = Path(__file__).with_name("reasons.yaml")
 RESULT = Path(__file__).with_name("result.json")
 REPORT = ROOT / "docs" / "mutation.md"
-PARTS = ("functional", "modules")
+SELECTIONS = {
+    "functional": [["tests/functional"]],
+    # The quick ones first: what they leave is tried by all.
+    "modules": [["tests/modules/test_settings.py", "tests/modules/wiring"], ["tests/modules"]],
+}
+PARTS = tuple(SELECTIONS)
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["vbon_lightning"]
 only_mutate = ["vbon_lightning/{part}/*"]
 also_copy = ["configs", "README.md", "conftest.py"]
-pytest_add_cli_args_test_selection = ["tests/{part}"]
+pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
 process_isolation = "forkserver"
 timeout_constant = 60.0
@@ -82,7 +87,13 @@ def run(part: str) -> None:
     for source in (where / "vbon_lightning" / part).glob("*.py"):
         source.write_text(move_decorators(source.read_text()))
     shutil.copy(ROOT / "README.md", where)
-    settings = SETTINGS.format(part=part, texts=json.dumps(TEXTS))
+    for tests in SELECTIONS[part]:
+        _try_mutants(part, tests)
+
+
+def _try_mutants(part: str, tests: list[str]) -> None:
+    where = RUNS / part
+    settings = SETTINGS.format(part=part, tests=json.dumps(tests), texts=json.dumps(TEXTS))
     (where / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     for meta in _results(part):
         found = json.loads(meta.read_text())

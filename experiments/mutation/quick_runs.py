@@ -15,7 +15,7 @@ import pytest
 from tests.models import setting as valued
 from tests.modules import setting
 
-QUICK = ("test_settings.py", "test_wiring.py")  # which notice most
+QUICK = ("test_settings.py", "wiring")  # which notice most
 
 
 def _copied(make: Callable[..., Any], *, part: str = ".") -> Callable[..., Any]:
@@ -66,11 +66,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of one file together, or its fixtures would be made again and again."""
     files = {item.path: place for place, item in reversed(list(enumerate(items)))}
     first = {name: place for place, name in enumerate(QUICK)}
-    items.sort(key=lambda item: (first.get(item.path.name, len(QUICK)), files[item.path]))
+
+    def order(item: pytest.Item) -> tuple[int, int]:
+        quick = min(first.get(name, len(QUICK)) for name in (item.path.name, item.path.parent.name))
+        return quick, files[item.path]
+
+    items.sort(key=order)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave to the runs that are forked from this process as little to do as there can be."""
-    if any(item.path.parent.name == "modules" for item in session.items):
+    if any("modules" in item.path.parts[-3:] for item in session.items):
         _prepare()
     gc.freeze()  # what every run inherits need not be looked through by each

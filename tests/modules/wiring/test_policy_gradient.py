@@ -1,0 +1,196 @@
+"""Policy gradients: what is sampled, what advantages are made of, what is logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.modules.fake import FakeTrainer, attach
+from tests.modules.setting import make_data, make_module
+from tests.modules.wiring.setting import module_batch, moved
+from vbon_lightning.functional import (
+    normalise_advantages,
+    sampled_kl_advantages,
+    value_advantages,
+)
+from vbon_lightning.modules import (
+    policy_gradient,
+)
+from vbon_lightning.sampling import noise_seed
+
+
+class StubActors:
+    """Stands for the models: says what it was asked for."""
+
+    sampler_mismatch = None
+    reward = None
+    policy = None
+
+    def rollout(self, batch: Any, **options: Any) -> Any:
+        return ("rollout", batch, options)
+
+    def scored_responses(self, batch: Any, **options: Any) -> Any:
+        return ("responses", batch, options)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_what_is_sampled_to_evaluate(stage: str, files: Path) -> None:
+    data = make_data(files, reference_table=str(files / "table"))
+    online: Any = make_module("vbon", data, seed=7, eval_samples=3, reference_samples=16)
+    offline: Any = make_module("bonsft", data, seed=7, eval_samples=3)
+    common = {"num_samples": 3, "seed": 7, "stream": stage, "step": 0}
+    for module, options in ((online, {**common, "reference_samples": 16}), (offline, common)):
+        module.actors = StubActors()
+        step = module.validation_step if stage == "val" else module.test_step
+        assert step("batch", 5) == {"rollout": ("rollout", "batch", options)}
+
+
+def test_what_is_sampled_to_learn_from(files: Path) -> None:
+    data = make_data(files, value_model=str(files / "value"))
+    for kind, options, predicts in (
+        ("vbon", {"reference_samples": 16, "value_model": False}, False),
+        ("valuecritic", {"prior_samples": 2.0}, True),
+        ("klrl", {"value_model": False}, False),
+    ):
+        module: Any = make_module(kind, data, seed=7, **options)
+        module.actors = StubActors()
+        assert module._sample("batch", 5) == (
+            "responses",
+            "batch",
+            {
+                "num_samples": 4,
+                "seed": 7,
+                "stream": "train",
+                "step": 5,
+                "reference_samples": options.get("reference_samples", 0),
+                "predict_rewards": predicts,
+            },
+        )
+
+
+def test_advantages_are_normalised_over_all_ranks(files: Path) -> None:
+    module, _ = moved(files, "klrl", kl_estimator="sampled", normalise=True)
+    batch = module_batch(files)
+    rollout = module.loaded.rollout(batch, num_samples=4, seed=1, stream="a", step=0)
+    target, mask = module.target(rollout), rollout.completions.mask
+    plain = sampled_kl_advantages(target, rollout.log_probs, rollout.reference_log_probs, mask)
+    got, returns = module._advantages(target, rollout, None)
+    assert returns is None
+    torch.testing.assert_close(got, normalise_advantages(plain, mask))
+    trainer = FakeTrainer(other=3.0)
+    attach(module, trainer)
+    got, _ = module._advantages(target, rollout, None)
+    total, count = plain[mask].sum() + 3, mask.sum() + 3
+    centred = torch.where(mask, plain - total / count, 0.0)
+    spread = ((centred.square().sum() + 3) / count).sqrt()
+    torch.testing.assert_close(got, centred / spread, rtol=1e-5, atol=1e-6)
+    assert trainer.reductions == ["sum", "sum"]
+
+
+def test_advantages_of_a_value_model(files: Path, spy: Any) -> None:
+    for samples, siblings in ((4, True), (1, False)):
+        module, _ = moved(files, "valuecritic", samples_per_prompt=samples, value_lambda=0.5)
+        rollout = module.loaded.rollout(module_batch(files), num_samples=samples, seed=1, stream="a", step=0)
+        target = module.target(rollout)
+        scorer = module.loaded.value
+        values = scorer.log_values(
+            rollout.prompts, rollout.completions, module.bin_log_weights(rollout), normalised=True
+        )
+        expected = value_advantages(
+            target, values, rollout.token_kl, rollout.completions.mask, lam=0.5, siblings=siblings
+        )
+        asked = spy(policy_gradient, "value_advantages")
+        got, returns = module._advantages(target, rollout, None)
+        torch.testing.assert_close(got, expected)
+        assert returns is None
+        assert {name: asked.calls[-1][1][name] for name in ("lam", "siblings")} == {"lam": 0.5, "siblings": siblings}
+
+
+@pytest.mark.parametrize("kind", ["vbon", "clipped", "ppo"])
+@pytest.mark.parametrize("kl", ["rao_blackwell", "sampled"])
+def test_what_a_step_of_learning_logs(kind: str, kl: str, files: Path) -> None:
+    module, _ = moved(files, kind, kl_estimator=kl)
+    logged = attach(module, FakeTrainer(world_size=1))
+    found = module.training_step(module_batch(files), 0)
+    assert set(found) == {"loss", "rollout"}
+    rollout = found["rollout"]
+    assert not rollout.log_probs.requires_grad
+    target = module.target(rollout)
+    objective = (target.score - target.kl_coef * rollout.token_kl.sum(-1)).mean().item()
+    names = {
+        "vbon": {"objective"},
+        "clipped": {"objective", "clip_fraction", "ratio", "update_kl"},
+        "ppo": {"objective", "clip_fraction", "ratio", "update_kl", "value_loss"},
+    }[kind]
+    assert set(logged) == {f"train/{name}" for name in names}
+    assert logged["train/objective"] == (pytest.approx(objective, rel=1e-5), {"prog_bar": False})
+    if kind != "vbon":
+        # Nothing has been updated yet: the policy is the one that sampled.
+        assert logged["train/ratio"][0] == pytest.approx(1.0, abs=1e-6)
+        assert logged["train/update_kl"][0] == pytest.approx(0.0, abs=1e-6)
+        assert logged["train/clip_fraction"][0] == 0.0
+    if kind == "ppo":
+        assert logged["train/value_loss"][0] > 0
+
+
+def test_what_else_a_step_logs(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = moved(files, "clipped")
+    logged = attach(module, FakeTrainer(world_size=1))
+    sample = type(module)._sample
+
+    def sampled_elsewhere(self: Any, batch: Any, number: int) -> Any:
+        found = sample(self, batch, number)
+        self.loaded.sampler_mismatch = 0.25
+        return found
+
+    monkeypatch.setattr(type(module), "_sample", sampled_elsewhere)
+    module.loaded.reward.cut_prompts, module.loaded.reward.cut_responses = 3, 0
+    batch = module_batch(files)
+    module.training_step(batch, 0)
+    assert logged["train/sampler_mismatch"][0] == 0.25
+    assert logged["train/reward_cut_prompts"][0] == 3.0
+    assert "train/reward_cut_responses" not in logged
+    logged.clear()
+    module.training_step(batch, 1)
+    assert "train/sampler_mismatch" not in logged, "the same rollout: nothing was sampled"
+
+
+def test_minibatches_come_in_an_order_of_their_own_each_pass(files: Path) -> None:
+    module: Any = make_module("clipped", make_data(files), seed=7, minibatches=4, epochs_per_rollout=3)
+    module._experience = ["a", "b", "c", "d"]
+    order = [[module._next_minibatch(5, 4 * epoch + part) for part in range(4)] for epoch in range(3)]
+    for epoch, found in enumerate(order):
+        generator = torch.Generator().manual_seed(noise_seed(7, "minibatch", 5, epoch))
+        assert found == [["a", "b", "c", "d"][place] for place in torch.randperm(4, generator=generator)]
+    assert module.updates_per_rollout == 12
+
+
+def test_every_rollout_has_its_own_number(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = moved(files, "clipped", minibatches=2, epochs_per_rollout=2)
+    attach(module, FakeTrainer(world_size=1))
+    numbers: list[int] = []
+    sample = type(module)._sample
+    monkeypatch.setattr(type(module), "_sample", lambda self, batch, n: numbers.append(n) or sample(self, batch, n))
+    batch = module_batch(files)
+    for number in range(9):
+        module.training_step(batch, number)
+    assert (numbers, module.batches_seen) == ([0, 1, 2], 9)
+
+
+def test_an_update_without_a_rollout_is_an_error(files: Path) -> None:
+    module, _ = moved(files, "clipped")
+    attach(module, FakeTrainer(world_size=1))
+    module.batches_seen = 1
+    with pytest.raises(RuntimeError, match="^an update is due on a rollout that is not there$"):
+        module.training_step(module_batch(files), 0)
+
+
+def test_a_tables_rewards_say_what_the_bins_are_worth(files: Path, spy: Any) -> None:
+    module, _ = moved(files, "valuecritic")
+    rollout = module.loaded.rollout(module_batch(files), num_samples=4, seed=1, stream="a", step=0)
+    asked = spy(module.loaded.value, "log_cdf")
+    module.bin_log_weights(rollout)
+    assert asked.calls == [((rollout.prompts, rollout.reference_rewards), {})]

@@ -1,0 +1,178 @@
+"""Reference tables: what they are sampled with, in which groups, and how scoring runs beside it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.modules.fake import FakeTrainer, attach
+from tests.modules.offline import table_data
+from tests.modules.setting import make_data
+from vbon_lightning import ReferenceSampler
+from vbon_lightning.modules import (
+    reference_sampler,
+)
+from vbon_lightning.sampling import prompt_noise
+
+
+def test_what_a_table_is_sampled_with(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data(files, temperature=0.7)
+    module = ReferenceSampler(data.actors, samples=5, rows_per_pass=2)
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=SimpleNamespace(table_seed=11)))
+    actors, calls = module.loaded, []
+    real = actors.sampler
+
+    def sampler(*args: Any, **options: Any) -> Any:
+        calls.append((args, options))
+        return real(*args, **options)
+
+    monkeypatch.setattr(actors, "sampler", sampler)
+    prompts = data.prompt_batch(data.prompts("train")[:3])
+    sampled = module._sample(prompts)
+    noise = prompt_noise(sampled.keys, num_samples=5, length=4, seed=11, stream="table", step=0)
+    assert [int(args[3].shape[1]) for args, _ in calls] == [2, 2, 1]
+    assert torch.equal(torch.cat([args[3] for args, _ in calls], 1), noise)
+    for args, options in calls:
+        assert args[0] is actors.policy
+        assert torch.equal(args[1], prompts.tokens)
+        assert torch.equal(args[2], prompts.mask)
+        assert options == {"end_ids": actors.end_ids, "pad_id": actors.end_ids[0], "temperature": 0.7}
+    whole = real(actors.policy, prompts.tokens, prompts.mask, noise, **calls[0][1])
+    assert sampled.token_ids == actors.token_ids(whole)
+    assert torch.equal(sampled.finished, whole.finished)
+    torch.testing.assert_close(torch.tensor(sampled.log_probs), whole.log_probs.sum(-1))
+    assert sampled.prompt_ids == [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)]
+    for trainer in (FakeTrainer(datamodule=None), FakeTrainer(datamodule=SimpleNamespace())):
+        attach(module, trainer)
+        assert module._table_seed == 0
+
+
+def test_prompts_in_groups_without_those_that_are_done(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=4, rows_per_pass=9)
+    rows = data.prompts("train")
+    batch = data.prompt_batch(rows)
+    batch = batch._replace(valid=torch.tensor([True] * 9 + [False]))
+    monkeypatch.setattr(module, "finished_keys", lambda: {rows[2].key})
+    groups = list(module._groups(batch))
+    assert [group.index.tolist() for group in groups] == [[0, 1], [3, 4], [5, 6], [7, 8]]
+    for group in groups:
+        for place, number in enumerate(group.index.tolist()):
+            assert group.tokens[place][group.mask[place]].tolist() == list(rows[number].tokens)
+            assert group.text[place] == rows[number].text
+        assert group.valid.all()
+        assert bool(group.mask.any(0)[0]), "no wider than its longest prompt"
+    module.rows_per_pass = 1
+    assert [len(group.text) for group in module._groups(batch)] == [1] * 8
+    monkeypatch.setattr(module, "finished_keys", lambda: {row.key for row in rows})
+    assert list(module._groups(batch)) == []
+
+
+def test_cached_responses_are_scored_anew(files: Path) -> None:
+    data = table_data(files)
+    table = data.table()
+    module = ReferenceSampler(data.actors, samples=16, responses_from=str(files / "table"))
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=data))
+    module.on_predict_start()  # 16 of the table's 16
+    rows = data.prompts("train")[:3]
+    prompts = data.prompt_batch(rows)
+    for samples in (16, 5):
+        module.samples = samples
+        found = module._sample(prompts)
+        keys = [row.key for row in rows]
+        assert found.keys == keys
+        assert found.prompt_ids == [list(row.tokens) for row in rows]
+        for key, text, tokens in zip(keys, prompts.text, found.token_ids, strict=True):
+            cached = table.response_tokens(key, text)
+            assert tokens == [part.tolist() for part in cached.tokens.split(cached.lengths.tolist())[:samples]]
+        assert torch.equal(found.finished, table.finished_matrix(keys, prompts.text)[:, :samples])
+        assert found.log_probs == table.log_probs_matrix(keys, prompts.text)[:, :samples].tolist()
+        assert torch.equal(found.prompts.tokens, prompts.tokens)
+        assert torch.equal(found.prompts.mask, prompts.mask)
+        assert found.prompts.text == prompts.text
+    # A row whose text is another's is refused, whichever part of it is read.
+    for name in ("response_tokens", "finished_matrix", "log_probs_matrix"):
+        asked: list[Any] = []
+        real = getattr(table, name)
+        stub = SimpleNamespace(
+            response_tokens=table.response_tokens,
+            finished_matrix=table.finished_matrix,
+            log_probs_matrix=table.log_probs_matrix,
+        )
+        setattr(stub, name, lambda *given, real=real, asked=asked: asked.append(given) or real(*given))
+        module._source = stub  # type: ignore[assignment]
+        module._sample(prompts)
+        texts = [text for _, text in asked] if name == "response_tokens" else asked[0][1]
+        assert list(texts) == list(prompts.text)
+    module.samples = 17
+    with pytest.raises(ValueError, match=r"has 16 responses a prompt, fewer than model\.samples=17: lower"):
+        module._open_source(str(files / "table"))
+    other = ReferenceSampler(make_data(files, temperature=0.5).actors, samples=4)
+    attach(other, FakeTrainer(datamodule=make_data(files, temperature=0.5)))
+    with pytest.raises(ValueError, match="temperature: the table has 0.7, this run has 0.5"):
+        other._open_source(str(files / "table"))
+    trainer = FakeTrainer()
+    del trainer.datamodule
+    attach(other, trainer)
+    assert other._open_source(str(files / "table")).samples == 16
+
+
+def test_a_table_is_never_resumed_by_checkpoint(files: Path) -> None:
+    module = ReferenceSampler(make_data(files).actors)
+    with pytest.raises(ValueError, match="^`vbon predict` samples from data.reference and takes no --ckpt_path$"):
+        module.on_load_checkpoint({})
+
+
+def test_scoring_elsewhere_has_the_modes_of_here() -> None:
+    def modes(_: Any) -> Any:
+        return torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.float16):
+        there = reference_sampler._as_here(modes, cpu)
+    plain = reference_sampler._as_here(modes, cpu)
+    assert there(None) == (True, True, torch.float16)  # type: ignore[arg-type]
+    assert plain(None)[:2] == (False, False)  # type: ignore[arg-type]
+
+
+def test_scoring_that_hangs_holds_nobody_up(files: Path) -> None:
+    module = ReferenceSampler(make_data(files).actors)
+    release, begun = threading.Event(), threading.Event()
+    module._scorer = ThreadPoolExecutor(1)
+    running = module._scorer.submit(lambda: begun.set() or release.wait(30))
+    waiting = module._scorer.submit(lambda: None)
+    assert begun.wait(30)
+    started = time.monotonic()
+    module._stop_scoring()
+    assert time.monotonic() - started < 10
+    assert waiting.cancelled()
+    assert (module._scorer, module._pending) == (None, None)
+    release.set()
+    assert running.result(30)
+
+
+def test_responses_are_decoded_behind_their_prompts(files: Path, spy: Any) -> None:
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=3)
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=data))
+    prompts = data.prompt_batch(data.prompts("train")[:2])
+    sampled = module._sample(prompts)
+    assert torch.equal(sampled.prompts.mask, prompts.mask)
+    decoded, scored = spy(module.loaded, "decode"), spy(module.loaded, "score")
+    rows = module._score(sampled)
+    assert decoded.calls == [((sampled.token_ids, sampled.prompts), {})]
+    assert [row.key for row in rows] == sampled.keys
+    (given, texts, ids, finished), _ = scored.calls[0]
+    assert (given, texts, ids) == (sampled.prompts, [row.responses for row in rows], sampled.token_ids)
+    assert torch.equal(finished, sampled.finished)
+    assert [list(row.finished) for row in rows] == sampled.finished.tolist()
