@@ -80,3 +80,81 @@ def test_a_value_model_needs_a_table_of_enough_responses(files: Path, spy: Any) 
     attach(own, FakeTrainer(datamodule=None, state=SimpleNamespace(fn="validate")))
     own.check_lengths(4)
     assert checked.calls == [((own.actor_spec, own.scorer, str(files / "value")), {"seed": 7})]
+
+
+def test_the_longest_cached_response_must_fit_too(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    for kind, options, longest, expected in (
+        ("bonsft", {}, 9, 9),
+        ("bonsft", {}, 2, 5),
+        ("distillation", {"states": "policy"}, 9, 5),
+        ("bonsft", {}, None, 5),
+    ):
+        module: Any = make_module(kind, table_data(files, value_model=str(files / "value")), **options)
+        module.actors = SimpleNamespace(max_new_tokens=5)
+        data = None if longest is None else table_of(16)
+        if data is not None:
+            data.table().longest_response = longest
+        attach(module, FakeTrainer(datamodule=data))
+        monkeypatch.setattr(module, "check_lengths", lambda tokens: said.append(tokens))
+        monkeypatch.setattr(module, "check_ends", lambda: said.append("ends"))
+        said.clear()
+        module.on_fit_start()
+        assert said == [expected, "ends"]
+    online: Any = make_module("vbon", table_data(files))
+    online.actors = SimpleNamespace(max_new_tokens=5)
+    attach(online, FakeTrainer())
+    monkeypatch.setattr(online, "check_lengths", lambda tokens: said.append(tokens))
+    monkeypatch.setattr(online, "check_ends", lambda: said.append("ends"))
+    said.clear()
+    online.on_fit_start()
+    assert said == [5, "ends"]
+
+
+def test_minibatches_and_rewards_are_checked_before_a_fit(files: Path) -> None:
+    module: Any = make_module("clipped", table_data(files), minibatches=3, reference_samples=16)
+    attach(module, FakeTrainer(datamodule=SimpleNamespace(batch_size=4)))
+    with pytest.raises(ValueError, match=r"^model\.minibatches=3 does not divide data\.batch_size=4: every minibatch"):
+        module.setup("fit")
+    module.setup("validate")
+    for data in (None, SimpleNamespace(), SimpleNamespace(batch_size=6)):
+        attach(module, FakeTrainer(datamodule=data))
+        module.setup("fit")
+    for cls in ("vbon", "bonsft", "dpo", "distillation", "valuemodelling"):
+        bare: Any = make_module(cls, table_data(files, reward=None, value_model=str(files / "value")))
+        attach(bare, FakeTrainer(datamodule=None))
+        with pytest.raises(ValueError, match=rf"^{type(bare).__name__} needs a reward: set `data\.reward`$"):
+            bare.setup("fit")
+
+
+def test_cached_responses_must_be_there_and_may_not_tell_their_ends(files: Path) -> None:
+    for kind, name in (("bonsft", "BoNSFT"), ("dpo", "DPO")):
+        module: Any = make_module(kind, table_data(files))
+        attach(module, FakeTrainer(datamodule=SimpleNamespace(reference_table=None, table=None)))
+        with pytest.raises(ValueError, match=rf"^{name} learns from cached responses: name a table"):
+            module.setup("fit")
+        module.setup("validate")
+        data = table_of(16)
+        data.table().knows_finished = False
+        attach(module, FakeTrainer(datamodule=data))
+        with pytest.warns(UserWarning, match="the reference table there does not tell finished from truncated"):
+            module.setup("fit")
+        limited = table_of(3)
+        limited.table_samples = 3
+        attach(module, FakeTrainer(datamodule=limited))
+        with pytest.raises(
+            ValueError, match=r"brings M = 3 responses a prompt, as data\.table_samples says"
+        ):
+            module.setup("fit")
+    groups: Any = make_module("bonsft", table_data(files), n=4, responses_per_prompt=3, selection="groups")
+    assert groups.samples_needed == (12, "model.responses_per_prompt = 3 in groups of model.n = 4")
+    weights: Any = make_module("bonsft", table_data(files), n=4, responses_per_prompt=3)
+    assert weights.samples_needed == (4, "model.n = 4")
+    pairs: Any = make_module("dpo", table_data(files), n=4, pairs_per_prompt=3)
+    assert pairs.samples_needed == (12, "model.pairs_per_prompt = 3 with groups of model.n = 4")
+    for module in (groups, pairs):
+        attach(module, FakeTrainer(datamodule=table_of(12)))
+        module.setup("fit")
+        attach(module, FakeTrainer(datamodule=table_of(11)))
+        with pytest.raises(ValueError, match="fewer than the 12 that"):
+            module.setup("fit")
