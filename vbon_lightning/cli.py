@@ -130,8 +130,9 @@ def run(args: ArgsType = None) -> VbonCLI:
         parser_class=_Parser,
         parser_kwargs={
             "prog": "vbon",
-            "description": "Align language models to Best-of-N. There are also `vbon compare` (policies and "
-            "decoders with Best-of-N), `vbon sample` (responses to take away) and `vbon dial`; each has a --help.",
+            "description": "Align language models to Best-of-N. There are also `vbon compare` (policies and decoders "
+            "with Best-of-N), `vbon sample` (responses to take away), `vbon table` (what a reference table holds) and "
+            "`vbon dial` (a tilted policy at another N); each has a --help of its own.",
         },
         args=args,
         subclass_mode_model=True,
@@ -158,7 +159,7 @@ def quiet() -> None:
 
 
 def main() -> None:
-    """Run the command line: LightningCLI's subcommands, ``compare``, ``sample`` and ``dial``."""
+    """Run the command line: LightningCLI's subcommands, ``compare``, ``sample``, ``table`` and ``dial``."""
     quiet()
     try:
         if sys.argv[1:2] == ["compare"]:
@@ -169,6 +170,10 @@ def main() -> None:
             from vbon_lightning.commands.sample import main as sample
 
             sample(sys.argv[2:])
+        elif sys.argv[1:2] == ["table"]:
+            from vbon_lightning.commands.table import main as table
+
+            table(sys.argv[2:])
         elif sys.argv[1:2] == ["dial"]:
             from vbon_lightning.dialling import main as dial
 

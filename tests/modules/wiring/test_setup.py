@@ -142,9 +142,7 @@ def test_cached_responses_must_be_there_and_may_not_tell_their_ends(files: Path)
         limited = table_of(3)
         limited.table_samples = 3
         attach(module, FakeTrainer(datamodule=limited))
-        with pytest.raises(
-            ValueError, match=r"brings M = 3 responses a prompt, as data\.table_samples says"
-        ):
+        with pytest.raises(ValueError, match=r"brings M = 3 responses a prompt, as data\.table_samples says"):
             module.setup("fit")
     groups: Any = make_module("bonsft", table_data(files), n=4, responses_per_prompt=3, selection="groups")
     assert groups.samples_needed == (12, "model.responses_per_prompt = 3 in groups of model.n = 4")
