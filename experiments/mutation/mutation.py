@@ -31,20 +31,18 @@ from vbon_lightning._markdown import markdown_table
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs" / "mutation"
 REASONS = Path(__file__).with_name("reasons.yaml")
+QUICK_ONLY = "MUTATION_QUICK_ONLY"  # which quick_runs.py reads
 RESULT = Path(__file__).with_name("result.json")
 REPORT = ROOT / "docs" / "mutation.md"
-SELECTIONS = {
-    "functional": [["tests/functional"]],
-    # The quick ones first: what they leave is tried by all.
-    "modules": [["tests/modules/test_settings.py", "tests/modules/wiring"], ["tests/modules"]],
-}
-PARTS = tuple(SELECTIONS)
+# The quick tests first, where there are some; what they leave is tried by all.
+PASSES = {"functional": [False], "modules": [True, False]}
+PARTS = tuple(PASSES)
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["vbon_lightning"]
 only_mutate = ["vbon_lightning/{part}/*"]
 also_copy = ["configs", "README.md", "conftest.py"]
-pytest_add_cli_args_test_selection = {tests}
+pytest_add_cli_args_test_selection = ["tests/{part}"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
 process_isolation = "forkserver"
 timeout_constant = 60.0
@@ -87,14 +85,13 @@ def run(part: str) -> None:
     for source in (where / "vbon_lightning" / part).glob("*.py"):
         source.write_text(move_decorators(source.read_text()))
     shutil.copy(ROOT / "README.md", where)
-    for tests in SELECTIONS[part]:
-        _try_mutants(part, tests)
-
-
-def _try_mutants(part: str, tests: list[str]) -> None:
-    where = RUNS / part
-    settings = SETTINGS.format(part=part, tests=json.dumps(tests), texts=json.dumps(TEXTS))
+    settings = SETTINGS.format(part=part, texts=json.dumps(TEXTS))
     (where / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
+    for quick in PASSES[part]:
+        _try_mutants(part, quick)
+
+
+def _try_mutants(part: str, quick: bool) -> None:
     for meta in _results(part):
         found = json.loads(meta.read_text())
         codes = found["exit_code_by_key"]
@@ -102,7 +99,8 @@ def _try_mutants(part: str, tests: list[str]) -> None:
         found["exit_code_by_key"] = {name: code if code in KILLED else None for name, code in codes.items()}
         meta.write_text(json.dumps(found))
     cores = str(len(os.sched_getaffinity(0)))
-    subprocess.run([sys.executable, "-m", "mutmut", "run", "--max-children", cores], cwd=where, check=True)
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", cores]
+    subprocess.run(command, cwd=RUNS / part, check=True, env={**os.environ, QUICK_ONLY: str(int(quick))})
 
 
 def _results(part: str) -> list[Path]:

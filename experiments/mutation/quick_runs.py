@@ -72,6 +72,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return quick, files[item.path]
 
     items.sort(key=order)
+    if os.environ.get("MUTATION_QUICK_ONLY") == "1":
+        slow = [item for item in items if order(item)[0] == len(QUICK)]
+        items[:] = [item for item in items if order(item)[0] < len(QUICK)]
+        if slow:
+            slow[0].config.hook.pytest_deselected(items=slow)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
