@@ -193,6 +193,8 @@ def test_weights_are_loaded_into_the_parameters_that_are_there(files: Path) -> N
     module.load_state_dict(state)
     assert all(a is b for a, b in zip(held, module.policy.parameters(), strict=True))
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    module.load_state_dict(state, assign=True)  # which is how Lightning loads what it has on no device yet
+    assert all(value.data_ptr() == state[name].data_ptr() for name, value in module.state_dict().items())
     missing = {name: value for name, value in state.items() if name != next(iter(state))}
     with pytest.raises(ValueError, match=r"^the checkpoint does not hold this policy's weights: [\s\S]*Missing key"):
         module.load_state_dict(missing, strict=False)
