@@ -91,6 +91,7 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
     (KLRL, {"estimator": "ppo", "samples_per_prompt": 1, "gae_lambda": 1.0}),
     (VBoN, {"n": 2.5, "bound": "exact", "cdf_estimator": "digamma", "log_ratio_floor": -0.5, "prior_samples": 2.0}),
     (VBoN, {"bound": "untied"}),
+    (VBoN, {"n": 1.5}),
     (VBoN, {"bound": "lower", "cdf_estimator": "add_one"}),
     (BoNSFT, {"n": 2, "responses_per_prompt": 1, "selection": "groups", "seed": 3}),
     (DPO, {"n": 2, "beta": 0.01, "pairs_per_prompt": 1, "loss": "bonbon", "alpha": 0.0, "seed": 3}),
@@ -146,6 +147,8 @@ def test_options_that_are_not_recorded_are_kept() -> None:
         assert (cls.uses_value_model, cls(spec()).uses_value_model) == (False, True)
     for cls in (BoNSFT, DPO, BoNDistillation):
         assert (cls(spec()).eval_samples, cls(spec(), eval_samples=1).eval_samples) == (8, 1)
+    assert VBoN(spec(), prior_samples=0.5).predicts_rewards
+    assert not VBoN(spec()).predicts_rewards
     sampler = ReferenceSampler(spec())
     assert (sampler.rows_per_pass, sampler.overlap_scoring, sampler.responses_from) == (1024, None, None)
     sampler = ReferenceSampler(spec(), rows_per_pass=1, overlap_scoring=True, responses_from="there")

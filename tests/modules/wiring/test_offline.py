@@ -174,3 +174,12 @@ def test_the_dial_goes_through_its_range(files: Path) -> None:
     assert alone.samples_needed == (4, "Best-of-3.5")
     wide: Any = make_module("distillation", data, n=20.0, n_range=[2.0, 16.0])
     assert wide.largest_n == 20.0
+
+
+def test_without_a_table_the_prediction_is_all_there_is(files: Path, spy: Any) -> None:
+    module, data = moved(files, "distillation", states="policy", prior_samples=2.0)
+    prompts = table_batch(data).prompts._replace(reference_rewards=None)
+    asked = spy(module.loaded.value, "log_cdf")
+    attach(module, FakeTrainer())
+    module.training_step(prompts, 0)
+    assert asked.calls == [((prompts, None), {})]

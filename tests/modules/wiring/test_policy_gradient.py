@@ -10,7 +10,7 @@ import torch
 
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.setting import make_data, make_module
-from tests.modules.wiring.setting import module_batch, moved
+from tests.modules.wiring.setting import Spy, module_batch, moved
 from vbon_lightning.functional import (
     normalise_advantages,
     sampled_kl_advantages,
@@ -118,6 +118,7 @@ def test_what_a_step_of_learning_logs(kind: str, kl: str, files: Path) -> None:
     assert set(found) == {"loss", "rollout"}
     rollout = found["rollout"]
     assert not rollout.log_probs.requires_grad
+    assert not rollout.token_kl.requires_grad
     target = module.target(rollout)
     objective = (target.score - target.kl_coef * rollout.token_kl.sum(-1)).mean().item()
     names = {
@@ -148,6 +149,7 @@ def test_what_else_a_step_logs(files: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(type(module), "_sample", sampled_elsewhere)
     module.loaded.reward.cut_prompts, module.loaded.reward.cut_responses = 3, 0
+    assert not hasattr(module.loaded.reward, "cut_elsewhere")
     batch = module_batch(files)
     module.training_step(batch, 0)
     assert logged["train/sampler_mismatch"][0] == 0.25
@@ -156,6 +158,9 @@ def test_what_else_a_step_logs(files: Path, monkeypatch: pytest.MonkeyPatch) -> 
     logged.clear()
     module.training_step(batch, 1)
     assert "train/sampler_mismatch" not in logged, "the same rollout: nothing was sampled"
+    module.loaded.reward.cut_responses = 2
+    module.training_step(batch, 2)
+    assert logged["train/reward_cut_responses"][0] == 2.0
 
 
 def test_minibatches_come_in_an_order_of_their_own_each_pass(files: Path) -> None:
@@ -168,16 +173,32 @@ def test_minibatches_come_in_an_order_of_their_own_each_pass(files: Path) -> Non
     assert module.updates_per_rollout == 12
 
 
-def test_every_rollout_has_its_own_number(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _ = moved(files, "clipped", minibatches=2, epochs_per_rollout=2)
+@pytest.mark.parametrize(("minibatches", "epochs"), [(2, 2), (2, 1), (1, 2)])
+def test_every_rollout_has_its_own_number(
+    minibatches: int, epochs: int, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _ = moved(files, "clipped", minibatches=minibatches, epochs_per_rollout=epochs)
     attach(module, FakeTrainer(world_size=1))
     numbers: list[int] = []
     sample = type(module)._sample
     monkeypatch.setattr(type(module), "_sample", lambda self, batch, n: numbers.append(n) or sample(self, batch, n))
-    batch = module_batch(files)
-    for number in range(9):
+    chosen = Spy(module._next_minibatch)
+    monkeypatch.setattr(module, "_next_minibatch", chosen)
+    batch, updates = module_batch(files), minibatches * epochs
+    for number in range(2 * updates + 1):
         module.training_step(batch, number)
-    assert (numbers, module.batches_seen) == ([0, 1, 2], 9)
+    assert (numbers, module.batches_seen) == ([0, 1, 2], 2 * updates + 1)
+    assert [given for given, _ in chosen.calls] == [divmod(number, updates) for number in range(2 * updates + 1)]
+
+
+def test_a_critic_learns_from_one_update_a_rollout_too(files: Path) -> None:
+    module, _ = moved(files, "ppo", minibatches=1, epochs_per_rollout=1, value_coef=0.5)
+    torch.nn.init.normal_(module.critic.weight, generator=torch.Generator().manual_seed(0))
+    logged = attach(module, FakeTrainer(world_size=1))
+    loss = module.training_step(module_batch(files), 0)["loss"]
+    assert logged["train/value_loss"][0] > 0
+    loss.backward()
+    assert module.critic.weight.grad.abs().max() > 0
 
 
 def test_an_update_without_a_rollout_is_an_error(files: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,3 +157,26 @@ def test_cached_responses_must_be_there_and_may_not_tell_their_ends(files: Path)
         attach(module, FakeTrainer(datamodule=table_of(11)))
         with pytest.raises(ValueError, match="fewer than the 12 that"):
             module.setup("fit")
+
+
+def test_how_many_reference_rewards_vbon_asks_for(files: Path) -> None:
+    def setup(rewards: int | None, **options: Any) -> None:
+        named = {"value_model": str(files / "value")} if "prior_samples" in options else {}
+        module: Any = make_module("vbon", table_data(files, **named), **({"reference_samples": 0, "n": 4} | options))
+        attach(module, FakeTrainer(datamodule=SimpleNamespace() if rewards is None else table_of(rewards)))
+        module.setup("fit")
+
+    setup(None)  # data of somebody's own, which may bring what it likes
+    for rewards in (4, 15):
+        with pytest.warns(
+            UserWarning, match=rf"the reference table there has M = {rewards} reference rewards"
+        ):
+            setup(rewards)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setup(16)
+        setup(14, prior_samples=2.0)  # what is predicted counts as samples
+    with pytest.warns(UserWarning, match="M = 3 reference rewards"):
+        setup(3, prior_samples=2.0)
+    with pytest.raises(ValueError, match="M = 3 reference rewards a prompt, fewer than n = 4"):
+        setup(3, prior_samples=0.5)
