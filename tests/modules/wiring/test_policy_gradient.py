@@ -12,6 +12,7 @@ from tests.modules.fake import FakeTrainer, attach
 from tests.modules.setting import make_data, make_module
 from tests.modules.wiring.setting import Spy, module_batch, moved
 from vbon_lightning.functional import (
+    generalized_advantage_estimation,
     normalise_advantages,
     sampled_kl_advantages,
     value_advantages,
@@ -91,7 +92,7 @@ def test_advantages_are_normalised_over_all_ranks(files: Path) -> None:
 
 
 def test_advantages_of_a_value_model(files: Path, spy: Any) -> None:
-    for samples, siblings in ((4, True), (1, False)):
+    for samples, siblings in ((4, True), (2, True), (1, False)):
         module, _ = moved(files, "valuecritic", samples_per_prompt=samples, value_lambda=0.5)
         rollout = module.loaded.rollout(module_batch(files), num_samples=samples, seed=1, stream="a", step=0)
         target = module.target(rollout)
@@ -215,3 +216,25 @@ def test_a_tables_rewards_say_what_the_bins_are_worth(files: Path, spy: Any) -> 
     asked = spy(module.loaded.value, "log_cdf")
     module.bin_log_weights(rollout)
     assert asked.calls == [((rollout.prompts, rollout.reference_rewards), {})]
+
+
+@pytest.mark.parametrize("kl", ["rao_blackwell", "sampled"])
+def test_what_a_critics_advantages_are_made_of(kl: str, files: Path) -> None:
+    module, _ = moved(files, "ppo", kl_estimator=kl, gae_lambda=0.5)
+    rollout = module.loaded.rollout(module_batch(files), num_samples=4, seed=1, stream="a", step=0)
+    target, mask = module.target(rollout), rollout.completions.mask
+    values = torch.where(mask, torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)), 0.0)
+    got, returns = module._advantages(target, rollout, values)
+    rewards = torch.zeros(mask.shape)
+    for row, sample in ((row, sample) for row in range(4) for sample in range(4)):
+        length = int(mask[row, sample].sum())
+        for place in range(length):
+            # As it is sampled a token pays for itself; exactly, for the one that comes after it.
+            paid = (rollout.log_probs - rollout.reference_log_probs)[row, sample, place]
+            if kl != "sampled":
+                paid = rollout.token_kl[row, sample, place + 1] if place + 1 < length else torch.zeros(())
+            rewards[row, sample, place] = -target.kl_coef * paid
+        rewards[row, sample, length - 1] += target.score[row, sample]
+    expected = generalized_advantage_estimation(rewards, values, mask, lam=0.5)
+    torch.testing.assert_close(got, expected.advantages, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(returns, expected.returns, rtol=1e-5, atol=1e-5)

@@ -168,9 +168,7 @@ def test_how_many_reference_rewards_vbon_asks_for(files: Path) -> None:
 
     setup(None)  # data of somebody's own, which may bring what it likes
     for rewards in (4, 15):
-        with pytest.warns(
-            UserWarning, match=rf"the reference table there has M = {rewards} reference rewards"
-        ):
+        with pytest.warns(UserWarning, match=rf"the reference table there has M = {rewards} reference rewards"):
             setup(rewards)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
