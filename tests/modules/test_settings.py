@@ -89,6 +89,7 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
     ),
     (KLRL, {"beta": 0.5, "value_model": True, "value_lambda": 0.0, "samples_per_prompt": 1}),
     (KLRL, {"estimator": "ppo", "samples_per_prompt": 1, "gae_lambda": 1.0}),
+    (KLRL, {"samples_per_prompt": 2, "value_model": False}),
     (VBoN, {"n": 2.5, "bound": "exact", "cdf_estimator": "digamma", "log_ratio_floor": -0.5, "prior_samples": 2.0}),
     (VBoN, {"bound": "untied"}),
     (VBoN, {"n": 1.5}),
@@ -147,8 +148,6 @@ def test_options_that_are_not_recorded_are_kept() -> None:
         assert (cls.uses_value_model, cls(spec()).uses_value_model) == (False, True)
     for cls in (BoNSFT, DPO, BoNDistillation):
         assert (cls(spec()).eval_samples, cls(spec(), eval_samples=1).eval_samples) == (8, 1)
-    assert VBoN(spec(), prior_samples=0.5).predicts_rewards
-    assert not VBoN(spec()).predicts_rewards
     sampler = ReferenceSampler(spec())
     assert (sampler.rows_per_pass, sampler.overlap_scoring, sampler.responses_from) == (1024, None, None)
     sampler = ReferenceSampler(spec(), rows_per_pass=1, overlap_scoring=True, responses_from="there")
@@ -289,3 +288,8 @@ def test_what_is_not_loaded_is_named() -> None:
             getattr(module, read)
     assert (module.actors, module.policy, module.batches_seen) == (None, None, 0)
     module.check_ends()  # nothing is known of ends yet, and nothing is said
+
+
+def test_any_prior_asks_for_predictions() -> None:
+    assert VBoN(spec(), prior_samples=0.5).predicts_rewards
+    assert not VBoN(spec()).predicts_rewards

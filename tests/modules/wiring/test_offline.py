@@ -26,7 +26,9 @@ from vbon_lightning.modules import (
     bon_sft,
     dpo,
 )
+from vbon_lightning.modules.offline import select_responses
 from vbon_lightning.sampling import noise_seed
+from vbon_lightning.types import Responses
 
 
 @pytest.mark.parametrize("selection", ["weights", "groups"])
@@ -183,3 +185,13 @@ def test_without_a_table_the_prediction_is_all_there_is(files: Path, spy: Any) -
     attach(module, FakeTrainer())
     module.training_step(prompts, 0)
     assert asked.calls == [((prompts, None), {})]
+
+
+def test_picked_responses_are_as_wide_as_the_longest_of_them() -> None:
+    lengths = torch.tensor([[3, 1, 0]])
+    mask = torch.arange(4) < lengths[..., None]
+    responses = Responses(torch.arange(12).view(1, 3, 4), mask)
+    for picked, width in (([0, 1], 3), ([1, 2], 1), ([2], 1)):
+        found = select_responses(responses, torch.tensor([picked]))
+        assert found.tokens.shape == found.mask.shape == (1, len(picked), width)
+        assert torch.equal(found.mask, mask[:, picked, :width])
