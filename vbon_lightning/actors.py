@@ -118,6 +118,13 @@ class ActorSpec:
         """Return the reference's specification: the policy's start where none is named."""
         return as_spec(self.policy).base() if self.reference is None else as_spec(self.reference)
 
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the policy's tokenizer, with the chat template that exports are to carry."""
+        tokenizer = load_tokenizer(self.policy_spec)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
+
     @property
     def shares_base(self) -> bool:
         """Return whether the policy is adapters on the reference, or tilts it: one copy of the weights serves both."""
@@ -222,9 +229,7 @@ class Actors:
         # What is not installed is to be known before a model is loaded.
         sampler = make_sampler(spec.sampler, max_rows=spec.max_rows, engine_options=spec.engine_options)
         policy_spec, reference_spec = spec.policy_spec, spec.reference_spec
-        tokenizer = load_tokenizer(policy_spec)
-        if spec.chat_template is not None:
-            tokenizer.chat_template = spec.chat_template
+        tokenizer = spec.load_tokenizer()
         if reference and reference_spec != policy_spec:
             check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
         scorer = None if spec.value_model is None or not value else _load_scorer(spec, tokenizer, seed=seed)

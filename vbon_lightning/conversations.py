@@ -143,8 +143,7 @@ class Chat:
     def text(self, messages: Sequence[Message]) -> Rendered:
         """Render a whole conversation, and say where the assistant's turns are.
 
-        By the template's own generation marks where it has them, and otherwise by rendering the conversation up to each
-        turn.
+        Found by rendering the conversation up to each turn; a template's own generation marks are not read.
 
         Raises:
             ConversationError: If the assistant says nothing, or the template renders a turn otherwise once the

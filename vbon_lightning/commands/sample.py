@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn, draw, load_actors, sampling_spec
 from vbon_lightning.encoding import EncodedPrompt, encode_prompts
 from vbon_lightning.models import load_tokenizer, model_identity
+from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.sources import TextRow, TextSource, read_rows
 
@@ -167,11 +167,12 @@ def _resumed(output: Path, settings: dict[str, Any], prompts: Sequence[EncodedPr
     if not beside.exists():
         raise SampleError(f"{output} exists, and {beside.name}, which says what made it, does not: name another output")
     check_same_settings(json.loads(beside.read_text()), settings, what="output")
-    kept = [line for line in output.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    text = output.read_text(encoding="utf-8")
+    kept = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     done = min(len(kept) // samples, len(prompts))
     done -= done % batch if done < len(prompts) else 0
     whole = "".join(kept[: done * samples])
-    if whole != output.read_text(encoding="utf-8"):
+    if whole != text:
         _replace(output, whole)
     for number, record in read_json_lines(output, SampleError):
         row = (number - 1) // samples
@@ -181,9 +182,8 @@ def _resumed(output: Path, settings: dict[str, Any], prompts: Sequence[EncodedPr
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with atomic_file(path) as stream:
+        stream.write(text.encode())
 
 
 def _write(drawn: Iterator[Drawn], stream: TextIO) -> None:

@@ -132,10 +132,7 @@ def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") 
         raise ValueError(f"{type(decoder).__name__} needs a value model: name one as data.value_model")
     valued = decoder is not None and decoder.needs_value_model
     actors = Actors.load(spec, trainable=False, reference=False, value=valued)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    actors.policy.to(place)  # type: ignore[arg-type]
-    if spec.reward is not None and hasattr(spec.reward, "to"):
-        spec.reward.to(place)
+    torch.nn.Module.to(actors.policy, device_named(device))  # the rest follows it: Actors.place
     actors.reference = actors.policy
     return actors
 
@@ -172,7 +169,7 @@ def draw(
     waiting = iter(prompts)
     while some := list(islice(waiting, batch_size)):
         items = [(place, True, prompt) for place, prompt in some]
-        batch = _on(collate_prompts(items, pad_id=0 if pad is None else int(pad)), actors.policy.device)
+        batch = on_device(collate_prompts(items, pad_id=0 if pad is None else int(pad)), actors.policy.device)
         yield from _drawn(actors, batch, decoder, samples, seed, step)
 
 
@@ -211,10 +208,18 @@ def _drawn(
             )
 
 
-def _on(batch: PromptBatch, device: torch.device) -> PromptBatch:
+def on_device(batch: PromptBatch, device: torch.device) -> PromptBatch:
+    """Move a batch's tensors to a device."""
+    rewards = batch.reference_rewards
     return batch._replace(
         index=batch.index.to(device),
         valid=batch.valid.to(device),
         tokens=batch.tokens.to(device),
         mask=batch.mask.to(device),
+        reference_rewards=None if rewards is None else rewards.to(device),
     )
+
+
+def device_named(device: str) -> torch.device:
+    """Return a device by its name; ``auto`` is a GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from vbon_lightning.actors import Actors
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import Decoder
+from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.encoding import EncodedPrompt
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
@@ -97,7 +97,7 @@ def compare(
         raise ValueError(f"the decoder {guided[0]!r} needs a value model: set data.value_model")
     if any(not 0 < temperature < math.inf for temperature in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = device_named(device)
     spec = data.actors
     data.judge_columns = [] if judge is None else list(judge.columns)
     prompts = data.prompts(split)
@@ -133,7 +133,7 @@ def compare(
         for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
             if limit is not None and done * data.eval_batch_size >= limit:
                 return
-            yield _to(batch, place)
+            yield on_device(batch, place)
 
     noise: dict[str, Any] = {"seed": seed, "stream": "compare", "step": 0}
 
@@ -172,7 +172,7 @@ def compare(
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=name, leave=False):
-            found.append(_decode(actors, decoder, _to(batch, place), samples=samples, seed=seed))
+            found.append(_decode(actors, decoder, on_device(batch, place), samples=samples, seed=seed))
         reports.append(
             evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n, scorer=scorer)
         )
@@ -212,7 +212,9 @@ def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: in
     seconds = time.perf_counter() - began
     ids = actors.token_ids(decoded)
     texts = actors.decode(ids, batch)
-    return DecodedBatch(batch, decoded, texts, actors.score(batch, texts, ids, decoded.finished), seconds)
+    known = decoded.rewards
+    rewards = actors.score(batch, texts, ids, decoded.finished) if known is None else known
+    return DecodedBatch(batch, decoded, texts, rewards, seconds)
 
 
 def _best_of_n(
@@ -259,10 +261,6 @@ def _keep_predictions(rollouts: Iterator[Rollout], kept: list[Tensor]) -> Iterat
         assert rollout.reference_log_cdf is not None
         kept.append(rollout.reference_log_cdf[rollout.prompts.valid])
         yield rollout
-
-
-def _to(batch: PromptBatch, device: torch.device) -> PromptBatch:
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
 
 
 def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import bradley_terry_loss
-from vbon_lightning.models import check_vocabulary_fits, load_classifier, load_tokenizer
+from vbon_lightning.models import check_vocabulary_fits, load_classifier
 from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.modules.supervised import SupervisedModule
 from vbon_lightning.types import JudgedBatch
@@ -75,9 +75,7 @@ class RewardModelling(SupervisedModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the reward model's tokenizer."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.actor_spec.policy_spec)
-            if self.actor_spec.chat_template is not None:
-                self._tokenizer.chat_template = self.actor_spec.chat_template
+            self._tokenizer = self.actor_spec.load_tokenizer()
         return self._tokenizer
 
     def configure_model(self) -> None:

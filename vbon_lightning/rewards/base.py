@@ -103,9 +103,8 @@ def ask_reward(
     except RewardError:
         raise
     except Exception as error:  # whatever a user's function raises
-        what = getattr(reward, "function", type(reward).__name__)
         raise RewardError(
-            f"the reward {what} raised {type(error).__name__}: {error}; in {_innermost(error)}"
+            f"the reward {_name(reward)} raised {type(error).__name__}: {error}; in {_innermost(error)}"
             f"{_failing_row(reward, prompts, responses, token_ids, beside)}. VBON_TRACEBACK=1 shows the way there"
         ) from error
     return check_rewards(found, prompts, responses, abstains=abstains)
@@ -113,8 +112,12 @@ def ask_reward(
 
 def _beside(reward: Any, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     needed = tuple(getattr(reward, "columns", ()))
-    check_columns(getattr(reward, "function", type(reward).__name__), needed, columns)
+    check_columns(_name(reward), needed, columns)
     return {"columns": columns} if needed or getattr(reward, "reads_columns", False) else {}
+
+
+def _name(reward: Any) -> str:
+    return str(getattr(reward, "function", type(reward).__name__))
 
 
 def check_columns(what: str, needed: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:

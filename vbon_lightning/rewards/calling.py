@@ -27,6 +27,8 @@ class Convention(NamedTuple):
     """Columns of the data set that it cannot do without: parameters without a default that nothing else fills."""
     optional: tuple[str, ...] | None
     """Other columns that it takes if they are there; None for any, by ``**kwargs``."""
+    takes_prompts: bool = True
+    """Whether it wants the prompts: one of TRL's may do without."""
 
     def columns(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
         """Return those of the given columns that the function takes."""
@@ -78,7 +80,13 @@ def convention_of(target: Callable[..., Any], arguments: Mapping[str, Any], path
             f"ids go to a parameter that is named `{ids}`, columns of the data set to those that are named like them, "
             "everything else comes from `arguments`"
         ) from error
-    return Convention("flat" if flat else "grouped", token_ids, required, None if anything else optional)
+    return Convention(
+        "flat" if flat else "grouped",
+        token_ids,
+        required,
+        None if anything else optional,
+        takes_prompts=not flat or "prompts" in named,
+    )
 
 
 def _first_two(parameters: Any) -> Iterator[inspect.Parameter]:
@@ -124,10 +132,7 @@ def call_flat(
     texts: list[Any] = [text for row in responses for text in row]
     if "messages" in columns:  # as TRL has conversations
         prompts, texts = columns["messages"], [[{"role": "assistant", "content": text}] for text in texts]
-    named: dict[str, Any] = {"prompts": repeated(prompts), "completions": texts}
-    accepted = inspect.signature(target).parameters
-    if "prompts" not in accepted and how.optional is not None:
-        del named["prompts"]
+    named: dict[str, Any] = {"completions": texts} | ({"prompts": repeated(prompts)} if how.takes_prompts else {})
     if how.token_ids == "name":
         named["completion_ids"] = [ids for row in token_ids for ids in row]
     beside = {name: repeated(values) for name, values in how.columns(columns).items()}

@@ -20,6 +20,7 @@ class JsonReward(ResponseReward):
     def __init__(self, schema: dict[str, Any] | None = None, fenced: bool = False) -> None:
         super().__init__()
         self.schema, self.fenced = schema, fenced
+        self._validator: Any = None
         if schema is not None:
             try:
                 from jsonschema.exceptions import SchemaError
@@ -32,6 +33,7 @@ class JsonReward(ResponseReward):
                 validator_for(schema).check_schema(schema)
             except SchemaError as problem:
                 raise RewardError(f"`schema` is no JSON Schema: {problem.message}") from problem
+            self._validator = validator_for(schema)(schema)
 
     def score(self, response: str, answer: Any) -> float:
         """Say whether a response is JSON of the schema."""
@@ -39,11 +41,7 @@ class JsonReward(ResponseReward):
             value = json.loads(self._bare(response), parse_constant=_refuse)
         except (ValueError, RecursionError):
             return 0.0
-        if self.schema is None:
-            return 1.0
-        from jsonschema.validators import validator_for
-
-        return float(validator_for(self.schema)(self.schema).is_valid(value))
+        return 1.0 if self._validator is None else float(self._validator.is_valid(value))
 
     def _bare(self, response: str) -> str:
         lines = response.strip().splitlines()

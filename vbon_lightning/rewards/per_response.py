@@ -58,7 +58,8 @@ class ResponseReward(RewardModel):
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by its class and arguments."""
-        return {"class": type(self).__name__} | {name: str(value) for name, value in sorted(vars(self).items())}
+        arguments = {name: str(value) for name, value in sorted(vars(self).items()) if not name.startswith("_")}
+        return {"class": type(self).__name__} | arguments
 
 
 def compiled(name: str, pattern: str, flags: int = 0) -> re.Pattern[str]:
