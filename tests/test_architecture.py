@@ -14,12 +14,13 @@ import vbon_lightning
 PACKAGE = Path(vbon_lightning.__file__).parent
 
 LAYERS = [
-    {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "conversations"},
+    {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
     {"types"},
-    {"metrics", "models", "rewards", "sampling", "reference_table", "sources", "sampler"},
-    {"encoding", "prefix_scorer"},
+    {"metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
+    {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
     {"actors", "callbacks"},
-    {"data", "decoding"},
+    {"data.module", "decoding"},
+    {"data"},
     {"modules"},
     {"evaluation", "cli", "dialling", "commands"},
     {"__main__"},
@@ -29,7 +30,7 @@ LAYERS = [
 TESTS = Path(__file__).parent
 
 TESTED_ELSEWHERE = {
-    "_json_lines.py": "test_sources.py",
+    "_json_lines.py": "data/test_readers.py",
     "_markdown.py": "callbacks/test_sample_table.py",
     "callbacks/reference_table_writer.py": "modules/test_reference_sampler.py",
     "callbacks/reward_monitor.py": "callbacks/test_rollout_metrics.py",
@@ -46,12 +47,22 @@ TESTED_ELSEWHERE = {
 NOTHING_TO_TEST = {"types.py"}
 """Modules that hold records alone."""
 
-LIGHTNING = {"data", "modules", "callbacks", "cli", "evaluation", "dialling", "commands"}
+LIGHTNING = {"data.module", "modules", "callbacks", "cli", "evaluation", "dialling", "commands"}
+
+
+ROOMS = {"data"}
+"""Folders whose files are parts of their own, from the floor to the roof."""
 
 
 def part(path: Path) -> str:
     """Return the name of the part that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return part_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def part_of(module: str) -> str:
+    """Return the name of the part that a module belongs to, ``data.sources`` or ``models.spec``."""
+    first, *rest = module.removesuffix(".__init__").split(".")
+    return f"{first}.{rest[0]}" if first in ROOMS and rest else first
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -77,7 +88,8 @@ def used(name: str) -> set[str]:
     found: set[str] = set()
     for path in FILES:
         if part(path) == name:
-            found |= {module.split(".")[1] for module in imports(path) if module.startswith("vbon_lightning.")}
+            modules = [module for module in imports(path) if module.startswith("vbon_lightning.")]
+            found |= {part_of(module.removeprefix("vbon_lightning.")) for module in modules}
     return found - {name, "__version__"}
 
 

@@ -59,7 +59,7 @@ def fit(
     """Train a new module on new data with a new trainer, as a new process would."""
     changes = dict(data or {})
     if kind == "sft":  # GPT-2 has dropout
-        changes |= {"policy": str(files / "gpt2"), "train": TextSource(path=str(files / "texts.txt"))}
+        changes = {"policy": str(files / "gpt2"), "train": TextSource(path=str(files / "texts.txt"))} | changes
     if kind in ("bonsft", "dpo"):
         changes = {"reference_table": str(files / "table")} | changes
     brought = make_data(files, **changes)
@@ -108,6 +108,16 @@ def test_killed_and_resumed(kind: str, kill: int, files: Path, tmp_path: Path, u
     fit(kind, files, tmp_path, kill=KillAt(kill))
     resumed = fit(kind, files, tmp_path, resume=True)
     assert_same(weights(resumed), uninterrupted(kind))
+
+
+@pytest.mark.parametrize(("kind", "kill"), [("vbon", 1), ("vbon", 3), ("clipped", 9), ("sft", 2)])
+def test_killed_while_rows_are_streamed(kind: str, kill: int, files: Path, tmp_path: Path) -> None:
+    name = "texts" if kind == "sft" else "train"
+    rows = TextSource(path=str(files / f"{name}.txt"), streaming=True, buffer_size=4)
+    data = {"train": rows, "max_text_tokens": 16}
+    whole = weights(fit(kind, files, tmp_path / "whole", data=data))
+    fit(kind, files, tmp_path, kill=KillAt(kill), data=data)
+    assert_same(weights(fit(kind, files, tmp_path, resume=True, data=data)), whole)
 
 
 @pytest.mark.parametrize(("kind", "kill"), [("vbon", 2), ("clipped", 8), ("sft", 4), ("bonsft", 2)])

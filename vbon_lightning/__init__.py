@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vbon_lightning.actors import ActorSpec
-    from vbon_lightning.data import AlignmentDataModule
+    from vbon_lightning.data import AlignmentDataModule, TextSource
     from vbon_lightning.decoding import sample
     from vbon_lightning.models import ModelSpec
     from vbon_lightning.modules import (
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         ValueModelling,
         VBoN,
     )
-    from vbon_lightning.sources import TextSource
 
 __version__ = "0.1.0"
 
@@ -53,7 +52,7 @@ _HOMES = {
     "ModelSpec": "models",
     "ReferenceSampler": "modules",
     "RewardModelling": "modules",
-    "TextSource": "sources",
+    "TextSource": "data",
     "VBoN": "modules",
     "ValueModelling": "modules",
     "sample": "decoding",

@@ -1,44 +1,73 @@
-"""Read JSON Lines files, plain or gzipped, with errors that name the line."""
+"""Read lines of text and JSON Lines, plain or compressed, here or behind a URL, with errors that name the line."""
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import fsspec
 
 
-def read_lines(path: Path, error: type[Exception]) -> Iterator[tuple[int, str]]:
-    """Yield ``(line number, line)`` of a UTF-8 text file, which may be gzipped, without the line ends.
+def is_url(path: str | Path) -> bool:
+    """Say whether a path is a URL, which fsspec opens: ``s3://``, ``https://``, ``memory://`` and so on."""
+    return "://" in str(path)
+
+
+@contextmanager
+def open_bytes(path: str | Path, error: type[Exception]) -> Iterator[IO[bytes]]:
+    """Open a file to read, decompressed as the end of its name says.
 
     Args:
-        path: the file; a name ending in ``.gz`` is decompressed.
+        path: the file, or a URL.
+        error: the exception to raise.
+
+    Raises:
+        error: for a file that does not exist or a URL that cannot be opened.
+    """
+    if not is_url(path) and not Path(path).is_file():
+        raise error(f"file {path} does not exist")
+    try:
+        opened = fsspec.open(str(path), "rb", compression="infer").open()
+    except FileNotFoundError as problem:
+        raise error(f"file {path} does not exist") from problem
+    except (OSError, ValueError, ImportError) as problem:
+        raise error(f"file {path} cannot be opened: {type(problem).__name__}: {problem}") from problem
+    with opened as stream:
+        yield stream
+
+
+def read_lines(path: str | Path, error: type[Exception]) -> Iterator[tuple[int, str]]:
+    """Yield ``(line number, line)`` of a UTF-8 text file, which may be compressed, without the line ends.
+
+    Args:
+        path: the file, or a URL; one named ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` is decompressed.
         error: the exception to raise.
 
     Raises:
         error: for a file that does not exist, broken compression and bytes that are not UTF-8.
     """
-    if not path.is_file():
-        raise error(f"file {path} does not exist")
     number = 0
     try:
         # Bytes, and only \n ends a line: text mode would also split at other characters inside strings.
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        with open_bytes(path, error) as stream:
             for number, line in enumerate(stream, start=1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as problem:
         raise error(f"file {path}, line {number}: not UTF-8 text: {problem.reason}") from problem
-    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-        raise error(f"file {path}: broken gzip data after line {number}: {problem}") from problem
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as problem:
+        raise error(f"file {path}: broken data after line {number}: {problem}") from problem
 
 
-def read_json_lines(path: Path, error: type[Exception]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: str | Path, error: type[Exception]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield ``(line number, object)`` of a JSON Lines file; blank lines are passed over.
 
     Args:
-        path: the file, plain or ``.gz``.
+        path: the file or URL, plain or compressed.
         error: the exception to raise.
 
     Raises:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,14 +62,18 @@ class ActorSpec:
         reward: The reward model; not needed for supervised fine-tuning.
         max_new_tokens: Longest response, in tokens.
         temperature: Sampling temperature, > 0; log-probabilities and KL are of the tempered models.
-        missing_eos_penalty: Subtracted from the reward of responses that the length limit cut.
-        sampler: How responses are sampled: ``eager``, ``graph`` or ``vllm`` (docs/sampling.md).
-        max_rows: Most responses that are sampled at once; None for no limit. Bounds the memory.
-        engine_options: Arguments of vLLM's engine, for ``vllm``.
+        missing_eos_penalty: Subtracted from the reward of responses that the length limit cut, in the table's
+            rewards and in the policy's alike.
+        sampler: How responses are sampled: ``eager`` (the decode loop), ``graph`` (the same samples in fixed shapes,
+            replayed as a CUDA graph) or ``vllm`` (needs the extra ``vllm``). docs/sampling.md says more.
+        max_rows: Most responses that are sampled at once, which bounds the memory; by default all of a batch.
+        engine_options: Arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``, for ``vllm``.
         value_model: A model of the reward to come (what ``ValueModelling`` exported), where a method uses one.
-        end_tokens: Tokens that end a response beside the tokenizer's EOS and those of the generation config, as the
-            vocabulary writes them.
-        chat_template: A chat template in place of the tokenizer's own, which exports then carry.
+        end_tokens: Tokens that end a response, as the vocabulary writes them (``<|im_end|>``), beside those that always
+            do: the tokenizer's EOS, which supervised fine-tuning teaches, and the generation config's.
+        chat: How conversations are rendered: ``template`` (Jinja) in place of the tokenizer's own, which exports then
+            carry, ``system`` for those without a system message, and anything else for the template itself, such as
+            ``enable_thinking``.
     """
 
     # Not a dataclass: jsonargparse would spread its fields over every module's options.
@@ -81,12 +85,12 @@ class ActorSpec:
         max_new_tokens: int = 32,
         temperature: float = 1.0,
         missing_eos_penalty: float = 0.0,
-        sampler: str = "eager",
+        sampler: Literal["eager", "graph", "vllm"] = "eager",
         max_rows: int | None = None,
         engine_options: dict[str, Any] | None = None,
         value_model: str | ModelSpec | None = None,
-        end_tokens: Sequence[str] = (),
-        chat_template: str | None = None,
+        end_tokens: list[str] = [],  # noqa: B006 (never mutated)
+        chat: dict[str, Any] | None = None,
     ) -> None:
         check_sampler(sampler, max_rows=max_rows, engine_options=engine_options)
         if not 0 < temperature < math.inf:
@@ -101,8 +105,8 @@ class ActorSpec:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.missing_eos_penalty = missing_eos_penalty
         self.sampler, self.max_rows, self.engine_options = sampler, max_rows, engine_options
-        self.value_model, self.end_tokens = value_model, tuple(end_tokens)
-        self.chat_template = chat_template
+        self.value_model, self.end_tokens = value_model, list(end_tokens)
+        self.chat = dict(chat or {})
 
     def replaced(self, **changes: Any) -> ActorSpec:
         """Return a copy with other values of some arguments."""
@@ -121,8 +125,8 @@ class ActorSpec:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the policy's tokenizer, with the chat template that exports are to carry."""
         tokenizer = load_tokenizer(self.policy_spec)
-        if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template
+        if "template" in self.chat:
+            tokenizer.chat_template = self.chat["template"]
         return tokenizer
 
     @property
@@ -151,7 +155,7 @@ class ActorSpec:
         }
 
     def _ends(self) -> dict[str, Any]:
-        return {"end_tokens": list(self.end_tokens)} if self.end_tokens else {}
+        return {"end_tokens": self.end_tokens} if self.end_tokens else {}
 
     def table_fingerprint(self, *, seed: int, model_seed: int = 0) -> dict[str, Any]:
         """Describe what the reference table's responses and rewards depend on, in plain values.
@@ -361,7 +365,7 @@ class Actors:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            raw = ask_reward(self.reward, prompts.text, responses, token_ids, prompts.columns)
+            raw = ask_reward(self.reward, prompts.text, responses, token_ids, prompts.beside)
         finally:
             torch.set_default_dtype(before)
         raw = raw.to(device=finished.device, dtype=torch.float32)

@@ -29,6 +29,13 @@ class PromptBatch(NamedTuple):
     """``[B, M]`` float32: rewards of M reference responses, from the reference table."""
     columns: dict[str, list[Any]] | None = None
     """B values of each column of the data set that the reward reads beside the prompt, such as the right answer."""
+    messages: list[list[dict[str, Any]]] | None = None
+    """B prompts as lists of messages, where they are conversations."""
+
+    @property
+    def beside(self) -> dict[str, list[Any]] | None:
+        """B values of each thing that is known beside the text: the columns, and the ``messages`` of conversations."""
+        return self.columns if self.messages is None else {**(self.columns or {}), "messages": self.messages}
 
 
 class TextBatch(NamedTuple):

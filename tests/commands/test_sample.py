@@ -14,6 +14,7 @@ from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET
 from vbon_lightning import cli
 from vbon_lightning.commands import sample as command
+from vbon_lightning.decoding import sample
 
 REWARD = """
 def vowels(prompts, responses):
@@ -156,3 +157,37 @@ def test_what_does_not_go_together(
     monkeypatch.setattr(sys, "argv", ["vbon", "sample", *arguments])
     with pytest.raises(SystemExit, match=message):
         cli.main()
+
+
+def test_conversations_are_answered_through_the_chat_template(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}b{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    talks = [[{"role": "user", "content": text}] for text in ("cd", "e")]
+    (files / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        vbon("--prompts", "talks.jsonl")
+    (files / "policy" / "chat_template.jinja").write_text(template)
+    vbon("--prompts", "talks.jsonl", "--output", "talks.out")
+    (files / "rendered.txt").write_text("cdba\neba\n")
+    vbon("--prompts", "rendered.txt", "--output", "plain.out")
+    assert read("talks.out") == read("plain.out")
+    (files / "said.txt").write_text("cd\ne\n")
+    vbon("--prompts", "said.txt", "--chat", "true", "--output", "said.out")
+    assert read("said.out") == read("plain.out")
+    in_python = sample("./policy", talks, max_new_tokens=5, device="cpu")
+    assert [one._asdict() for one in in_python] == read("plain.out")
+    other = sample("./policy", talks, max_new_tokens=5, device="cpu", chat={"template": "f" + template})
+    assert [one.prompt for one in other] == ["fcdba", "feba"]
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for said, prompts in ((), ["cd"]), (("--chat", "false"), ["cdba"]):
+        typed = iter([*prompts, ""])
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        monkeypatch.setattr("builtins.input", lambda prompt, typed=typed: next(typed))
+        capsys.readouterr()
+        vbon(*said)
+        assert capsys.readouterr().out.splitlines() == [read("plain.out")[0]["response"]]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.data.test_module import ALPHABET, Lengths, write_table
 from tests.helpers import save_tiny_model
 from tests.models.setting import save_value_model
-from tests.test_data import ALPHABET, Lengths, write_table
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.data.sources import TextSource
 from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.evaluation import PolicyReport, command
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
-from vbon_lightning.sources import TextSource
 
 
 class Counting(Lengths):

@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.data.test_conversations import AGAIN, ALPHABET, ASSISTANT, MORE, TALK, TEMPLATE, USER
 from tests.helpers import save_tiny_model
 from tests.modules.setting import make_data, make_module, make_trainer
-from tests.test_conversations import AGAIN, ALPHABET, ASSISTANT, MORE, TALK, TEMPLATE, USER
 from vbon_lightning import ReferenceSampler, RewardModelling, TextSource
 from vbon_lightning.callbacks import PolicyExport
 from vbon_lightning.evaluation.command import compare
@@ -87,7 +87,7 @@ def test_the_chain(files: Path, tmp_path: Path) -> None:
     module: Any = make_module("vbon", data, reference_samples=0)
     make_trainer(tmp_path / "vbon", Record(), PolicyExport(tmp_path / "export"), steps=3).fit(module, data)
     for rollout in rollouts:
-        for row, messages in enumerate(rollout.prompts.columns["messages"]):
+        for row, messages in enumerate(rollout.prompts.messages):
             assert messages == PROMPTS[int(rollout.prompts.index[row])]
             letter = messages[-1]["content"][0]
             expected = [text.count(letter) - 0.01 * len(text) for text in rollout.responses[row]]

@@ -16,10 +16,10 @@ from lightning.pytorch import Callback
 from tests.modules.setting import make_data, make_files, make_module, make_trainer
 from vbon_lightning import ReferenceSampler, TextSource
 from vbon_lightning.callbacks import PolicyExport, RewardMonitor
+from vbon_lightning.data.sources import SourceError
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.reference_table import ReferenceTable
 from vbon_lightning.rewards import CallableReward, RegexReward, WeightedReward
-from vbon_lightning.sources import SourceError
 
 REWARDS = """
 def letters(prompts, completions, letter, **kwargs):

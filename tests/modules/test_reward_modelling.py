@@ -15,10 +15,10 @@ from tests.modules.setting import KillAt, Killed, adam, make_trainer, weights
 from vbon_lightning import AlignmentDataModule, RewardModelling, TextSource
 from vbon_lightning.callbacks import PolicyExport
 from vbon_lightning.checks import ConfigMismatchError
-from vbon_lightning.encoding import PromptError
+from vbon_lightning.data.encoding import PromptError
+from vbon_lightning.data.sources import SourceError
 from vbon_lightning.models import ModelError
 from vbon_lightning.rewards import ClassifierReward
-from vbon_lightning.sources import SourceError
 
 WORDS = ["good film", "a good one", "so good it is", "good", "it was good", "how good"]
 LABELLED = [{"text": text, "label": 1} for text in WORDS]

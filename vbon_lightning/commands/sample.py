@@ -12,15 +12,17 @@ from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
 from vbon_lightning._json_lines import read_json_lines
+from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.data import AlignmentDataModule, Split
+from vbon_lightning.data.encoding import EncodedPrompt
+from vbon_lightning.data.preparing import prepare_rows
+from vbon_lightning.data.sources import TextRow, TextSource, as_row, read_rows
 from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn, draw, load_actors, sampling_spec
-from vbon_lightning.encoding import EncodedPrompt, encode_prompts
-from vbon_lightning.models import load_tokenizer, model_identity
+from vbon_lightning.models import model_identity
 from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.rewards import RewardModel
-from vbon_lightning.sources import TextRow, TextSource, read_rows
 
 NAMED: dict[str, Any] = {"policy": None, "best_of_n": BestOfN, "value_guided": ValueGuided}
 """Decoders by the names that the command line knows them by."""
@@ -44,6 +46,7 @@ def sample_command(
     batch_size: int = 8,
     seed: int = 0,
     device: str = "auto",
+    chat: bool | None = None,
     *,
     data: AlignmentDataModule | None = None,
 ) -> None:
@@ -71,6 +74,8 @@ def sample_command(
         batch_size: Prompts that are answered together.
         seed: Seeds the noise.
         device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        chat: Whether a line of text is what a user says, to be rendered by the policy's chat template: by default what
+            is typed at a terminal is, where the policy has a template. Conversations in a file always are.
         data: The data, for a split's prompts, its reward, lengths, temperature and value model.
     """
     chosen = _decoder(decoder, n)
@@ -104,13 +109,13 @@ def sample_command(
     }
     drawing: dict[str, Any] = {"decoder": chosen, "samples": samples, "seed": seed}
     if prompts is None and split is None and sys.stdin.isatty():
-        _converse(load_actors(spec, chosen, device), drawing)
+        _converse(load_actors(spec, chosen, device), spec, drawing, chat)
         return
     if split is not None and data is not None:
         data.actors.reward = spec.reward
         encoded = data.prompts(split)
     else:
-        encoded = _encoded(prompts or "-", spec)
+        encoded = _encoded(prompts or "-", spec, bool(chat))
     done = 0 if output is None else _resumed(Path(output), settings, encoded, samples, batch_size)
     left = list(enumerate(encoded))[done:]
     if not left:
@@ -136,17 +141,26 @@ def _decoder(decoder: str | Decoder, n: int) -> Decoder | None:
     return None if made is None else made(n)
 
 
-def _encoded(prompts: str | TextSource, spec: Any) -> list[EncodedPrompt]:
+def _encoded(prompts: str | TextSource, spec: ActorSpec, said: bool) -> list[EncodedPrompt]:
+    """Read and encode prompts; ``said`` makes lines of text what a user says."""
     columns = tuple(getattr(spec.reward, "columns", ()))
-    tokenizer = load_tokenizer(spec.policy_spec)
+    source = None
     if prompts == "-":
         lines = [line.rstrip("\r\n") for line in sys.stdin]
-        rows = [TextRow(place, line, None, line) for place, line in enumerate(lines, start=1) if line.strip()]
+        rows = [as_row(line, place) for place, line in enumerate(lines, start=1) if line.strip()]
         if not rows:
             raise SampleError("standard input holds no prompt: a line each")
-        return encode_prompts(rows, tokenizer)
-    source = prompts if isinstance(prompts, TextSource) else TextSource(prompts)
-    return encode_prompts(read_rows(source, columns), tokenizer, source=source, key_columns=columns)
+    else:
+        source = prompts if isinstance(prompts, TextSource) else TextSource(prompts)
+        rows = read_rows(source, columns)
+    if said:
+        rows = [row if row.messages is not None else _said(row) for row in rows]
+    tokenizer = spec.load_tokenizer()
+    return prepare_rows(rows, "prompts", tokenizer, chat=spec.chat, source=source, key_columns=columns)
+
+
+def _said(row: TextRow) -> TextRow:
+    return row._replace(messages=[{"role": "user", "content": row.prompt}])
 
 
 def _resumed(output: Path, settings: dict[str, Any], prompts: Sequence[EncodedPrompt], samples: int, batch: int) -> int:
@@ -192,9 +206,11 @@ def _write(drawn: Iterator[Drawn], stream: TextIO) -> None:
         stream.flush()
 
 
-def _converse(actors: Any, drawing: dict[str, Any]) -> None:
-    """Answer prompts as they are typed; the same prompt twice gets two answers."""
-    print("A prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
+def _converse(actors: Actors, spec: ActorSpec, drawing: dict[str, Any], chat: bool | None) -> None:
+    """Answer prompts as they are typed, each by itself; the same prompt twice gets two answers."""
+    said = bool(actors.tokenizer.chat_template) if chat is None else chat
+    how = "rendered by the chat template" if said else "as text to go on with"
+    print(f"A prompt a line, {how}; an empty line or Ctrl-D ends.", file=sys.stderr)
     for number in range(sys.maxsize):
         try:
             text = input("> ")
@@ -202,7 +218,8 @@ def _converse(actors: Any, drawing: dict[str, Any]) -> None:
             break
         if not text.strip():
             break
-        prompts = encode_prompts([TextRow(number + 1, text, None, text)], actors.tokenizer)
+        row = as_row(text, number + 1)
+        prompts = prepare_rows([_said(row) if said else row], "prompts", actors.tokenizer, chat=spec.chat)
         for one in draw(actors, enumerate(prompts), step=number, **drawing):
             print(one.response if one.reward is None else f"{one.response}    [reward {one.reward:.3f}]")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from vbon_lightning.actors import Actors, ActorSpec
+from vbon_lightning.data.collating import collate_prompts
+from vbon_lightning.data.conversations import Message
+from vbon_lightning.data.encoding import EncodedPrompt
+from vbon_lightning.data.preparing import prepare_rows
+from vbon_lightning.data.sources import as_row
 from vbon_lightning.decoding.base import Decoded, Decoder
-from vbon_lightning.encoding import EncodedPrompt, collate_prompts, encode_prompts
-from vbon_lightning.models import ModelSpec, as_spec, load_tokenizer
+from vbon_lightning.models import ModelSpec, as_spec
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.sampling.scoring import response_log_probs
-from vbon_lightning.sources import TextRow
 from vbon_lightning.types import Completions, PromptBatch, Responses
 
 STREAM = "sample"
@@ -46,7 +49,7 @@ class Drawn(NamedTuple):
 
 def sample(
     policy: str | ModelSpec,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[Message]],
     *,
     decoder: Decoder | None = None,
     reward: RewardModel | None = None,
@@ -54,13 +57,15 @@ def sample(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     end_tokens: Sequence[str] = (),
+    chat: Mapping[str, Any] | None = None,
     batch_size: int = 8,
     seed: int = 0,
     device: str = "auto",
 ) -> Iterator[Drawn]:
     """Draw responses from a policy, or the best of several.
 
-    ``for drawn in sample("runs/vbon/export", ["Once upon a time"]): print(drawn.response)``. The noise of a
+    ``for drawn in sample("runs/vbon/export", ["Once upon a time"]): print(drawn.response)``. A prompt may be a
+    conversation, a list of messages, which the policy's chat template renders. The noise of a
     response is that of the seed, of its prompt's place and of its own: the batch size changes nothing.
 
     Args:
@@ -72,6 +77,7 @@ def sample(
         max_new_tokens: Longest response in tokens; what the export's generation config says by default, or 32.
         temperature: Sampling temperature; what the export's generation config says by default, or 1.
         end_tokens: Tokens that end a response beside the usual ones, as the vocabulary writes them.
+        chat: How conversations are rendered, as ``data.chat`` has it.
         batch_size: Prompts that are answered together.
         seed: Seeds the noise.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
@@ -80,14 +86,13 @@ def sample(
         One record a response, prompt by prompt.
 
     Raises:
-        ValueError: On numbers that make no sense, or a decoder that needs a reward and has none.
+        ValueError: On numbers that make no sense, a decoder that needs a reward and has none, or a conversation for a
+            policy without a chat template.
         ModelError: If the policy cannot be loaded.
     """
-    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens)
-    encoded = encode_prompts(
-        [TextRow(place, text, None, text) for place, text in enumerate(prompts, start=1)],
-        load_tokenizer(spec.policy_spec),
-    )
+    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens, chat)
+    rows = [as_row(prompt, place) for place, prompt in enumerate(prompts, start=1)]
+    encoded = prepare_rows(rows, "prompts", spec.load_tokenizer(), chat=spec.chat)
     actors = load_actors(spec, decoder, device)
     yield from draw(actors, enumerate(encoded), decoder=decoder, samples=samples, batch_size=batch_size, seed=seed)
 
@@ -98,6 +103,7 @@ def sampling_spec(
     max_new_tokens: int | None,
     temperature: float | None,
     end_tokens: Sequence[str] = (),
+    chat: Mapping[str, Any] | None = None,
 ) -> ActorSpec:
     """Say what to sample with: what is not given is as the policy's generation config has it."""
     found = generation_settings(policy)
@@ -106,7 +112,8 @@ def sampling_spec(
         reward=reward,
         max_new_tokens=max_new_tokens or found.get("max_new_tokens") or 32,
         temperature=temperature or found.get("temperature") or 1.0,
-        end_tokens=end_tokens,
+        end_tokens=list(end_tokens),
+        chat=dict(chat or {}),
     )
 
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
-from vbon_lightning.encoding import EncodedPrompt
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
     REFERENCE,
@@ -235,7 +235,7 @@ def _best_of_n(
     if judge is not None:
         responses = [list(row.responses[used]) for row in rows]
         ids = [[list(tokens) for tokens in row.response_tokens[used]] for row in rows]
-        judged = ask_reward(judge, texts, responses, ids, data.prompt_batch(prompts).columns)
+        judged = ask_reward(judge, texts, responses, ids, data.prompt_batch(prompts).beside)
     return bon_reports(rewards, n_values=n, lengths=lengths, finished=finished, judge_rewards=judged)
 
 

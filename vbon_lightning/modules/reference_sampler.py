@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
-from vbon_lightning.encoding import batch_keys
+from vbon_lightning.data.collating import batch_keys
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, TableRow

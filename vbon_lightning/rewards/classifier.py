@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from vbon_lightning.conversations import Chat, Message
+from vbon_lightning.data.conversations import Chat, Message
 from vbon_lightning.models import (
     ModelSpec,
     check_no_missing_weights,

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.helpers import BOS, save_tiny_model
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.data import AlignmentDataModule
-from vbon_lightning.encoding import PromptError
+from vbon_lightning.data.encoding import PromptError
+from vbon_lightning.data.sources import TextSource
 from vbon_lightning.reference_table import (
     FingerprintMismatch,
     PromptNotInTable,
@@ -25,7 +26,6 @@ from vbon_lightning.reference_table import (
     prompt_key,
 )
 from vbon_lightning.rewards import RewardModel
-from vbon_lightning.sources import TextSource
 from vbon_lightning.types import PromptBatch, TextBatch
 
 ALPHABET = "abcdefgh"
@@ -409,3 +409,52 @@ def test_evaluation_may_use_other_data(make):
     make(module=SimpleNamespace(), stage=TrainerFn.TESTING, batch_size=3).load_state_dict(state)
     with pytest.raises(ConfigMismatchError, match="batch_size"):
         make(module=SimpleNamespace(), batch_size=3).load_state_dict(state)
+
+
+# --- columns that were found, rows in memory, rows as a stream ---
+
+
+def test_what_was_found_is_said(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    talk = [{"role": "user", "content": "ab"}]
+    data = make(train=[{"id": 1, "messages": talk}] * 2, val=None, chat={"template": "{{ messages[0].content }}"})
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        data.setup("fit")
+    assert "data.train: column=messages, conversations, rendered by data.chat.template" in caplog.text
+    assert data.prompts("train")[0].text == "ab"
+
+
+def test_a_stream_brings_the_batches_of_its_rows(make: Any, tmp_path: Path) -> None:
+    module = SimpleNamespace(batches_seen=0, updates_per_rollout=1)
+    (tmp_path / "stream.txt").write_text("".join(f"{line}\n" for line in TRAIN))
+    data = make(module, train=TextSource(str(tmp_path / "stream.txt"), streaming=True, buffer_size=4, stop=9))
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [len(batch.text) for batch in batches] == [2] * 4
+    assert sorted(texts_of(batches[:2])) == sorted(TRAIN[:4])
+    assert [TRAIN[row] for batch in batches for row in batch.index.tolist()] == texts_of(batches)
+    before = data.state_dict()
+    data.load_state_dict(before)
+    (tmp_path / "stream.txt").write_text("".join(f"{line}\n" for line in ["h", *TRAIN]))
+    changed = make(module, train=TextSource(str(tmp_path / "stream.txt"), streaming=True, buffer_size=4, stop=9))
+    changed.setup("fit")
+    with pytest.raises(ConfigMismatchError, match="train_content"):
+        changed.load_state_dict(before)
+
+
+def test_what_a_stream_cannot_do_is_refused(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "stream.txt").write_text("ab\n\n" * 3)
+    rows = TextSource(str(tmp_path / "stream.txt"), streaming=True)
+    with pytest.raises(ValueError, match=r"3 training rows do not fill one batch of 4 on 1 rank"):
+        make(SimpleNamespace(batches_seen=0), train=rows, batch_size=4).setup("fit")
+    with pytest.raises(ValueError, match=r"data\.num_workers must be 0 where data\.train is streamed"):
+        make(SimpleNamespace(batches_seen=0), train=rows, num_workers=1).setup("fit")
+    with pytest.raises(ValueError, match=r"set data\.max_text_tokens"):
+        make(SimpleNamespace(batch_kind="text"), train=rows).setup("fit")
+    for option in ({"unique": True}, {"shuffle_seed": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} needs all rows at once"):
+            TextSource("a.txt", streaming=True, **option)
+    with pytest.raises(ValueError, match="buffer_size must be at least 1"):
+        TextSource("a.txt", buffer_size=0)
+    limited = make(SimpleNamespace(batch_kind="text"), train=rows, max_text_tokens=7)
+    limited.setup("fit")
+    assert limited.longest() == 7

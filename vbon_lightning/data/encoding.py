@@ -1,19 +1,16 @@
-"""Rows of text -> token ids -> padded batches."""
+"""Rows of text -> token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vbon_lightning.conversations import Chat, ConversationError
+from vbon_lightning.data.conversations import MESSAGES, Chat, ConversationError, Message
+from vbon_lightning.data.sources import TextRow, TextSource
 from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids, shared_start
 from vbon_lightning.reference_table import prompt_key
-from vbon_lightning.sources import TextRow, TextSource
-from vbon_lightning.types import JudgedBatch, PromptBatch, TextBatch
 
 
 class PromptError(ValueError):
@@ -29,6 +26,8 @@ class EncodedPrompt(NamedTuple):
     """The reference table's key: a hash of ``tokens`` and ``columns``."""
     columns: dict[str, Any] | None = None
     """What the reward reads of the prompt's row beside it, by the columns' names."""
+    messages: list[Message] | None = None
+    """The prompt as messages, where it is a conversation."""
 
 
 class EncodedText(NamedTuple):
@@ -94,9 +93,9 @@ def encode_prompts(
     """
     if max_tokens is not None and max_tokens < 1:
         raise PromptError(f"data.max_prompt_tokens must be at least 1, got {max_tokens}")
-    where = "" if source is None else f"{source.path}, "
     encoded = []
     for row in rows:
+        where = f"{row.where}, " if row.where else "" if source is None else f"{source.called}, "
         tokens, text = encode_prompt_ids(tokenizer, row.prompt, rendered=row.rendered), row.prompt
         if not tokens:
             raise PromptError(f"{where}row {row.row}: the prompt {row.prompt!r} has no tokens")
@@ -116,9 +115,10 @@ def encode_prompts(
             # As the whole text has it: with a template's special tokens, without a BOS that the tokenizer put before.
             written = tokens if opening and row.prompt.startswith(str(tokenizer.bos_token)) else tokens[len(opening) :]
             text = str(tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        beside = {name: (row.columns or {})[name] for name in key_columns if name != "messages"}
-        columns = row.columns if row.messages is None else {**(row.columns or {}), "messages": row.messages}
-        encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens, beside), columns))
+        known = row.columns or {}
+        # The messages of a conversation are in its tokens.
+        beside = {name: known[name] for name in key_columns if row.messages is None or name != MESSAGES}
+        encoded.append(EncodedPrompt(tokens, text, prompt_key(tokens, beside), row.columns, row.messages))
     return encoded
 
 
@@ -334,54 +334,3 @@ def _encode_whole(
     opening = opening_ids(tokenizer)
     pieces = [drop_repeated_opening(ids, opening) for ids in found["input_ids"]]
     return list(zip(found["overflow_to_sample_mapping"], pieces, strict=True))
-
-
-def collate_judged(items: Sequence[tuple[int, bool, EncodedJudged]], *, pad_id: int) -> JudgedBatch:
-    """Pad texts on the right."""
-    _, valid, rows = zip(*items, strict=True)
-    tokens, mask = _pad([text for row in rows for text in row.texts], pad_id=pad_id, left=False)
-    shape = (len(rows), len(rows[0].texts), -1)
-    labels = None if rows[0].label is None else torch.tensor([row.label for row in rows])
-    return JudgedBatch(tokens.view(shape), mask.view(shape), labels, torch.tensor(valid))
-
-
-def collate_prompts(items: Sequence[tuple[int, bool, EncodedPrompt]], *, pad_id: int) -> PromptBatch:
-    """Pad prompts on the left."""
-    index, valid, rows = zip(*items, strict=True)
-    tokens, mask = _pad([row.tokens for row in rows], pad_id=pad_id, left=True)
-    names = rows[0].columns
-    columns = None if names is None else {name: [row.columns[name] for row in rows] for name in names}
-    return PromptBatch(
-        torch.tensor(index), torch.tensor(valid), tokens, mask, [row.text for row in rows], columns=columns
-    )
-
-
-def batch_keys(batch: PromptBatch) -> list[str]:
-    """Return the reference table's key of each prompt of a batch."""
-    tokens = [row[keep].tolist() for row, keep in zip(batch.tokens, batch.mask, strict=True)]
-    columns = batch.columns or {}
-    names = [name for name in columns if name != "messages"]  # which the tokens tell
-    beside = [{name: columns[name][row] for name in names} for row in range(len(tokens))]
-    return [prompt_key(ids, extra) for ids, extra in zip(tokens, beside, strict=True)]
-
-
-def collate_texts(items: Sequence[tuple[int, bool, EncodedText]], *, pad_id: int) -> TextBatch:
-    """Pad texts on the right."""
-    _, valid, rows = zip(*items, strict=True)
-    tokens, mask = _pad([row.tokens for row in rows], pad_id=pad_id, left=False)
-    learnt = torch.arange(tokens.shape[1]) >= torch.tensor([row.context for row in rows])[:, None]
-    for place, row in enumerate(rows):
-        if row.learnt is not None:
-            learnt[place, : len(row.learnt)] &= torch.tensor(row.learnt)
-    return TextBatch(tokens, mask, mask & learnt, torch.tensor(valid))
-
-
-def _pad(rows: Sequence[Sequence[int]], *, pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[place, span] = torch.tensor(row)
-        mask[place, span] = True
-    return tokens, mask

@@ -2,71 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
-from vbon_lightning.conversations import Chat, ConversationError
-from vbon_lightning.encoding import (
-    EncodedJudged,
-    EncodedPrompt,
-    EncodedText,
-    collate_judged,
-    collate_prompts,
-    collate_texts,
-    encode_comparisons,
-    encode_labelled,
-    encode_prompts,
-    encode_texts,
-    render_conversations,
-)
-from vbon_lightning.models import ModelSpec, load_tokenizer, named_token_ids
+from vbon_lightning.data.collating import collate_judged, collate_prompts, collate_texts
+from vbon_lightning.data.conversations import ConversationError
+from vbon_lightning.data.dealing import ResumableLoader, RowDealer, Rows, StreamedRows
+from vbon_lightning.data.encoding import EncodedJudged, EncodedPrompt, EncodedText
+from vbon_lightning.data.preparing import prepare_rows
+from vbon_lightning.data.sources import TextRow, TextSource, find_columns, read_rows, stream_rows
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable
-from vbon_lightning.rewards import RewardModel
-from vbon_lightning.sampler import ShardedSampler
-from vbon_lightning.sources import TextRow, TextSource, read_rows
 from vbon_lightning.types import JudgedBatch, PromptBatch, Responses, TableBatch, TextBatch
 
 Split = Literal["train", "val", "test"]
-
-
-class _Rows(Dataset):
-    """Rows of a split; an index beyond the end is a row that only evens out the ranks."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of all rows."""
-        return hashlib.sha256(repr([tuple(row) for row in self.rows]).encode()).hexdigest()[:16]
-
-    def __getitem__(self, index: int) -> tuple[int, bool, Any]:
-        return index % len(self.rows), index < len(self.rows), self.rows[index % len(self.rows)]
-
-
-class _ResumableLoader(DataLoader):
-    """A loader whose position lives in the module's batch counter, so that it keeps no state of its own."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Accept the empty state; the sampler asks the module where training is."""
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -78,17 +37,11 @@ class AlignmentDataModule(LightningDataModule):
     them is asked of the module (``batch_kind``).
 
     Args:
-        policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
-        reference: The model to stay close to and to take Best-of-N of; the policy's own start by default.
-        reward: The reward model.
-        chat: How conversations are rendered: ``template`` (Jinja) in place of the tokenizer's own, ``system`` for those
-            without a system message, and anything else for the template, such as ``enable_thinking``.
-        reward_columns: Columns of the data set that the reward reads beside the prompt, such as the right answer; those
-            that it names itself come without asking.
-        value_model: The model of the reward to come that ``ValueModelling`` exported, for methods that use one.
-        train: Where training text comes from.
+        train: Where training text comes from: a source, or, in Python, a ``datasets.Dataset`` or a list of mappings.
         val: Where validation text comes from.
         test: Where held-out text for ``vbon test`` and ``vbon compare`` comes from.
+        reward_columns: Columns of the data set that the reward reads beside the prompt, such as the right answer; those
+            that it names itself come without asking.
         reference_table: Directory of the reference table: read when it is there, written by ``vbon predict``.
         table_samples: M, how many of the table's responses a prompt to use, the first ones; all by default.
         table_skip: Leave out so many of the table's responses a prompt before that. Where a policy is judged on the
@@ -96,16 +49,6 @@ class AlignmentDataModule(LightningDataModule):
             ``table_samples: 64``, compare with ``table_skip: 64``.
         table_seed: Seeds the table's responses; part of its fingerprint.
         table_splits: Splits whose prompts ``vbon predict`` fills into the table.
-        max_new_tokens: Longest response, in tokens.
-        temperature: Sampling temperature, > 0.
-        missing_eos_penalty: Subtracted from the reward of responses that the length limit cut, in the table's
-            rewards and in the policy's alike.
-        sampler: How responses are sampled: ``eager`` (the decode loop), ``graph`` (the same samples in fixed shapes,
-            replayed as a CUDA graph) or ``vllm`` (needs the extra ``vllm``). docs/sampling.md says more.
-        max_rows: Most responses that are sampled at once, which bounds the memory; by default all of a batch.
-        engine_options: Arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``, for ``vllm``.
-        end_tokens: Tokens that end a response, as the vocabulary writes them (``<|im_end|>``), beside those that always
-            do: the tokenizer's EOS, which supervised fine-tuning teaches, and the generation config's.
         batch_size: Prompts (or texts) a step and rank.
         eval_batch_size: The same for validation, test and predict; ``batch_size`` by default.
         max_prompt_tokens: Longest prompt, in tokens.
@@ -115,31 +58,21 @@ class AlignmentDataModule(LightningDataModule):
             makes consecutive pieces of it, of which only the last has the EOS.
         num_workers: Loader processes.
         seed: Seeds the order of the training rows.
+        **actors: The models, the reward and how responses are sampled: what
+            :class:`~vbon_lightning.actors.ActorSpec` takes, ``policy`` first.
     """
 
     def __init__(
         self,
-        policy: str | ModelSpec,
-        reference: str | ModelSpec | None = None,
-        reward: RewardModel | None = None,
+        train: TextSource | list[dict[str, Any]] | None = None,
+        val: TextSource | list[dict[str, Any]] | None = None,
+        test: TextSource | list[dict[str, Any]] | None = None,
         reward_columns: list[str] = [],  # noqa: B006 (never mutated)
-        chat: dict[str, Any] | None = None,
-        value_model: str | ModelSpec | None = None,
-        train: TextSource | None = None,
-        val: TextSource | None = None,
-        test: TextSource | None = None,
         reference_table: str | None = None,
         table_samples: int | None = None,
         table_skip: int = 0,
         table_seed: int = 0,
         table_splits: list[Split] = ["train", "val", "test"],  # noqa: B006 (never mutated; a tuple reads worse in YAML)
-        max_new_tokens: int = 32,
-        temperature: float = 1.0,
-        missing_eos_penalty: float = 0.0,
-        sampler: Literal["eager", "graph", "vllm"] = "eager",
-        max_rows: int | None = None,
-        engine_options: dict[str, Any] | None = None,
-        end_tokens: list[str] = [],  # noqa: B006 (never mutated)
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_prompt_tokens: int | None = None,
@@ -148,6 +81,7 @@ class AlignmentDataModule(LightningDataModule):
         long_text: Literal["truncate", "split"] = "truncate",
         num_workers: int = 0,
         seed: int = 0,
+        **actors: Any,
     ) -> None:
         super().__init__()
         for name, size in (
@@ -164,23 +98,11 @@ class AlignmentDataModule(LightningDataModule):
         ):
             if value not in known:
                 raise ValueError(f"data.{name} must be one of {', '.join(known)}; got {value!r}")
-        self.actors = ActorSpec(
-            policy=policy,
-            reference=reference,
-            reward=reward,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            missing_eos_penalty=missing_eos_penalty,
-            sampler=sampler,
-            max_rows=max_rows,
-            engine_options=engine_options,
-            value_model=value_model,
-            end_tokens=end_tokens,
-            chat_template=(chat or {}).get("template"),
-        )
-        self.reward_columns, self.chat = list(reward_columns), dict(chat or {})
+        self.actors = ActorSpec(**actors)
+        self.reward_columns = list(reward_columns)
         self.judge_columns: list[str] = []
-        self.sources: dict[str, TextSource | None] = {"train": train, "val": val, "test": test}
+        given = {"train": train, "val": val, "test": test}
+        self.sources = {name: None if rows is None else TextSource.of(rows) for name, rows in given.items()}
         if table_skip < 0:
             raise ValueError(f"data.table_skip must be at least 0, got {table_skip}")
         self.reference_table, self.table_samples, self.table_skip = reference_table, table_samples, table_skip
@@ -191,8 +113,9 @@ class AlignmentDataModule(LightningDataModule):
         self.max_text_tokens, self.long_text = max_text_tokens, long_text
         self.num_workers, self.seed = num_workers, seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._rows: dict[tuple[str, str], _Rows] = {}
+        self._rows: dict[tuple[str, str], Rows] = {}
         self._table: ReferenceTable | None = None
+        self._stream_digest = ""
 
     # -- what there is -----------------------------------------------------------------------------
 
@@ -200,7 +123,7 @@ class AlignmentDataModule(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the policy's tokenizer."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.actors.policy_spec)
+            self._tokenizer = self.actors.load_tokenizer()
         return self._tokenizer
 
     def prompts(self, split: Split) -> list[EncodedPrompt]:
@@ -253,7 +176,10 @@ class AlignmentDataModule(LightningDataModule):
 
     def longest(self) -> int:
         """Return the most tokens that a prompt or text read so far has."""
-        return max((len(row.tokens) for rows in self._rows.values() for row in rows.rows), default=0)
+        known = max((len(row.tokens) for rows in self._rows.values() for row in rows.rows), default=0)
+        if not self._streams("train"):
+            return known
+        return max(known, (self.max_prompt_tokens if self._batch_kind == "prompts" else self.max_text_tokens) or 0)
 
     @property
     def _module(self) -> LightningModule | None:
@@ -274,55 +200,85 @@ class AlignmentDataModule(LightningDataModule):
         online = getattr(self._module, "reference_samples", 0)
         return self._batch_kind == "prompts" and self.reference_table is not None and not online
 
-    def _split(self, split: str, kind: str) -> _Rows:
+    def _split(self, split: str, kind: str) -> Rows:
         if (split, kind) not in self._rows:
-            source = self.sources[split]
-            if source is None:
-                raise ValueError(f"no {split} data: set `data.{split}`")
-            beside = self.columns_read if kind == "prompts" else ()
-            rows = read_rows(source, tuple(dict.fromkeys([*beside, *self.judge_columns])))
-            if any(row.messages is not None for row in rows):
-                rows = self._rendered(split, rows, kind)
-            if kind == "prompts":
-                encoded: Sequence[Any] = encode_prompts(
-                    rows,
-                    self.tokenizer,
-                    source=source,
-                    key_columns=beside,
-                    max_tokens=self.max_prompt_tokens,
-                    too_long=self.too_long,
-                )
-            elif kind == "labelled":
-                encoded = encode_labelled(
-                    rows,
-                    self.tokenizer,
-                    labels=getattr(self._module, "labels", ()),
-                    max_tokens=self.max_text_tokens,
-                    long_text=self.long_text,
-                )
-            elif kind == "comparisons":
-                encoded = encode_comparisons(rows, self.tokenizer, max_tokens=self.max_text_tokens)
-            else:
-                encoded = encode_texts(
-                    rows,
-                    self.tokenizer,
-                    ends=named_token_ids(self.tokenizer, self.actors.end_tokens),
-                    max_tokens=self.max_text_tokens,
-                    long_text=self.long_text,
-                )
-            self._rows[split, kind] = _Rows(encoded)
+            source = self._source(split)
+            found = find_columns(source)
+            rows = read_rows(found, self._columns(kind))
+            self._rows[split, kind] = Rows(self._prepared(split, kind, rows))
+            self._say_what_was_found(split, source, found, rows)
         return self._rows[split, kind]
 
-    def _rendered(self, split: str, rows: list[TextRow], kind: str) -> list[TextRow]:
-        if kind == "labelled":
-            raise ValueError(f"data.{split}: labelled texts are plain texts, and these are conversations")
+    def _source(self, split: str) -> TextSource:
+        source = self.sources[split]
+        if source is None:
+            raise ValueError(f"no {split} data: set `data.{split}`")
+        return source
+
+    def _columns(self, kind: str) -> tuple[str, ...]:
+        """Return the columns to read beside the text."""
+        return tuple(dict.fromkeys([*(self.columns_read if kind == "prompts" else ()), *self.judge_columns]))
+
+    def _prepared(self, split: str, kind: Any, rows: Sequence[TextRow]) -> list[Any]:
         try:
-            chat = Chat(self.tokenizer, self.chat)
+            return prepare_rows(
+                rows,
+                kind,
+                self.tokenizer,
+                chat=self.actors.chat,
+                source=self.sources[split],
+                key_columns=self.columns_read if kind == "prompts" else (),
+                end_tokens=self.actors.end_tokens,
+                labels=getattr(self._module, "labels", ()),
+                max_prompt_tokens=self.max_prompt_tokens,
+                too_long=self.too_long,
+                max_text_tokens=self.max_text_tokens,
+                long_text=self.long_text,
+            )
         except ConversationError as problem:
             raise ValueError(f"data.{split}: {problem}") from problem
-        whose = "data.chat.template" if "template" in self.chat else "the tokenizer's chat template"
-        rank_zero_info(f"data.{split}: {len(rows)} conversations, rendered by {whose}")
-        return render_conversations(rows, chat, whole=kind == "text")
+
+    def _say_what_was_found(self, split: str, source: TextSource, found: TextSource, rows: Sequence[TextRow]) -> None:
+        """Log which columns were taken where none was named, and what renders conversations."""
+        names = ("column", "response_column", "rejected_column")
+        news = [f"{name}={getattr(found, name)}" for name in names if getattr(found, name) != getattr(source, name)]
+        if rows[0].messages is not None:
+            whose = "data.chat.template" if "template" in self.actors.chat else "the tokenizer's chat template"
+            news.append(f"conversations, rendered by {whose}")
+        if news:
+            rank_zero_info(f"data.{split}: {', '.join(news)}")
+
+    def _stream(self, kind: str) -> Iterator[Any]:
+        """Read the training rows one by one, encoded."""
+        rows = stream_rows(self._source("train"), self._columns(kind))
+        while some := list(islice(rows, 256)):
+            yield from self._prepared("train", kind, some)
+
+    def _check_stream(self, kind: str) -> None:
+        """Look at the beginning of streamed training rows; the others are looked at when their turn comes."""
+        if self.num_workers:
+            raise ValueError("data.num_workers must be 0 where data.train is streamed: its position is kept in here")
+        if kind != "prompts" and self.max_text_tokens is None:
+            raise ValueError("streamed texts have no longest one that could be known: set data.max_text_tokens")
+        source = self._source("train")
+        found = find_columns(source)
+        first = list(islice(stream_rows(found, self._columns(kind)), self.batch_size * self._ranks()[0]))
+        self._check_enough(len(first))
+        self._stream_digest = Rows(self._prepared("train", kind, first)).digest
+        self._say_what_was_found("train", source, found, first)
+
+    def _check_enough(self, rows: int) -> None:
+        world, _ = self._ranks()
+        if rows < self.batch_size * world:
+            raise ValueError(
+                f"{rows} training rows do not fill one batch of {self.batch_size} on {world} "
+                "rank(s): lower `data.batch_size` or widen `data.train`"
+            )
+
+    def _streams(self, split: str) -> bool:
+        """Whether a split's rows are read while training goes on."""
+        source = self.sources[split]
+        return split == "train" and source is not None and source.streaming
 
     # -- Lightning ---------------------------------------------------------------------------------
 
@@ -334,13 +290,12 @@ class AlignmentDataModule(LightningDataModule):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
             if self.sources[split] is None and (split, stage) == ("val", "fit"):
                 continue
+            if self._streams(split):
+                self._check_stream(kind)
+                continue
             rows = self._split(split, kind).rows
-            world, _ = self._ranks()
-            if split == "train" and len(rows) < self.batch_size * world:
-                raise ValueError(
-                    f"{len(rows)} training rows do not fill one batch of {self.batch_size} on {world} "
-                    "rank(s): lower `data.batch_size` or widen `data.train`"
-                )
+            if split == "train":
+                self._check_enough(len(rows))
             if self._reads_table:  # names a prompt that the table lacks
                 self.table_rewards(rows)
             if self._brings_responses and split == "train":  # names one whose responses have no tokens
@@ -363,17 +318,20 @@ class AlignmentDataModule(LightningDataModule):
     def _settings(self) -> dict[str, Any]:
         source = self.sources["train"]
         settings: dict[str, Any] = {
-            "train": None if source is None else plain(vars(source)),
+            "train": None if source is None else plain(source.settings()),
             "batch_size": self.batch_size,
             "max_prompt_tokens": self.max_prompt_tokens,
             "too_long": self.too_long,
             "max_text_tokens": self.max_text_tokens,
             "long_text": self.long_text,
             "seed": self.seed,
-            **({"chat": self.chat} if self.chat else {}),
+            **({"chat": self.actors.chat} if self.actors.chat else {}),
         }
         if source is not None:
-            settings["train_content"] = self._split("train", self._batch_kind).digest
+            streamed = self._streams("train")
+            settings["train_content"] = (
+                self._stream_digest if streamed else self._split("train", self._batch_kind).digest
+            )
         if self._reads_table:
             settings |= {"table_seed": self.table_seed, "reference rewards a prompt": self.reference_rewards}
             settings |= {"table_skip": self.table_skip} if self.table_skip else {}
@@ -383,22 +341,24 @@ class AlignmentDataModule(LightningDataModule):
         """Deal shuffled training rows, each batch once for every update that is made on its rollout."""
         module: Any = self._module
         kind = self._batch_kind
-        rows = self._split("train", kind)
         world, rank = self._ranks()
-        sampler = ShardedSampler(
-            len(rows),
-            batch_size=self.batch_size,
-            num_replicas=world,
-            rank=rank,
-            shuffle=True,
-            seed=self.seed,
-            drop_last=True,
-            repeats=getattr(module, "updates_per_rollout", 1),
-            position=(lambda: module.batches_seen) if hasattr(module, "batches_seen") else None,
-        )
-        if self._brings_responses:
-            kind = "responses"
-        return self._loader(_ResumableLoader, rows, kind, sampler, self.batch_size)
+        dealt: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "num_replicas": world,
+            "rank": rank,
+            "seed": self.seed,
+            "repeats": getattr(module, "updates_per_rollout", 1),
+        }
+        if hasattr(module, "batches_seen"):
+            dealt["position"] = lambda: module.batches_seen
+        brought = "responses" if self._brings_responses else kind
+        if self._streams("train"):
+            buffer = self._source("train").buffer_size
+            streamed = StreamedRows(lambda: self._stream(kind), buffer=buffer, **dealt)
+            return self._loader(ResumableLoader, streamed, brought, None, self.batch_size)
+        rows = self._split("train", kind)
+        dealer = RowDealer(len(rows), shuffle=True, drop_last=True, **dealt)
+        return self._loader(ResumableLoader, rows, brought, dealer, self.batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
         """Deal the validation rows in order; nothing where there is no validation split."""
@@ -429,19 +389,21 @@ class AlignmentDataModule(LightningDataModule):
             raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
         module: Any = self._module
         done = module.finished_keys() if hasattr(module, "finished_keys") else set()
-        rows = _Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
+        rows = Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
         return self._loader(
             DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
         )
 
-    def _sampler(self, size: int, batch_size: int) -> ShardedSampler:
+    def _sampler(self, size: int, batch_size: int) -> RowDealer:
         world, rank = self._ranks()
-        return ShardedSampler(size, batch_size=batch_size, num_replicas=world, rank=rank)
+        return RowDealer(size, batch_size=batch_size, num_replicas=world, rank=rank)
 
     def _ranks(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _loader(self, cls: type[DataLoader], rows: _Rows, kind: str, sampler: ShardedSampler, size: int) -> DataLoader:
+    def _loader(
+        self, cls: type[DataLoader], rows: Rows | StreamedRows, kind: str, sampler: RowDealer | None, size: int
+    ) -> DataLoader:
         collate: dict[str, Callable[[list[Any]], NamedTuple]] = {
             "text": self._collate_texts,
             "labelled": self._collate_judged,

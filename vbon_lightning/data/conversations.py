@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 """``{"role": ..., "content": ...}``, and whatever else a template reads."""
+
+
+MESSAGES = "messages"
+"""What rewards call the messages of a conversation, whatever the column that holds them is called."""
 
 
 class ConversationError(ValueError):
@@ -143,16 +148,18 @@ class Chat:
     def text(self, messages: Sequence[Message]) -> Rendered:
         """Render a whole conversation, and say where the assistant's turns are.
 
-        Found by rendering the conversation up to each turn; a template's own generation marks are not read.
+        The template marks them, ``{% generation %}``, or else they are found by rendering the conversation up to each.
 
         Raises:
-            ConversationError: If the assistant says nothing, or the template renders a turn otherwise once the
-                conversation goes on.
+            ConversationError: If the assistant says nothing, the template's marks hold nothing, or, without marks, the
+                template renders a turn otherwise once the conversation goes on.
         """
         whole = self._whole(messages)
         if not any(message["role"] == "assistant" for message in whole):
             raise ConversationError("the assistant says nothing, and nothing is to be learnt")
         text = self._render(whole)
+        if re.search(r"{%-?\s*generation\s*-?%}", self.template):
+            return Rendered(text, self._marked(whole))
         spans = []
         for place, message in enumerate(whole):
             if message["role"] != "assistant":
@@ -163,6 +170,28 @@ class Chat:
                 raise ConversationError(_REWRITES)
             spans.append((len(before), len(after)))
         return Rendered(text, spans)
+
+    def _marked(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """Return what the template marks as generated, as characters."""
+        found = self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self.template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+            **self.arguments,
+        )
+        spans: list[tuple[int, int]] = []
+        before = False
+        for (start, stop), marked in zip(found["offset_mapping"], found["assistant_masks"], strict=True):
+            if marked and before:
+                spans[-1] = (spans[-1][0], stop)
+            elif marked:
+                spans.append((start, stop))
+            before = bool(marked)
+        if not spans:
+            raise ConversationError("the chat template marks nothing of it as generated ({% generation %})")
+        return spans
 
 
 _REWRITES = (

@@ -10,16 +10,16 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.helpers import tiny_tokenizer
-from vbon_lightning.conversations import Chat, ConversationError, as_conversation, split_prompt, transcript
-from vbon_lightning.encoding import (
+from vbon_lightning.data.collating import collate_texts
+from vbon_lightning.data.conversations import Chat, ConversationError, as_conversation, split_prompt, transcript
+from vbon_lightning.data.encoding import (
     PromptError,
-    collate_texts,
     encode_comparisons,
     encode_prompts,
     encode_texts,
     render_conversations,
 )
-from vbon_lightning.sources import SourceError, TextSource, read_rows
+from vbon_lightning.data.sources import SourceError, TextSource, as_row, find_columns, read_rows
 
 ALPHABET = "abcdefgh[]us\n"
 TEMPLATE = (
@@ -136,7 +136,7 @@ def test_a_prompt_has_the_templates_tokens_and_no_others(tokenizer: PreTrainedTo
     for prompt, messages in zip(prompts, ([USER], TALK[:3]), strict=True):
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert prompt.tokens == list(expected)
-        assert prompt.columns == {"messages": messages}
+        assert (prompt.messages, prompt.columns) == (messages, None)
     assert prompts[0].text == "[u]ab</s>\n[a]"
     tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     (prompt, _) = encode_prompts(render_conversations(rows, Chat(tokenizer), whole=False), tokenizer)
@@ -213,11 +213,79 @@ def test_rows_that_do_not_fit_are_named(tokenizer: PreTrainedTokenizerBase, tmp_
         read_rows(TextSource(write(tmp_path / "d.jsonl", {"text": [USER]}), first_words=1))
     with pytest.raises(SourceError, match="line 1: there are no messages, which the reward reads"):
         read_rows(TextSource(write(tmp_path / "e.jsonl", {"text": "plain"})), columns=("messages",))
-    with pytest.raises(SourceError, match="line 1: without a column the prompt is what chosen and rejected"):
-        read_rows(TextSource(write(tmp_path / "f.jsonl", {"a": 1}), column=None))
+    pairs = {"chosen": [USER, ASSISTANT], "rejected": [USER, MORE]}
+    with pytest.raises(SourceError, match="line 2: without a column the prompt is what chosen and rejected"):
+        read_rows(TextSource(write(tmp_path / "f.jsonl", pairs, {**pairs, "chosen": 3})))
 
 
 def test_conversations_are_filtered_by_their_words(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"text": [USER]}, {"text": TALK[:3]}, {"text": [USER]})
     assert [row.row for row in read_rows(TextSource(file, min_words=3))] == [2]
     assert [row.row for row in read_rows(TextSource(file, unique=True))] == [1, 2]
+
+
+# -- columns that nobody named ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"text": "a", "prompt": "b"}, ("text", None, None)),
+        ({"prompt": "a", "answer": "b"}, ("prompt", None, None)),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, ("prompt", "completion", None)),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("prompt", "chosen", "rejected")),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [MORE]}, ("prompt", "chosen", "rejected")),
+        ({"prompt": "ab", "chosen": [USER, ASSISTANT], "rejected": [USER, MORE]}, (None, "chosen", "rejected")),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, MORE]}, (None, "chosen", "rejected")),
+        ({"id": 3, "messages": [USER], "source": "a"}, ("messages", None, None)),
+        ({"id": 3, "turns": [USER], "source": "a"}, ("turns", None, None)),
+        ({"id": 3, "review": "a"}, ("review", None, None)),
+    ],
+)
+def test_columns_are_found_by_what_they_hold(record: dict[str, Any], found: tuple[str | None, ...]) -> None:
+    source = find_columns(TextSource.of([record]))
+    assert (source.column, source.response_column, source.rejected_column) == found
+    (row,) = read_rows(TextSource.of([record]))
+    assert (row.response or row.answer) is not None or found[1] is None
+
+
+def test_columns_that_are_named_stay() -> None:
+    record = {"text": "a", "prompt": "b", "completion": "c", "messages": [USER]}
+    for named in ({"column": "prompt"}, {"template": "{prompt}"}):
+        assert find_columns(TextSource.of([record], **named)) == TextSource.of([record], **named)
+    pairs = {"chosen": [USER, ASSISTANT], "rejected": [USER, MORE], "best": [USER, AGAIN]}
+    source = find_columns(TextSource.of([pairs], response_column="best"))
+    assert (source.column, source.response_column, source.rejected_column) == (None, "best", "rejected")
+    with pytest.raises(SourceError, match=r"which column holds .* as `column`; the columns are 'question', 'answer'"):
+        find_columns(TextSource.of([{"question": "a", "answer": "b"}]))
+
+
+# -- a template that marks what is generated -------------------------------------------------------
+
+MARKED = (
+    "{% for m in messages %}[{{ m.role[0] }}]{% if m.role == 'assistant' %}{%- generation -%}"
+    "{{ m.content if loop.last else 'h' }}</s>{%- endgeneration -%}{% else %}{{ m.content }}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+def test_marks_of_the_template_say_what_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = MARKED  # rewrites history, which prefixes would refuse and marks allow
+    rendered = Chat(tokenizer).text(TALK)
+    assert rendered.text == "[u]ab</s>[a]h</s>[u]e</s>[a]fgh</s>"
+    assert [rendered.text[start:stop] for start, stop in rendered.learnt] == ["h</s>", "fgh</s>"]
+    rows = render_conversations([as_row(TALK, 1)], Chat(tokenizer), whole=True)
+    (encoded,) = encode_texts(rows, tokenizer)
+    assert encoded.learnt is not None
+    kept = [token for token, learnt in zip(encoded.tokens, encoded.learnt, strict=True) if learnt]
+    assert read(tokenizer, kept) == "h</s>fgh</s>"
+    with pytest.raises(ConversationError, match="rewrites history"):
+        Chat(
+            tokenizer, {"template": MARKED.replace("generation", "if true", 1).replace("endgeneration", "endif")}
+        ).text(TALK)
+
+
+def test_marks_that_hold_nothing_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    empty = TEMPLATE + "{% generation %}{% endgeneration %}"
+    with pytest.raises(ConversationError, match="marks nothing of it as generated"):
+        Chat(tokenizer, {"template": empty}).text(TALK)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import BOS, EOS, PAD, tiny_tokenizer
-from vbon_lightning.encoding import (
+from vbon_lightning.data.collating import collate_texts
+from vbon_lightning.data.encoding import (
     EncodedPrompt,
     EncodedText,
     PromptError,
-    collate_prompts,
-    collate_texts,
     encode_comparisons,
     encode_labelled,
     encode_prompt_ids,
     encode_prompts,
     encode_texts,
 )
+from vbon_lightning.data.sources import TextRow, TextSource
 from vbon_lightning.reference_table import prompt_key
-from vbon_lightning.sources import TextRow, TextSource
 
 
 def with_template(single: str, **arguments: object) -> PreTrainedTokenizerFast:
@@ -264,29 +262,3 @@ def test_texts_that_cannot_be_learnt_are_refused():
     endless.eos_token = None
     with pytest.raises(PromptError, match="the tokenizer has no EOS token"):
         encode_texts([row("ab")], endless)
-
-
-# --- batches ---
-
-
-@pytest.mark.parametrize("pad_id", [PAD, EOS, A])
-def test_prompts_are_padded_on_the_left(pad_id):
-    rows = encode_prompts([row("abc"), row("d")], PLAIN)
-    batch = collate_prompts([(5, True, rows[0]), (0, False, rows[1])], pad_id=pad_id)
-    assert batch.index.tolist() == [5, 0]
-    assert batch.valid.tolist() == [True, False]
-    assert batch.tokens.tolist() == [[A, B, C], [pad_id, pad_id, D]]
-    assert batch.mask.tolist() == [[True, True, True], [False, False, True]]
-    assert batch.text == ["abc", "d"]
-    assert batch.reference_rewards is None
-
-
-@pytest.mark.parametrize("pad_id", [PAD, EOS, A])
-def test_texts_are_padded_on_the_right_and_the_eos_is_learnt(pad_id):
-    rows = encode_texts([row("abc"), row("a", "b")], PLAIN)
-    batch = collate_texts([(0, True, rows[0]), (1, False, rows[1])], pad_id=pad_id)
-    assert batch.tokens.tolist() == [[A, B, C, EOS], [A, B, EOS, pad_id]]
-    assert batch.mask.tolist() == [[True, True, True, True], [True, True, True, False]]
-    assert batch.loss_mask.tolist() == [[False, True, True, True], [False, True, True, False]]
-    assert batch.valid.tolist() == [True, False]
-    assert batch.loss_mask.dtype == torch.bool

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vbon_lightning.sources import SourceError, TextRow, TextSource, read_rows
+from vbon_lightning.data.sources import SourceError, TextRow, TextSource, read_rows
 
 RECORDS = [
     {"text": "One day, Tom was sad. é", "label": 0, "summary": "Tom sad"},
@@ -215,20 +215,22 @@ def test_a_missing_directory(tmp_path: Path) -> None:
 
 def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "data.xml").touch()
-    assert "expected one of .jsonl, .csv, .txt, .parquet by name, got 'data.xml'" in error(str(tmp_path / "data.xml"))
+    assert "expected one of .jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow by name, got 'data.xml'" in error(
+        str(tmp_path / "data.xml")
+    )
 
 
 def test_a_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(path: str, name: str | None, split: str) -> None:
-        asked.append((path, name, split))
+    def load_dataset(path: str, name: str | None, split: str, streaming: bool) -> None:
+        asked.append((path, name, split, streaming))
         raise ConnectionError("hub not reachable")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = error("owner/reviews", name="plain", split="test")
-    assert asked == [("owner/reviews", "plain", "test")]
+    assert asked == [("owner/reviews", "plain", "test", False)]
     assert "data set owner/reviews: cannot be loaded (name='plain', split='test')" in message
     assert "ConnectionError: hub not reachable" in message
     assert "Expected a local file" in message
@@ -237,7 +239,7 @@ def test_a_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(RECORDS * 600)  # more than a batch
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: data)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split, streaming: data)
     rows = read_rows(TextSource("owner/reviews", response_column="summary", start=2300))
     expected = [(i + 1, RECORDS[i % 4]) for i in range(2300, 2400)]
     assert rows == [TextRow(n, row["text"], row["summary"], row["text"]) for n, row in expected]
@@ -264,9 +266,9 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 def test_broken_compression(tmp_path: Path) -> None:
     whole = Path(jsonl(tmp_path / "data.jsonl.gz", *RECORDS))
     whole.write_bytes(whole.read_bytes()[:-20])
-    assert "broken gzip data" in error(str(whole))
+    assert "broken data after line 2: Compressed file ended" in error(str(whole))
     whole.write_text("not gzip")
-    assert "broken gzip data after line 0" in error(str(whole))
+    assert "broken data after line 0: Not a gzipped file" in error(str(whole))
 
 
 def test_broken_parquet(tmp_path: Path) -> None:

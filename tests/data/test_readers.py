@@ -1,0 +1,161 @@
+"""The formats and places that a source may name, each read to the same rows."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pytest
+
+from vbon_lightning.data.readers import SourceError, open_parts
+from vbon_lightning.data.sources import TextSource, read_rows, stream_rows
+
+ROWS = [{"text": "a, b", "answer": "1"}, {"text": "c \u00e9", "answer": "2"}, {"text": "d", "answer": "3"}]
+
+
+def lines() -> str:
+    return "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def separated(mark: str) -> str:
+    return (
+        "\n".join(mark.join(f'"{value}"' for value in row) for row in [list(ROWS[0]), *map(dict.values, ROWS)]) + "\n"
+    )
+
+
+def table(write: str) -> Callable[[Path], object]:
+    def make(path: Path) -> None:
+        getattr(datasets.Dataset.from_list(ROWS), write)(str(path))
+
+    return make
+
+
+def arrow(path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(path.with_suffix("")))
+    (written,) = path.with_suffix("").glob("*.arrow")
+    written.rename(path)
+
+
+FILES: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_text(lines()),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines().encode())),
+    "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(lines().encode())),
+    "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(lines().encode())),
+    "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
+    "wrapped.json": lambda path: path.write_text(json.dumps({"version": 1, "data": ROWS})),
+    "lines.json": lambda path: path.write_text(lines()),
+    "list.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "a.csv": lambda path: path.write_text(separated(",")),
+    "a.tsv": lambda path: path.write_text(separated("\t")),
+    "a.parquet": table("to_parquet"),
+    "a.arrow": arrow,
+}
+
+
+def read(path: Any, **options: Any) -> list[tuple[str, dict[str, Any] | None]]:
+    return [(row.prompt, row.columns) for row in read_rows(TextSource(path, **options), ("answer",))]
+
+
+EXPECTED = [(row["text"], {"answer": row["answer"]}) for row in ROWS]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_holds_the_same_rows(name: str, tmp_path: Path) -> None:
+    FILES[name](tmp_path / name)
+    assert read(str(tmp_path / name)) == EXPECTED
+    assert read(str(tmp_path / name), start=1, stop=2) == EXPECTED[1:2]
+    with pytest.raises(SourceError, match=f"{name}.*no column 'absent'.*columns are 'text', 'answer'"):
+        read(str(tmp_path / name), column="absent")
+    fsspec.filesystem("memory").pipe(f"/{name}", (tmp_path / name).read_bytes())
+    assert read(f"memory://{name}") == EXPECTED
+
+
+def test_a_line_with_a_conversation_is_a_row_and_no_list_of_rows(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "hello"}]
+    (tmp_path / "a.json").write_text(json.dumps({"messages": talk}) + "\n")
+    (row,) = read_rows(TextSource(str(tmp_path / "a.json")))
+    assert row.messages == talk
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "row 1: expected a JSON object, got int"),
+        ('{"a": [], "b": []}', "an object with one such list; this one has the keys 'a', 'b'"),
+        ("3", "expected a list of objects, got int"),
+        ("[{", "not valid JSON"),
+    ],
+)
+def test_other_json_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text + ("\n" if text != "[{" else ""))
+    if text.startswith("{"):  # over several lines, so that it is no line of JSON Lines
+        (tmp_path / "a.json").write_text(json.dumps(json.loads(text), indent=1))
+    with pytest.raises(SourceError, match=f"a.json.*{message}"):
+        read(str(tmp_path / "a.json"))
+
+
+def test_several_files_and_patterns_are_read_one_after_another(tmp_path: Path) -> None:
+    for number, row in enumerate(ROWS):
+        (tmp_path / f"part-{number}.jsonl").write_text(json.dumps(row) + "\n")
+    assert read(str(tmp_path / "part-*.jsonl")) == EXPECTED
+    assert read([str(tmp_path / "part-2.jsonl"), str(tmp_path / "part-[01].jsonl")]) == [EXPECTED[2], *EXPECTED[:2]]
+    (tmp_path / "part-[9].jsonl").write_text(lines())  # a name, not a pattern, where there is such a file
+    assert len(read(str(tmp_path / "part-[9].jsonl"))) == 3
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/set/{number}.jsonl": json.dumps(row).encode() for number, row in enumerate(ROWS)})
+    assert read("memory://set/*.jsonl") == EXPECTED
+    with pytest.raises(SourceError, match=r"\*\.csv: no file matches this pattern"):
+        read(str(tmp_path / "*.csv"))
+    (tmp_path / "part-1.jsonl").write_text("{}\n")
+    with pytest.raises(SourceError, match=r"part-1\.jsonl, line 1: there is no column 'text'"):
+        read(str(tmp_path / "part-?.jsonl"))
+
+
+def test_urls_that_cannot_be_opened_are_named() -> None:
+    with pytest.raises(SourceError, match=r"memory://absent\.jsonl does not exist"):
+        read("memory://absent.jsonl")
+    with pytest.raises(SourceError, match=r"nowhere://a\.jsonl cannot be opened: ValueError"):
+        read("nowhere://a.jsonl")
+    with pytest.raises(SourceError, match="expected one of .jsonl, .json"):
+        read("memory://a.xml")
+
+
+def test_rows_in_memory() -> None:
+    assert read(ROWS) == read(datasets.Dataset.from_list(ROWS)) == EXPECTED
+    named = TextSource.of(datasets.Dataset.from_list(ROWS), column="answer")
+    assert [row.prompt for row in read_rows(named)] == ["1", "2", "3"]
+    assert TextSource.of(named) is named
+    assert (named.called, named.settings()["path"]) == ("3 rows in memory", "3 rows in memory")
+    with pytest.raises(SourceError, match="the rows given, row 2: there is no column 'text'"):
+        read_rows(TextSource.of([{"text": "a"}, {}]))
+    for wrong, message in (({"text": ["a"]}, "got dict"), (["text"], "got list"), ([], "there are no rows")):
+        with pytest.raises(SourceError, match=message):
+            TextSource.of(wrong)  # type: ignore[arg-type]
+
+
+def test_a_data_set_may_come_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = datasets.Dataset.from_list(ROWS)
+    asked: list[bool] = []
+
+    def load(path: str, name: str | None, split: str, streaming: bool) -> Any:
+        asked.append(streaming)
+        return whole.to_iterable_dataset() if streaming else whole
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [row.prompt for row in stream_rows(TextSource("owner/name", streaming=True))] == [r["text"] for r in ROWS]
+    assert read("owner/name") == EXPECTED
+    assert asked == [True, True, False, False]  # the first row says which column it is
+
+
+def test_parts_read_only_the_columns_that_are_asked_for(tmp_path: Path) -> None:
+    FILES["a.parquet"](tmp_path / "a.parquet")
+    (part,) = open_parts(str(tmp_path / "a.parquet"))
+    assert next(part.rows({"answer": ""})) == (1, {"answer": "1"})
+    assert next(part.rows({})) == (1, ROWS[0])
