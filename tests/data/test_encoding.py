@@ -49,7 +49,7 @@ A, B, C, D = PLAIN("abcd")["input_ids"]
     [("$A", [A, B]), ("<s> $A", [BOS, A, B]), ("$A </s>", [A, B]), ("<s> $A </s>", [BOS, A, B])],
 )
 def test_prompts_keep_the_bos_and_get_no_eos(single, expected):
-    assert encode_prompt_ids(with_template(single), "ab") == expected
+    assert encode_prompt_ids(with_template(single), ["ab"])[0] == expected
 
 
 @pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
@@ -57,8 +57,8 @@ def test_a_written_bos_gets_no_other(single):
     """What `apply_chat_template(tokenize=False)` renders begins with the BOS."""
     tokenizer = with_template(single)
     closing = [EOS] if single.endswith("</s>") else []
-    assert encode_prompt_ids(tokenizer, "<s>ab") == [BOS, A, B]
-    assert encode_prompt_ids(tokenizer, "ab") == [BOS, A, B]
+    assert encode_prompt_ids(tokenizer, ["<s>ab"])[0] == [BOS, A, B]
+    assert encode_prompt_ids(tokenizer, ["ab"])[0] == [BOS, A, B]
     (text,) = encode_texts([row("<s>ab")], tokenizer)
     assert text.tokens == [BOS, A, B, EOS]
     (pair,) = encode_texts([row("<s>ab", "cd")], tokenizer)
@@ -76,8 +76,8 @@ def test_a_written_bos_gets_no_other(single):
 
 
 def test_a_bos_that_the_tokenizer_does_not_add_stays():
-    assert encode_prompt_ids(PLAIN, "<s>ab") == [BOS, A, B]
-    assert encode_prompt_ids(PLAIN, "<s><s>ab") == [BOS, BOS, A, B]
+    assert encode_prompt_ids(PLAIN, ["<s>ab"])[0] == [BOS, A, B]
+    assert encode_prompt_ids(PLAIN, ["<s><s>ab"])[0] == [BOS, BOS, A, B]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_bos_that_the_tokenizer_does_not_add_stays():
     ],
 )
 def test_an_eos_of_the_prompt_itself_stays(single, expected):
-    assert encode_prompt_ids(with_template(single), "a</s>") == expected
+    assert encode_prompt_ids(with_template(single), ["a</s>"])[0] == expected
 
 
 def test_encoded_prompts_carry_text_and_key():
@@ -137,7 +137,7 @@ def test_truncation_on_the_left_keeps_the_text_as_it_was_written(single, text, e
     tokenizer.clean_up_tokenization_spaces = True  # as many tokenizers are saved: decoding joins " ." to the word
     (encoded,) = encode_prompts([row(text)], tokenizer, max_tokens=10, too_long="truncate_left")
     assert encoded.text == expected
-    assert encode_prompt_ids(tokenizer, encoded.text) == encoded.tokens
+    assert encode_prompt_ids(tokenizer, [encoded.text])[0] == encoded.tokens
 
 
 def test_limits_that_leave_nothing_are_refused():
@@ -174,7 +174,7 @@ def test_pairs_learn_the_response_and_its_eos_only(single, opening):
 def test_a_pair_starts_as_the_prompt_is_sampled_from():
     tokenizer = with_template("<s> $A </s>")
     (encoded,) = encode_texts([row("ab", "cd")], tokenizer)
-    assert encoded.tokens[: encoded.context] == encode_prompt_ids(tokenizer, "ab")
+    assert encoded.tokens[: encoded.context] == encode_prompt_ids(tokenizer, ["ab"])[0]
 
 
 @pytest.mark.parametrize("response", [None, "cdefgh"])

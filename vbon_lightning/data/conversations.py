@@ -158,7 +158,7 @@ class Chat:
         if not any(message["role"] == "assistant" for message in whole):
             raise ConversationError("the assistant says nothing, and nothing is to be learnt")
         text = self._render(whole)
-        if re.search(r"{%-?\s*generation\s*-?%}", self.template):
+        if re.search(r"{%-?\s*generation\s*-?%}", str(self.template)):
             return Rendered(text, self._marked(whole))
         spans = []
         for place, message in enumerate(whole):
@@ -173,7 +173,7 @@ class Chat:
 
     def _marked(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
         """Return what the template marks as generated, as characters."""
-        found = self.tokenizer.apply_chat_template(
+        found: Any = self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=self.template,
             return_dict=True,

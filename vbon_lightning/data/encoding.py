@@ -53,20 +53,36 @@ class EncodedJudged(NamedTuple):
         return max(self.texts, key=len)
 
 
-def encode_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool = False) -> list[int]:
-    """Encode a prompt with the tokenizer's own opening tokens (BOS), without an EOS it would close texts with.
+def encode_prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, rendered: bool = False
+) -> list[list[int]]:
+    """Encode prompts with the tokenizer's own opening tokens (BOS), without an EOS it would close texts with.
 
-    An EOS that the prompt itself ends with, as in a template, stays, and a BOS that it begins with gets no other. What
+    An EOS that a prompt itself ends with, as in a template, stays, and a BOS that it begins with gets no other. What
     a chat template rendered has all its special tokens written out and gets none.
     """
+    if not texts:
+        return []
     if rendered:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    (tokens,) = encode_whole_texts(tokenizer, [text])
-    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if tokens[-len(bare) :] != bare or not bare:
-            tokens.pop()
-    return tokens
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    encoded = encode_whole_texts(tokenizer, texts)
+    for text, tokens in zip(texts, encoded, strict=True):
+        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+            bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if tokens[-len(bare) :] != bare or not bare:
+                tokens.pop()
+    return encoded
+
+
+def _encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TextRow], texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts of rows, some of which a chat template may have rendered."""
+    encoded: list[list[int]] = [[] for _ in rows]
+    for rendered in (False, True):
+        places = [place for place, row in enumerate(rows) if row.rendered == rendered]
+        some = encode_prompt_ids(tokenizer, [texts[place] for place in places], rendered=rendered)
+        for place, tokens in zip(places, some, strict=True):
+            encoded[place] = tokens
+    return encoded
 
 
 def encode_prompts(
@@ -94,9 +110,9 @@ def encode_prompts(
     if max_tokens is not None and max_tokens < 1:
         raise PromptError(f"data.max_prompt_tokens must be at least 1, got {max_tokens}")
     encoded = []
-    for row in rows:
-        where = f"{row.where}, " if row.where else "" if source is None else f"{source.called}, "
-        tokens, text = encode_prompt_ids(tokenizer, row.prompt, rendered=row.rendered), row.prompt
+    called = "" if source is None else f"{source.called}, "
+    for row, tokens in zip(rows, _encode_rows(tokenizer, rows, [row.prompt for row in rows]), strict=True):
+        where, text = f"{row.where}, " if row.where else called, row.prompt
         if not tokens:
             raise PromptError(f"{where}row {row.row}: the prompt {row.prompt!r} has no tokens")
         if max_tokens is not None and len(tokens) > max_tokens:
@@ -154,18 +170,22 @@ def encode_texts(
     if max_tokens is not None and max_tokens < 2:
         raise PromptError(f"data.max_text_tokens must be at least 2, got {max_tokens}")
     encoded = []
+    # Those whose turns are marked are encoded by themselves, with the places of their tokens.
+    plain = [row for row in rows if row.spans is None]
+    pairs = [row for row in plain if row.response is not None]
+    texts = [row.text if row.response is None else row.prompt + row.response for row in plain]
+    wholes = iter(_encode_rows(tokenizer, plain, texts))
+    prompts = iter(_encode_rows(tokenizer, pairs, [row.prompt for row in pairs]))
     for row in rows:
         if row.spans is not None:
             encoded.append(_encode_turns(row, tokenizer, {eos, *ends}, max_tokens))
             continue
+        tokens, context = next(wholes), 1
         if row.response is None:
-            tokens = encode_prompt_ids(tokenizer, row.text)
-            context = 1
             if not tokens:
                 raise PromptError(f"row {row.row}: the text {row.text!r} has no tokens")
         else:
-            prompt = encode_prompt_ids(tokenizer, row.prompt, rendered=row.rendered)
-            tokens = encode_prompt_ids(tokenizer, row.prompt + row.response, rendered=row.rendered)
+            prompt = next(prompts)
             context = max(1, shared_start(prompt, tokens))
             if not prompt:
                 raise PromptError(f"row {row.row}: the prompt {row.prompt!r} has no tokens")
@@ -305,7 +325,7 @@ def encode_comparisons(
             )
         texts += [row.prompt + row.response, row.prompt + row.rejected]
     if rows and rows[0].rendered:
-        tokens = [encode_prompt_ids(tokenizer, text, rendered=True)[:max_tokens] for text in texts]
+        tokens = [ids[:max_tokens] for ids in encode_prompt_ids(tokenizer, texts, rendered=True)]
     else:
         tokens = [piece for _, piece in _encode_whole(tokenizer, texts, max_tokens, split=False)]
     encoded = []
