@@ -15,7 +15,7 @@ import yaml
 
 from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET, make_files
-from vbon_lightning import cli
+from vbon_lightning import __version__, cli
 from vbon_lightning.reference_table import ReferenceTable
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,19 @@ def test_help(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         vbon("--help")
     text = capsys.readouterr().out
-    assert all(name in text for name in ("fit", "validate", "test", "predict", "compare"))
+    listed = re.findall(r"^    ([a-z]+) +(.*)", text.split("Available subcommands:")[1], flags=re.MULTILINE)
+    assert [name for name, _ in listed] == list(cli.COMMANDS)
+    assert all(cli.COMMANDS[name].summary.startswith(words) for name, words in listed if words)
+    with pytest.raises(SystemExit, match="0"):
+        vbon("--version")
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_listed_command_has_help_of_its_own(name: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vbon(name, "--help")
+    assert f"usage: vbon {name}" in capsys.readouterr().out.replace(" [options]", "")
 
 
 def options(text: str) -> dict[str, str]:
@@ -340,7 +352,10 @@ def test_a_bad_reward_names_prompt_and_response(
 
 def test_errors_of_the_command_line_itself(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml" in failure(capsys, lambda: vbon("fit", "--config", "nowhere.yaml"))
-    assert "fitt" in failure(capsys, lambda: vbon("fitt"))
+    assert "no command 'fitt': did you mean `vbon fit`?" in failure(capsys, lambda: vbon("fitt"))
+    assert "no command 'xyz': the commands are init, fit, predict" in failure(capsys, lambda: vbon("xyz"))
+    (Path.cwd() / "empty.yaml").write_text("{}")
+    assert "stand behind it: vbon table" in failure(capsys, lambda: vbon("--config", "empty.yaml", "table"))
     assert "bogus" in failure(capsys, lambda: vbon("fit", "--data.policy", "x", "--bogus", "1"))
 
 

@@ -437,3 +437,20 @@ _READERS: dict[str, Callable[[Path, list[str], TextSource], Iterator[_Row]]] = {
     ".txt": _text_lines,
     ".parquet": _parquet_rows,
 }
+
+
+def first_records(source: TextSource, count: int) -> list[dict[str, Any]]:
+    """Return the first rows of a source as they stand, with all their columns and whatever the source asks for.
+
+    Args:
+        source: Where they come from.
+        count: How many, at most.
+
+    Raises:
+        SourceError: For a source that cannot be found or read, or that holds nothing.
+    """
+    where, _, records = _open(source, [])
+    found = [record for _, record in islice(records, count)]
+    if not found:
+        raise SourceError(f"{where} is empty")
+    return found

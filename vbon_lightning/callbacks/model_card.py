@@ -140,13 +140,16 @@ class BestWeights(NamedTuple):
     """The metric's value."""
 
 
-def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights | None = None) -> str:
+def model_card(
+    trainer: Trainer, pl_module: LightningModule, best: BestWeights | None = None, name: str | None = None
+) -> str:
     """Write a model card: method, base, reward, hyper-parameters, metrics, versions and how to load it.
 
     Args:
         trainer: For the metrics and the number of steps.
         pl_module: For the method, its hyper-parameters and, as far as it has them, the names of its models.
         best: Whose weights are exported; the last ones by default.
+        name: What to load it by, such as its name on the hub; by default its directory.
     """
     method = type(pl_module).__name__
     actors = getattr(pl_module, "actor_spec", None)
@@ -163,7 +166,7 @@ def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights |
         tag=method.lower(),
         task_entry="" if kind.task is None else f"pipeline_tag: {kind.task}\n",
         kind=kind.name,
-        usage=kind.usage,
+        usage=kind.usage if name is None else kind.usage.replace("path/to/this/directory", name),
         weights=""
         if best is None
         else f"- **Weights:** after step {best.step}, the best `{best.monitor}` ({_number(best.score)})\n",

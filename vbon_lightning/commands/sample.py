@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from vbon_lightning._json_lines import read_json_lines
 from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.commands.run_config import parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule, Split
 from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn, draw, load_actors, sampling_spec
@@ -210,7 +211,10 @@ def _converse(actors: Any, drawing: dict[str, Any]) -> None:
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon sample``."""
     parser = ArgumentParser(prog="vbon sample", description=sample_command.__doc__)
-    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser.add_argument(
+        "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
+    )
+    pass_over_run(parser)
     parser.add_function_arguments(sample_command, skip={"data"})
     parser.add_class_arguments(AlignmentDataModule, "data")
     parser.set_defaults({"data.policy": ""})  # the policy may be all that is named
@@ -219,7 +223,4 @@ def build_parser() -> ArgumentParser:
 
 def main(args: Sequence[str]) -> None:
     """Parse the arguments of ``vbon sample`` and run it."""
-    parser = build_parser()
-    values = dict(parser.instantiate_classes(parser.parse_args(list(args))).items())
-    values.pop("config", None)
-    sample_command(**values)
+    sample_command(**parse_beside_run(build_parser(), args))

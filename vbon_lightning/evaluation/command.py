@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from vbon_lightning.actors import Actors
+from vbon_lightning.commands.run_config import parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
@@ -271,16 +272,16 @@ def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon compare``."""
     parser = ArgumentParser(prog="vbon compare", description=compare.__doc__)
-    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser.add_argument(
+        "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
+    )
+    pass_over_run(parser)
     parser.add_function_arguments(compare, skip={"command"})
     return parser
 
 
 def main(args: Sequence[str]) -> None:
     """Parse the arguments of ``vbon compare`` and run it."""
-    parser = build_parser()
-    config = parser.parse_args(list(args))
-    values = dict(parser.instantiate_classes(config).items())
-    values.pop("config", None)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    values = parse_beside_run(build_parser(), args)
+    Path(values["output"]).mkdir(parents=True, exist_ok=True)
     compare(**values, command="vbon compare " + shlex.join(args))
