@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import shlex
+import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._markdown import markdown_cell, markdown_code, markdown_table
+from vbon_lightning.checks import plain
 from vbon_lightning.models import TiltedLM, ValueModel, describe_ends
 
 _PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers", "datasets")
@@ -31,7 +36,7 @@ A {kind} trained with {method} by `vbon_lightning`.
 - **Method:** {method}
 - **Base model:** {base}
 - **Reward:** {reward}
-- **Optimizer steps:** {steps}
+{data}{command}- **Optimizer steps:** {steps}
 {ends}{weights}
 {usage}
 ## Hyper-parameters
@@ -170,10 +175,12 @@ def model_card(
         weights=""
         if best is None
         else f"- **Weights:** after step {best.step}, the best `{best.monitor}` ({_number(best.score)})\n",
-        title=f"{base} after {method}" if actors is not None else f"A policy after {method}",
+        title=f"{markdown_cell(base)} after {method}" if actors is not None else f"A policy after {method}",
         method=method,
-        base=base,
+        base=markdown_cell(base),
         reward=_reward(actors) if getattr(pl_module, "uses_reward", True) else "none",
+        data=_data(getattr(trainer, "datamodule", None)),
+        command=_command(),
         steps=trainer.global_step,
         ends=_ends(getattr(pl_module, "actors", None)) if kind.task == "text-generation" else "",
         settings=_table(("setting", "value"), _flatten(dict(pl_module.hparams)), "ll"),
@@ -193,15 +200,44 @@ def _base(spec: Any) -> tuple[str, bool]:
     if name is None:
         config = getattr(spec, "config", None)
         return (f"a new {config.get('model_type', 'model')} from a config" if config else "not recorded"), False
-    path = Path(str(name)).expanduser()
+    return _public(str(name))
+
+
+def _public(name: str) -> tuple[str, bool]:
+    """Return a name as others may read it, and whether it is one of the hub."""
+    path = Path(name).expanduser()
     # Someone else's directories mean nothing to the reader, and may be private: only the last name is kept.
     is_local = path.is_absolute() or path.exists() or len(path.parts) > 2
-    return (path.name if is_local else str(name)), not is_local
+    return (path.name if is_local else name), not is_local
 
 
 def _reward(actors: Any) -> str:
     identity = getattr(getattr(actors, "reward", None), "identity", None)
-    return f"`{json.dumps(identity(), sort_keys=True)}`" if callable(identity) else "none"
+    return markdown_code(json.dumps(identity(), sort_keys=True)) if callable(identity) else "none"
+
+
+def _data(module: Any) -> str:
+    """Say where the training rows came from, and which were taken."""
+    source = getattr(module, "sources", {}).get("train")
+    if source is None:
+        return ""
+    usual = {field.name: field.default for field in fields(source)}
+    taken = {name: value for name, value in vars(source).items() if name != "path" and value != usual[name]}
+    taken = {"path": _public(source.path)[0], **plain(taken)}
+    return f"- **Data:** {markdown_code(json.dumps(taken, ensure_ascii=False))}\n"
+
+
+def _command() -> str:
+    """Say which command made it, where one did; of directories in it only the last names are kept."""
+    program = Path(sys.argv[0])
+    if program.stem != "vbon" and program.parent.name != "vbon_lightning":
+        return ""
+    words = ["vbon", *(_DIRECTORIES.sub("", word) for word in sys.argv[1:])]
+    return f"- **Command:** {markdown_code(shlex.join(words))}\n"
+
+
+_DIRECTORIES = re.compile(r"(?<![^\s='\"\[{:,])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s'\",\]}/\\]+[/\\])*")
+"""What stands before the last name of an absolute path, or of one that starts here or at home."""
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
