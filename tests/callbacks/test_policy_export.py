@@ -15,6 +15,7 @@ from tests.callbacks.replay import make_trainer
 from tests.callbacks.tiny import Tiny
 from tests.helpers import tiny_llama
 from tests.models.test_hub import FakeApi
+from tests.ranks import run_two
 from vbon_lightning.callbacks import PolicyExport, policy_export
 from vbon_lightning.models import HubError, ReadBackError, hub
 
@@ -227,3 +228,14 @@ def test_nothing_is_uploaded_where_nothing_is_trained(tmp_path: Path, api: FakeA
     assert not api.calls
     with pytest.raises(HubError, match="is no repository's name"):
         PolicyExport(push_to_hub="no such/name/here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fails", "steps"), [("create_repo", 0), ("upload_folder", 1)])
+def test_one_rank_talks_to_the_hub_and_all_hear_of_it(tmp_path: Path, fails: str, steps: int) -> None:
+    run_two("tests.callbacks.hub_distributed", str(tmp_path), fails)
+    said = {path.stem[-1]: path.read_text().split(" ", 2) for path in tmp_path.glob("*-rank?.txt")}
+    assert [int(said[rank][0]) for rank in "01"] == [2 if fails == "create_repo" else 3, 0]
+    assert [int(said[rank][1]) for rank in "01"] == [steps, steps]
+    assert said["0"][2] == said["1"][2]
+    assert "the hub says no" in said["1"][2]
