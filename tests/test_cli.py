@@ -108,7 +108,9 @@ def test_help(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_listed_command_has_help_of_its_own(name: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         vbon(name, "--help")
-    assert f"usage: vbon {name}" in capsys.readouterr().out.replace(" [options]", "")
+    text = capsys.readouterr().out
+    assert f"usage: vbon {name}" in text.replace(" [options]", "")
+    assert "Args:" not in text
 
 
 def options(text: str) -> dict[str, str]:

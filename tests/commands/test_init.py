@@ -21,8 +21,16 @@ EMBEDDED = "package:vbon_lightning/assets/demo_lm"
 QUESTIONS = [{"question": f"what is {n} and {n + 1}", "answer": str(2 * n + 1)} for n in range(12)]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} {% endfor %}"
 REWARD = """
+from vbon_lightning.rewards import RewardModel
 def letters(prompts, responses):
     return [[float(text.count("e")) for text in texts] for texts in responses]
+
+class Own(RewardModel):
+    def __call__(self, *arguments):
+        return None
+
+    def identity(self):
+        return {}
 
 def needs(prompts, responses, answer):
     return [[0.0 for _ in texts] for texts in responses]
@@ -125,6 +133,13 @@ def test_splits_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {part["shuffle_seed"] for part in (data["train"], data["val"], data["test"])} == {0}
 
 
+def test_a_table_for_a_thousand_prompts_at_first() -> None:
+    Path("many.txt").write_text("".join(f"prompt {n}\n" for n in range(1500)))
+    train = written(data="many.txt")["data"]["train"]
+    assert (train["start"], train["stop"]) == (128, 1128)
+    assert "stop" not in written(data="many.txt", method="sft", output="other.yaml", reward="null")["data"]["train"]
+
+
 # -- options ----------------------------------------------------------------------------------------------
 
 
@@ -132,6 +147,8 @@ def test_splits_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     ("reward", "expected"),
     [
         ("VaderReward", {"class_path": "vbon_lightning.rewards.VaderReward"}),
+        ("vbon_lightning.rewards.VaderReward", {"class_path": "vbon_lightning.rewards.VaderReward"}),
+        ("init_rewards.Own", {"class_path": "init_rewards.Own"}),
         (
             "ExactMatchReward",
             {"class_path": "vbon_lightning.rewards.ExactMatchReward", "init_args": {"column": "answer"}},

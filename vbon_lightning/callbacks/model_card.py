@@ -24,7 +24,7 @@ _PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers
 
 _CARD = """---
 library_name: transformers
-{task_entry}{base_entry}tags:
+{task_entry}{base_entry}{data_entry}tags:
 - vbon-lightning
 - {tag}
 ---
@@ -64,6 +64,15 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 ```
 
 The generation config holds the sampling settings the policy was trained at.
+"""
+
+_CHAT = """
+Conversations are rendered by the tokenizer's chat template:
+
+```python
+messages = [{"role": "user", "content": "Your prompt"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+```
 """
 
 _TILTED = (
@@ -160,6 +169,7 @@ def model_card(
     actors = getattr(pl_module, "actor_spec", None)
     base, is_hub_name = _base(getattr(pl_module, "body", None) or getattr(actors, "policy_spec", None))
     policy = getattr(pl_module, "policy", None)
+    data, data_entry = _data(getattr(trainer, "datamodule", None))
     if isinstance(policy, ValueModel):
         kind = _KINDS["forecasts"]
     elif isinstance(policy, TiltedLM):
@@ -171,7 +181,7 @@ def model_card(
         tag=method.lower(),
         task_entry="" if kind.task is None else f"pipeline_tag: {kind.task}\n",
         kind=kind.name,
-        usage=kind.usage if name is None else kind.usage.replace("path/to/this/directory", name),
+        usage=_usage(kind, name, getattr(pl_module, "tokenizer", None)),
         weights=""
         if best is None
         else f"- **Weights:** after step {best.step}, the best `{best.monitor}` ({_number(best.score)})\n",
@@ -179,7 +189,8 @@ def model_card(
         method=method,
         base=markdown_cell(base),
         reward=_reward(actors) if getattr(pl_module, "uses_reward", True) else "none",
-        data=_data(getattr(trainer, "datamodule", None)),
+        data_entry=data_entry,
+        data=data,
         command=_command(),
         steps=trainer.global_step,
         ends=_ends(getattr(pl_module, "actors", None)) if kind.task == "text-generation" else "",
@@ -187,6 +198,13 @@ def model_card(
         metrics=_table(("metric", "value"), {k: _number(v) for k, v in trainer.callback_metrics.items()}, "lr"),
         versions=_table(("package", "version"), _versions(), "ll"),
     )
+
+
+def _usage(kind: _Kind, name: str | None, tokenizer: Any) -> str:
+    usage = kind.usage if name is None else kind.usage.replace("path/to/this/directory", name)
+    if kind.task == "text-generation" and getattr(tokenizer, "chat_template", None):
+        usage += _CHAT
+    return usage
 
 
 def _ends(actors: Any) -> str:
@@ -216,15 +234,17 @@ def _reward(actors: Any) -> str:
     return markdown_code(json.dumps(identity(), sort_keys=True)) if callable(identity) else "none"
 
 
-def _data(module: Any) -> str:
-    """Say where the training rows came from, and which were taken."""
+def _data(module: Any) -> tuple[str, str]:
+    """Say where the training rows came from and which were taken: for people, and, of the hub's, for the hub."""
     source = getattr(module, "sources", {}).get("train")
     if source is None:
-        return ""
+        return "", ""
+    name, is_hub_name = _public(source.path)
     usual = {field.name: field.default for field in fields(source)}
     taken = {name: value for name, value in vars(source).items() if name != "path" and value != usual[name]}
-    taken = {"path": _public(source.path)[0], **plain(taken)}
-    return f"- **Data:** {markdown_code(json.dumps(taken, ensure_ascii=False))}\n"
+    taken = {"path": name, **plain(taken)}
+    said = f"- **Data:** {markdown_code(json.dumps(taken, ensure_ascii=False))}\n"
+    return said, f"datasets:\n- {json.dumps(name)}\n" if is_hub_name and not Path(name).suffix else ""
 
 
 def _command() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 
 from vbon_lightning import rewards
 from vbon_lightning.commands.layouts import FIRST_WORDS, Layout, layout_of
+from vbon_lightning.commands.parsers import description_of
 from vbon_lightning.commands.starting_config import Found, starting_config
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.models import locate
@@ -47,8 +49,8 @@ def init(
     Args:
         policy: The model to train: a hub name or a local directory.
         data: A `.jsonl`, `.csv`, `.txt` or `.parquet` file, or a data set of the hub.
-        reward: What scores responses: a class of `vbon_lightning.rewards` such as `VaderReward`, a function as
-            `package.module.function`, or a sequence classifier as a hub name or directory. Only `sft` does without.
+        reward: What scores responses: a class of `vbon_lightning.rewards` such as `VaderReward`, a function or class
+            as `package.module.name`, or a sequence classifier as a hub name or directory. Only `sft` does without.
         method: How to train: `vbon`, `kl_rl`, `sft`, `bon_sft` or `dpo`.
         output: The file to write.
         prompt_column: The column that holds prompts, texts or messages; told from the data by default.
@@ -99,9 +101,9 @@ def reward_section(reward: str, layout: Layout) -> dict[str, Any]:
         RewardError: If there is no such class or function, or one that needs what no word says.
         SourceError: If it reads a column that the data lacks.
     """
-    kind = getattr(rewards, reward, None)
+    kind = getattr(rewards, reward, None) or _imported(reward)
     if isinstance(kind, type) and issubclass(kind, RewardModel):
-        made, section = _built_in(kind, layout)
+        made, section = _of_class(kind, layout)
     elif _is_function(reward):
         made, section = CallableReward(reward), {"class_path": _path(CallableReward), "init_args": {"function": reward}}
     else:
@@ -115,7 +117,7 @@ def reward_section(reward: str, layout: Layout) -> dict[str, Any]:
     return section
 
 
-def _built_in(kind: type[RewardModel], layout: Layout) -> tuple[RewardModel, dict[str, Any]]:
+def _of_class(kind: type[RewardModel], layout: Layout) -> tuple[RewardModel, dict[str, Any]]:
     parameters = inspect.signature(kind).parameters
     needed = [name for name, one in parameters.items() if one.default is one.empty and one.kind != one.VAR_KEYWORD]
     if needed or inspect.isabstract(kind):
@@ -161,13 +163,24 @@ def _names() -> list[str]:
     return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, RewardModel)]
 
 
+def _imported(name: str) -> Any:
+    """Return what a dotted name stands for, None where nothing has it; what is wrong with it is told elsewhere."""
+    if not _is_function(name):
+        return None
+    try:
+        return pkgutil.resolve_name(name)
+    except Exception:  # whatever an import may raise
+        return None
+
+
 def _path(kind: type) -> str:
-    return f"vbon_lightning.rewards.{kind.__name__}"
+    module = "vbon_lightning.rewards" if kind.__module__.startswith("vbon_lightning.rewards.") else kind.__module__
+    return f"{module}.{kind.__name__}"
 
 
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon init``."""
-    parser = ArgumentParser(prog="vbon init", description=init.__doc__)
+    parser = ArgumentParser(prog="vbon init", description=description_of(init))
     parser.add_function_arguments(init)
     return parser
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from vbon_lightning._json_lines import read_json_lines
 from vbon_lightning.checks import check_same_settings, plain
-from vbon_lightning.commands.run_config import parse_beside_run, pass_over_run
+from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule, Split
 from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn, draw, load_actors, sampling_spec
@@ -210,7 +210,7 @@ def _converse(actors: Any, drawing: dict[str, Any]) -> None:
 
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon sample``."""
-    parser = ArgumentParser(prog="vbon sample", description=sample_command.__doc__)
+    parser = ArgumentParser(prog="vbon sample", description=description_of(sample_command))
     parser.add_argument(
         "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
     )

@@ -16,6 +16,8 @@ NEW_TOKENS = 64
 """Longest response where the context allows it."""
 SAMPLES = 64
 """M, the reference table's responses a prompt."""
+TRAINED = 1000
+"""Most prompts that the table is filled for at first: at M responses each it costs time."""
 
 
 class Found(NamedTuple):
@@ -157,6 +159,9 @@ def _data(
         lines += ["  reward:", *(f"    {name}: {_scalar(value)}" for name, value in reward.items())]
         if "label" in reward.get("init_args", {}):
             lines += ["    # The label is the classifier's last; see that it is the one you want more of."]
+    stop = []
+    if reward is not None and left > TRAINED:
+        stop = [f"    stop: {2 * held + TRAINED}  # the table has {SAMPLES} responses to each; null takes all rows"]
     at_least = "" if found.whole else "at least "
     lines += [
         f"  # {at_least}{found.prompts} prompts, the longest of {found.longest} tokens. {_reading(found, source)}",
@@ -164,6 +169,7 @@ def _data(
         *(f"    {name}: {_scalar(value)}" for name, value in source.items()),
         "    shuffle_seed: 0",
         f"    start: {2 * held}",
+        *stop,
         "  # To watch the run on, and to judge it by.",
         f"  val: {{<<: *rows, start: {held}, stop: {2 * held}}}",
         f"  test: {{<<: *rows, start: 0, stop: {held}}}",

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from vbon_lightning.actors import Actors
-from vbon_lightning.commands.run_config import parse_beside_run, pass_over_run
+from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
@@ -314,7 +314,7 @@ def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon compare``."""
-    parser = ArgumentParser(prog="vbon compare", description=compare.__doc__)
+    parser = ArgumentParser(prog="vbon compare", description=description_of(compare))
     parser.add_argument(
         "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
     )

@@ -1,15 +1,21 @@
-"""The YAML of a training run, read by the other commands too."""
+"""What the parsers of the commands share: their descriptions, and that they read the YAML of a training run too."""
 
 from __future__ import annotations
 
+import inspect
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 RUN_SECTIONS = ("seed_everything", "model", "trainer", "ckpt_path", "weights_only")
 """What a run's YAML says beside its data."""
+
+
+def description_of(command: Callable[..., Any]) -> str:
+    """Return what a command's docstring says before its arguments, which have lines of their own in the help."""
+    return inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0]
 
 
 def pass_over_run(parser: ArgumentParser) -> None:
