@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from tests.helpers import save_tiny_model
+from tests.models.test_hub import FakeApi
 from tests.modules.setting import ALPHABET, make_files
 from vbon_lightning import __version__, cli
+from vbon_lightning.models import hub
 from vbon_lightning.reference_table import ReferenceTable
 
 ROOT = Path(__file__).parents[1]
@@ -277,6 +279,20 @@ def test_learning_from_the_table_alone(
     assert "M = 16 responses a prompt, fewer than the 34" in message
     message = failure(capsys, lambda: vbon("fit", "--config", path, "--model.n", "1"))
     assert "model.n must be an integer > 1, got 1" in message
+
+
+@pytest.mark.parametrize("target", ["me/mine", {"repo_id": "me/mine", "private": True}, "not a name"], ids=str)
+def test_an_export_names_its_place_on_the_hub(
+    target: Any, vbon: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    api = FakeApi("whoami")
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    export = {"class_path": "vbon_lightning.callbacks.PolicyExport", "init_args": {"push_to_hub": target}}
+    found = failure(capsys, lambda: vbon("fit", "--config", config(files, tmp_path, trainer__callbacks=[export])))
+    if target == "not a name":
+        assert "push_to_hub: 'not a name' is no repository's name" in found and not api.calls
+    else:
+        assert "push_to_hub: cannot log in to the hub to write to 'me/mine': set HF_TOKEN" in found
 
 
 # -- errors ---------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def run(*words: str, cwd: Path, path: Path | None = None) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build it from a copy, so that nothing is written into the repository."""
+    pytest.importorskip("setuptools", minversion="77")  # as pyproject.toml's build-system asks
     place = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "vbon_lightning", place / "vbon_lightning", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
