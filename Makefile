@@ -1,5 +1,6 @@
 # make demo: SFT -> reference table -> value model, one policy for every N, vBoN, KL-RL -> comparison, on film reviews.
-# make test: the whole test suite.   make lint: ruff and mypy.   make notebooks: run notebooks/ again, in place.
+# make test: the whole test suite.   make lint: ruff, mypy, and the documentation.   make docs: the documentation, in site/.
+# make notebooks: run notebooks/ again, in place.
 # All make the environment first, in .venv.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test lint docs notebooks clean
 
 demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" bash configs/demo/run.sh
@@ -15,10 +16,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Not --quiet, which hides warnings from --strict as well.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(STAMP)
 	$(BIN)/python notebooks/execute.py
@@ -31,4 +36,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

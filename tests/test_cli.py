@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from tests.helpers import save_tiny_model
+from tests.models.test_hub import FakeApi
 from tests.modules.setting import ALPHABET, make_files
-from vbon_lightning import cli
+from vbon_lightning import __version__, cli
+from vbon_lightning.models import hub
 from vbon_lightning.reference_table import ReferenceTable
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +98,21 @@ def test_help(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         vbon("--help")
     text = capsys.readouterr().out
-    assert all(name in text for name in ("fit", "validate", "test", "predict", "compare"))
+    listed = re.findall(r"^    ([a-z]+) +(.*)", text.split("Available subcommands:")[1], flags=re.MULTILINE)
+    assert [name for name, _ in listed] == list(cli.COMMANDS)
+    assert all(cli.COMMANDS[name].summary.startswith(words) for name, words in listed if words)
+    with pytest.raises(SystemExit, match="0"):
+        vbon("--version")
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_listed_command_has_help_of_its_own(name: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vbon(name, "--help")
+    text = capsys.readouterr().out
+    assert f"usage: vbon {name}" in text.replace(" [options]", "")
+    assert "Args:" not in text
 
 
 def options(text: str) -> dict[str, str]:
@@ -265,6 +281,20 @@ def test_learning_from_the_table_alone(
     assert "model.n must be an integer > 1, got 1" in message
 
 
+@pytest.mark.parametrize("target", ["me/mine", {"repo_id": "me/mine", "private": True}, "not a name"], ids=str)
+def test_an_export_names_its_place_on_the_hub(
+    target: Any, vbon: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    api = FakeApi("whoami")
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    export = {"class_path": "vbon_lightning.callbacks.PolicyExport", "init_args": {"push_to_hub": target}}
+    found = failure(capsys, lambda: vbon("fit", "--config", config(files, tmp_path, trainer__callbacks=[export])))
+    if target == "not a name":
+        assert "push_to_hub: 'not a name' is no repository's name" in found and not api.calls
+    else:
+        assert "push_to_hub: cannot log in to the hub to write to 'me/mine': set HF_TOKEN" in found
+
+
 # -- errors ---------------------------------------------------------------------------------------------
 
 
@@ -340,7 +370,10 @@ def test_a_bad_reward_names_prompt_and_response(
 
 def test_errors_of_the_command_line_itself(vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml" in failure(capsys, lambda: vbon("fit", "--config", "nowhere.yaml"))
-    assert "fitt" in failure(capsys, lambda: vbon("fitt"))
+    assert "no command 'fitt': did you mean `vbon fit`?" in failure(capsys, lambda: vbon("fitt"))
+    assert "no command 'xyz': the commands are init, fit, predict" in failure(capsys, lambda: vbon("xyz"))
+    (Path.cwd() / "empty.yaml").write_text("{}")
+    assert "stand behind it: vbon table" in failure(capsys, lambda: vbon("--config", "empty.yaml", "table"))
     assert "bogus" in failure(capsys, lambda: vbon("fit", "--data.policy", "x", "--bogus", "1"))
 
 

@@ -7,10 +7,8 @@ import pytest
 import yaml
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from vbon_lightning import cli, dialling
+from vbon_lightning import cli
 from vbon_lightning.adapters import add_lora
-from vbon_lightning.commands import sample, table
-from vbon_lightning.evaluation import command
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -20,11 +18,8 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     """Parse a `vbon ...` command without running it, and return its configuration."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("VBON_DATA", "/data")
-    if words[0] == "compare":
-        return command.build_parser().parse_args(words[1:])
-    own = {"dial": dialling, "sample": sample, "table": table}
-    if words[0] in own:
-        return own[words[0]].build_parser().parse_args(words[1:])
+    if cli.COMMANDS[words[0]].module is not None:
+        return cli.command_module(words[0]).build_parser().parse_args(words[1:])
     seen: dict[str, object] = {}
     monkeypatch.setattr("sys.argv", ["vbon"])  # LightningCLI warns where arguments come from both places
     monkeypatch.setattr(cli.VbonCLI, "_set_seed", lambda self: None)

@@ -11,8 +11,9 @@ import torch
 from tests import helpers
 from tests.models.plain import logits
 from vbon_lightning import models
+from vbon_lightning.data import TextSource
 from vbon_lightning.models import ModelError
-from vbon_lightning.paths import PathError, looks_like_path, resolve_path
+from vbon_lightning.paths import PathError, looks_like_path, public_name, resolve_path
 
 
 @pytest.fixture
@@ -59,3 +60,22 @@ def test_variables_and_home(monkeypatch):
 def test_what_looks_like_a_path():
     assert not any(map(looks_like_path, ["gpt2", "owner/model", "org/model-1.5B"]))
     assert all(map(looks_like_path, ["./gpt2", "../x", "/x", "~x/y", "a/b/c", "model/"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("owner/name", ("owner/name", True)),
+        ("gpt2", ("gpt2", True)),
+        ("/home/someone/secret/a.jsonl", ("a.jsonl", False)),
+        ("~/secret/a.jsonl", ("a.jsonl", False)),
+        ("./a.jsonl", ("a.jsonl", False)),
+        ("s3://bucket/secret/a.jsonl", ("a.jsonl", False)),
+        ("package:vbon_lightning/assets/demo_lm", ("demo_lm", False)),
+    ],
+)
+def test_names_that_others_may_read(name: str, shown: tuple[str, bool]) -> None:
+    assert public_name(name) == shown
+    assert TextSource(name).public_name == shown
+    assert TextSource([name, "b.csv"]).public_name == (f"{shown[0]}, b.csv", False)
+    assert TextSource([{"text": "a"}]).public_name == ("1 rows in memory", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 _RULES = {"l": ":---", "r": "---:"}
@@ -11,6 +12,13 @@ def markdown_cell(text: str) -> str:
     """Make any text fit into one cell of a Markdown table."""
     escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
     return "<br>".join(escaped.splitlines()) if escaped.strip() else "(empty)"
+
+
+def markdown_code(text: str) -> str:
+    """Show any text of one line as code, between more backticks in a row than it holds."""
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    line = " ".join(text.splitlines())
+    return f"{fence} {line} {fence}" if len(fence) > 1 else f"`{line}`"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:

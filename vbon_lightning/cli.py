@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import logging
 import os
 import sys
@@ -9,13 +11,15 @@ import sysconfig
 import traceback
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
+from vbon_lightning import __version__
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.modules import (
     DPO,
@@ -31,6 +35,7 @@ from vbon_lightning.modules import (
 from vbon_lightning.reference_table import ReferenceTableError
 
 __all__ = [
+    "COMMANDS",
     "DPO",
     "KLRL",
     "SFT",
@@ -41,9 +46,33 @@ __all__ = [
     "VBoN",
     "ValueModelling",
     "VbonCLI",
+    "command_module",
     "main",
     "run",
 ]
+
+
+class Command(NamedTuple):
+    """A command of ``vbon``."""
+
+    summary: str
+    """What it does, in a line."""
+    module: str | None = None
+    """Where its ``build_parser`` and ``main`` are; None for those of Lightning's trainer."""
+
+
+COMMANDS = {
+    "init": Command("Write a commented starting config.", "vbon_lightning.commands.init"),
+    "fit": Command("Train a module: SFT, a reward, a value model, vBoN, KL-RL and their relatives."),
+    "predict": Command("Fill the reference table: responses and rewards of the reference, a prompt at a time."),
+    "validate": Command("Evaluate a module on the validation split."),
+    "test": Command("Evaluate a module on the test split."),
+    "compare": Command("Compare policies and decoders with Best-of-N.", "vbon_lightning.evaluation.command"),
+    "sample": Command("Draw responses to take away, or answer prompts.", "vbon_lightning.commands.sample"),
+    "table": Command("Print what a reference table holds.", "vbon_lightning.commands.table"),
+    "dial": Command("Write a tilted policy turned to another N.", "vbon_lightning.dialling"),
+}
+"""All commands, in the order of the help."""
 
 TRACEBACK = "VBON_TRACEBACK"
 """Environment variable: set it to 1 to see where an error comes from."""
@@ -58,6 +87,14 @@ def _whole_seed(seed: int | bool) -> int:
 
 class _Parser(LightningArgumentParser):
     """A parser that says in one line what is wrong, without a page of usage before it."""
+
+    commands: Any = None
+    """What holds the subcommands, of the parser that has some."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Add subcommands, and keep what holds them."""
+        self.commands = super().add_subcommands(*args, **kwargs)
+        return self.commands
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or _wants_traceback():
@@ -96,6 +133,25 @@ class _SaveConfig(SaveConfigCallback):
 class VbonCLI(LightningCLI):
     """LightningCLI with one shared data module, linked seeds, and a resume that changes no setting."""
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Make the parser, with all commands in its list."""
+        super().setup_parser(*args, **kwargs)
+        commands = cast(_Parser, self.parser).commands
+        for name, command in COMMANDS.items():
+            if command.module is not None:
+                commands.add_subcommand(name, _Parser(), help=command.summary)
+        listed = commands._get_subactions()  # Lightning's are described by its trainer's docstrings
+        for action in listed:
+            action.help = COMMANDS[action.dest].summary
+        listed.sort(key=lambda action: list(COMMANDS).index(action.dest))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments; this package's own commands are not for Lightning to run."""
+        super().parse_arguments(parser, args)
+        name = self.config.get("subcommand")
+        if name in COMMANDS and COMMANDS[name].module is not None:
+            parser.error(f"options of `vbon {name}` stand behind it: vbon {name} --config ...")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the data module's models and the seed into the module."""
         parser.link_arguments("data.actors", "model.init_args.actors", apply_on="instantiate")
@@ -130,9 +186,8 @@ def run(args: ArgsType = None) -> VbonCLI:
         parser_class=_Parser,
         parser_kwargs={
             "prog": "vbon",
-            "description": "Align language models to Best-of-N. There are also `vbon compare` (policies and decoders "
-            "with Best-of-N), `vbon sample` (responses to take away), `vbon table` (what a reference table holds) and "
-            "`vbon dial` (a tilted policy at another N); each has a --help of its own.",
+            "description": "Align language models to Best-of-N.",
+            "version": __version__,
         },
         args=args,
         subclass_mode_model=True,
@@ -158,26 +213,27 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def command_module(name: str) -> ModuleType:
+    """Import the module of one of this package's own commands, which may be slow, when it is asked for.
+
+    Args:
+        name: One of :data:`COMMANDS` that has a module.
+    """
+    module = COMMANDS[name].module
+    assert module is not None, f"{name} is a command of Lightning's trainer"
+    return importlib.import_module(module)
+
+
 def main() -> None:
-    """Run the command line: LightningCLI's subcommands, ``compare``, ``sample``, ``table`` and ``dial``."""
+    """Run the command line: one of :data:`COMMANDS`."""
     quiet()
+    name, *rest = sys.argv[1:] or [""]
+    if name and not name.startswith("-") and name not in COMMANDS:
+        print(f"vbon: {_unknown(name)}", file=sys.stderr)
+        sys.exit(2)
     try:
-        if sys.argv[1:2] == ["compare"]:
-            from vbon_lightning.evaluation.command import main as compare
-
-            compare(sys.argv[2:])
-        elif sys.argv[1:2] == ["sample"]:
-            from vbon_lightning.commands.sample import main as sample
-
-            sample(sys.argv[2:])
-        elif sys.argv[1:2] == ["table"]:
-            from vbon_lightning.commands.table import main as table
-
-            table(sys.argv[2:])
-        elif sys.argv[1:2] == ["dial"]:
-            from vbon_lightning.dialling import main as dial
-
-            dial(sys.argv[2:])
+        if name in COMMANDS and COMMANDS[name].module is not None:
+            command_module(name).main(rest)
         else:
             run()
     except _USER_ERRORS as problem:
@@ -187,6 +243,12 @@ def main() -> None:
         while isinstance(problem.__cause__, _USER_ERRORS) and str(problem).startswith(_PADDING):
             problem = problem.__cause__
         sys.exit(f"vbon: {problem}{_where(problem)}")
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    meant = f"did you mean `vbon {close[0]}`? All of them" if close else "the commands"
+    return f"there is no command {name!r}: {meant} are {', '.join(COMMANDS)} (vbon --help)"
 
 
 def _where(problem: BaseException) -> str:

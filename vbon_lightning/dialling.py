@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from vbon_lightning.commands.parsers import description_of
 from vbon_lightning.models import ModelSpec, load_causal_lm, load_tokenizer, save_pretrained
 
 
@@ -24,7 +25,7 @@ def dial(policy: str, n: float, output: str) -> None:
 
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon dial``."""
-    parser = ArgumentParser(prog="vbon dial", description=dial.__doc__)
+    parser = ArgumentParser(prog="vbon dial", description=description_of(dial))
     parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
     parser.add_function_arguments(dial)
     return parser

@@ -44,6 +44,19 @@ def looks_like_path(text: str) -> bool:
     return text.startswith((".", "~", os.sep)) or text.endswith("/") or text.count("/") > 1 or "\\" in text
 
 
+def public_name(name: str) -> tuple[str, bool]:
+    """Return a name as others may read it, and whether it is one of the hub.
+
+    Somebody's directories mean nothing to the reader, and may be private: of a path only the last name is kept.
+
+    Args:
+        name: A path, a URL, ``package:NAME/path/inside``, or a name on the hub.
+    """
+    path = Path(name).expanduser()
+    is_local = path.is_absolute() or path.exists() or len(path.parts) > 2 or ":" in name or looks_like_path(name)
+    return (path.name if is_local else name), not is_local
+
+
 def _variable(name: str, text: str) -> str:
     value = os.environ.get(name)
     if not value:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.callbacks.replay import make_trainer
 from tests.callbacks.tiny import Tiny
 from tests.helpers import tiny_llama
+from tests.models.test_hub import FakeApi
+from tests.ranks import run_two
 from vbon_lightning.callbacks import PolicyExport, policy_export
-from vbon_lightning.models import ReadBackError
+from vbon_lightning.models import HubError, ReadBackError, hub
 
 
 def logits(model: Any) -> Tensor:
@@ -172,3 +174,68 @@ def test_a_policy_that_cannot_be_exported_leaves_its_weights(tmp_path: Path) -> 
     assert not (tmp_path / "export").exists()
     kept = torch.load(tmp_path / "export.state_dict.pt", weights_only=True)
     assert all(torch.equal(kept[name], value) for name, value in module.state_dict().items())
+
+
+# -- the hub --
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    fake = FakeApi()
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    return fake
+
+
+def test_the_whole_export_is_uploaded_once(tmp_path: Path, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    upload = hub.HubTarget.upload
+
+    def watched(self: hub.HubTarget, directory: Path, *, message: str) -> str:
+        seen.extend(sorted(path.name for path in directory.iterdir()))
+        return upload(self, directory, message=message)
+
+    monkeypatch.setattr(hub.HubTarget, "upload", watched)
+    export = PolicyExport(str(tmp_path / "out"), every_validation=True, push_to_hub="me/mine")
+    make_trainer(tmp_path, export, max_epochs=2).fit(Tiny())
+    assert [name for name, _, _ in api.calls] == ["whoami", "create_repo", "upload_folder"]
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(seen)
+    assert api.calls[-1][2]["folder_path"] == tmp_path / "out"
+    assert api.calls[-1][2]["commit_message"] == "Tiny after 4 steps"
+    assert 'from_pretrained("me/mine")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_hub_is_asked_before_training(tmp_path: Path, api: FakeApi) -> None:
+    api.fails = "whoami"
+    export = PolicyExport(str(tmp_path / "out"), push_to_hub={"repo_id": "me/mine", "private": True})
+    trainer = make_trainer(tmp_path, export)
+    with pytest.raises(HubError, match="set HF_TOKEN"):
+        trainer.fit(Tiny())
+    assert trainer.global_step == 0 and not (tmp_path / "out").exists()
+
+
+def test_a_failed_upload_loses_nothing(tmp_path: Path, api: FakeApi) -> None:
+    api.fails = "upload_folder"
+    module = Tiny()
+    with pytest.raises(HubError, match=f"safe in {tmp_path / 'out'}"):
+        make_trainer(tmp_path, PolicyExport(str(tmp_path / "out"), push_to_hub="me/mine")).fit(module)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(module.policy))
+
+
+def test_nothing_is_uploaded_where_nothing_is_trained(tmp_path: Path, api: FakeApi) -> None:
+    export = PolicyExport(str(tmp_path / "out"), push_to_hub="me/mine")
+    make_trainer(tmp_path, export, fast_dev_run=True).fit(Tiny())
+    make_trainer(tmp_path, export).validate(Tiny(), verbose=False)
+    assert not api.calls
+    with pytest.raises(HubError, match="is no repository's name"):
+        PolicyExport(push_to_hub="no such/name/here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fails", "steps"), [("create_repo", 0), ("upload_folder", 1)])
+def test_one_rank_talks_to_the_hub_and_all_hear_of_it(tmp_path: Path, fails: str, steps: int) -> None:
+    run_two("tests.callbacks.hub_distributed", str(tmp_path), fails)
+    said = {path.stem[-1]: path.read_text().split(" ", 2) for path in tmp_path.glob("*-rank?.txt")}
+    assert [int(said[rank][0]) for rank in "01"] == [2 if fails == "create_repo" else 3, 0]
+    assert [int(said[rank][1]) for rank in "01"] == [steps, steps]
+    assert said["0"][2] == said["1"][2]
+    assert "the hub says no" in said["1"][2]

@@ -260,3 +260,21 @@ def test_a_decoder_without_its_value_model(decoded: AlignmentDataModule, tmp_pat
 def test_nothing_to_compare(decoded: AlignmentDataModule, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name at least one policy to compare"):
         compare(decoded, output=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("cards", [True, False])
+def test_the_cards_of_exports_get_the_results(decoded: AlignmentDataModule, tmp_path: Path, cards: bool) -> None:
+    export = save_tiny_model(tmp_path / "policy", alphabet=ALPHABET, seed=4)
+    before = "---\ntags:\n- vbon-lightning\n---\n\n# Mine\n"
+    (tmp_path / "policy" / "README.md").write_text(before)
+    policies = {"mine": export, "too": {"name": export, "dtype": "float32"}, "the start": str(tmp_path / "model")}
+    compare(decoded, policies, output=str(tmp_path / "out"), n=[2], samples=5, device="cpu", cards=cards)
+    text = (tmp_path / "policy" / "README.md").read_text()
+    assert not (tmp_path / "model" / "README.md").exists()
+    if not cards:
+        assert text == before
+        return
+    assert "| **mine** |" in text and "| **too** |" in text and "the start" not in text
+    lines = ("prompts: 3, the test split of test.txt", "responses a prompt: 5", "longest response: 4 tokens", "seed: 0")
+    assert all(f"- {line}\n" in text for line in lines)
+    assert str(tmp_path) not in text

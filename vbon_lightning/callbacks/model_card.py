@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import shlex
+import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._markdown import markdown_cell, markdown_code, markdown_table
+from vbon_lightning.checks import plain
 from vbon_lightning.models import TiltedLM, ValueModel, describe_ends
+from vbon_lightning.paths import public_name
 
 _PACKAGES = ("vbon-lightning", "lightning", "torch", "transformers", "tokenizers", "datasets")
 
 _CARD = """---
 library_name: transformers
-{task_entry}{base_entry}tags:
+{task_entry}{base_entry}{data_entry}tags:
 - vbon-lightning
 - {tag}
 ---
@@ -31,7 +37,7 @@ A {kind} trained with {method} by `vbon_lightning`.
 - **Method:** {method}
 - **Base model:** {base}
 - **Reward:** {reward}
-- **Optimizer steps:** {steps}
+{data}{command}- **Optimizer steps:** {steps}
 {ends}{weights}
 {usage}
 ## Hyper-parameters
@@ -59,6 +65,15 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 ```
 
 The generation config holds the sampling settings the policy was trained at.
+"""
+
+_CHAT = """
+Conversations are rendered by the tokenizer's chat template:
+
+```python
+messages = [{"role": "user", "content": "Your prompt"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+```
 """
 
 _TILTED = (
@@ -140,18 +155,22 @@ class BestWeights(NamedTuple):
     """The metric's value."""
 
 
-def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights | None = None) -> str:
+def model_card(
+    trainer: Trainer, pl_module: LightningModule, best: BestWeights | None = None, name: str | None = None
+) -> str:
     """Write a model card: method, base, reward, hyper-parameters, metrics, versions and how to load it.
 
     Args:
         trainer: For the metrics and the number of steps.
         pl_module: For the method, its hyper-parameters and, as far as it has them, the names of its models.
         best: Whose weights are exported; the last ones by default.
+        name: What to load it by, such as its name on the hub; by default its directory.
     """
     method = type(pl_module).__name__
     actors = getattr(pl_module, "actor_spec", None)
     base, is_hub_name = _base(getattr(pl_module, "body", None) or getattr(actors, "policy_spec", None))
     policy = getattr(pl_module, "policy", None)
+    data, data_entry = _data(getattr(trainer, "datamodule", None))
     if isinstance(policy, ValueModel):
         kind = _KINDS["forecasts"]
     elif isinstance(policy, TiltedLM):
@@ -163,20 +182,30 @@ def model_card(trainer: Trainer, pl_module: LightningModule, best: BestWeights |
         tag=method.lower(),
         task_entry="" if kind.task is None else f"pipeline_tag: {kind.task}\n",
         kind=kind.name,
-        usage=kind.usage,
+        usage=_usage(kind, name, getattr(pl_module, "tokenizer", None)),
         weights=""
         if best is None
         else f"- **Weights:** after step {best.step}, the best `{best.monitor}` ({_number(best.score)})\n",
-        title=f"{base} after {method}" if actors is not None else f"A policy after {method}",
+        title=f"{markdown_cell(base)} after {method}" if actors is not None else f"A policy after {method}",
         method=method,
-        base=base,
+        base=markdown_cell(base),
         reward=_reward(actors) if getattr(pl_module, "uses_reward", True) else "none",
+        data_entry=data_entry,
+        data=data,
+        command=_command(),
         steps=trainer.global_step,
         ends=_ends(getattr(pl_module, "actors", None)) if kind.task == "text-generation" else "",
         settings=_table(("setting", "value"), _flatten(dict(pl_module.hparams)), "ll"),
         metrics=_table(("metric", "value"), {k: _number(v) for k, v in trainer.callback_metrics.items()}, "lr"),
         versions=_table(("package", "version"), _versions(), "ll"),
     )
+
+
+def _usage(kind: _Kind, name: str | None, tokenizer: Any) -> str:
+    usage = kind.usage if name is None else kind.usage.replace("path/to/this/directory", name)
+    if kind.task == "text-generation" and getattr(tokenizer, "chat_template", None):
+        usage += _CHAT
+    return usage
 
 
 def _ends(actors: Any) -> str:
@@ -190,15 +219,38 @@ def _base(spec: Any) -> tuple[str, bool]:
     if name is None:
         config = getattr(spec, "config", None)
         return (f"a new {config.get('model_type', 'model')} from a config" if config else "not recorded"), False
-    path = Path(str(name)).expanduser()
-    # Someone else's directories mean nothing to the reader, and may be private: only the last name is kept.
-    is_local = path.is_absolute() or path.exists() or len(path.parts) > 2
-    return (path.name if is_local else str(name)), not is_local
+    return public_name(str(name))
 
 
 def _reward(actors: Any) -> str:
     identity = getattr(getattr(actors, "reward", None), "identity", None)
-    return f"`{json.dumps(identity(), sort_keys=True)}`" if callable(identity) else "none"
+    return markdown_code(json.dumps(identity(), sort_keys=True)) if callable(identity) else "none"
+
+
+def _data(module: Any) -> tuple[str, str]:
+    """Say where the training rows came from and which were taken: for people, and, of the hub's, for the hub."""
+    source = getattr(module, "sources", {}).get("train")
+    if source is None:
+        return "", ""
+    name, is_hub_name = source.public_name
+    usual = {field.name: field.default for field in fields(source)}
+    taken = {name: value for name, value in source.settings().items() if name != "path" and value != usual[name]}
+    taken = {"path": name, **plain(taken)}
+    said = f"- **Data:** {markdown_code(json.dumps(taken, ensure_ascii=False))}\n"
+    return said, f"datasets:\n- {json.dumps(name)}\n" if is_hub_name and not Path(name).suffix else ""
+
+
+def _command() -> str:
+    """Say which command made it, where one did; of directories in it only the last names are kept."""
+    program = Path(sys.argv[0])
+    if program.stem != "vbon" and program.parent.name != "vbon_lightning":
+        return ""
+    words = ["vbon", *(_DIRECTORIES.sub("", word) for word in sys.argv[1:])]
+    return f"- **Command:** {markdown_code(shlex.join(words))}\n"
+
+
+_DIRECTORIES = re.compile(r"(?<![^\s='\"\[{:,])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s'\",\]}/\\]+[/\\])*")
+"""What stands before the last name of an absolute path, or of one that starts here or at home."""
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.callbacks.model_card import BestWeights, model_card
-from vbon_lightning.models import ReadBackError, save_pretrained
+from vbon_lightning.models import HubError, HubTarget, ReadBackError, as_hub_target, save_pretrained
 
 
 class PolicyExport(Callback):
@@ -28,12 +28,17 @@ class PolicyExport(Callback):
     was trained at, and a model card. It is read again and compared with the policy, appears whole or not at all, and
     replaces an older one. With ``fast_dev_run`` nothing is written.
 
+    With ``push_to_hub`` it is uploaded, too, once training has ended and the directory is whole. Token and repository
+    are checked before the first step; an upload that fails ends the run with an error that names the directory.
+
     Args:
         directory: Where to; ``export`` in the trainer's ``default_root_dir`` by default.
         every_validation: Also after each validation, replacing the export before.
         dtype: Precision of the exported weights, such as ``bfloat16``; the policy's own by default.
         best: At the end of training, export the weights of the best checkpoint instead of the last ones: of the first
             ``ModelCheckpoint`` that has a ``monitor``. The policy itself stays as it is.
+        push_to_hub: Repository of the Hugging Face Hub, ``organisation/name``, or a mapping: ``repo_id``, ``private``,
+            ``revision``, ``commit_message``. The token is that of ``HF_TOKEN`` or of ``hf auth login``.
     """
 
     def __init__(
@@ -42,7 +47,9 @@ class PolicyExport(Callback):
         every_validation: bool = False,
         dtype: str | None = None,
         best: bool = False,
+        push_to_hub: str | HubTarget | None = None,
     ) -> None:
+        self.push_to_hub = as_hub_target(push_to_hub)
         self.directory, self.every_validation, self.dtype, self.best = directory, every_validation, dtype, best
         self._target: Path | None = None
 
@@ -55,6 +62,8 @@ class PolicyExport(Callback):
                 "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add one with a "
                 "`monitor`, such as val/loss"
             )
+        if self.push_to_hub is not None and stage == "fit" and not fast:
+            _on_rank_zero(trainer, self.push_to_hub.prepare)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, where asked to, after a validation within training."""
@@ -69,6 +78,10 @@ class PolicyExport(Callback):
             rank_zero_warn(f"no checkpoint was kept by {checkpoint.monitor!r}: the last weights are exported")
             checkpoint = None
         self._export(trainer, pl_module, checkpoint)
+        if self.push_to_hub is not None and self._target is not None:
+            hub, target = self.push_to_hub, self._target
+            message = f"{type(pl_module).__name__} after {trainer.global_step} steps"
+            _on_rank_zero(trainer, lambda: rank_zero_info(f"It is at {hub.upload(target, message=message)}"))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint | None = None) -> None:
         if self._target is None:
@@ -93,11 +106,25 @@ class PolicyExport(Callback):
                 kept = target.with_name(f"{target.name}.state_dict.pt")
                 torch.save(pl_module.state_dict(), kept)
                 raise ReadBackError(f"{error}; the policy's weights are in {kept}, and checkpoints stay") from error
-            Path(staged, "README.md").write_text(model_card(trainer, pl_module, best), encoding="utf-8")
+            name = None if self.push_to_hub is None else self.push_to_hub.repo_id
+            Path(staged, "README.md").write_text(model_card(trainer, pl_module, best, name), encoding="utf-8")
             replace_directory(staged, target)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         rank_zero_info(f"The policy was exported to {target}")
+
+
+def _on_rank_zero(trainer: Trainer, do: Callable[[], None]) -> None:
+    """Do something that may fail on one rank, and fail on all if it does: the others would wait for ever."""
+    problem = None
+    if trainer.is_global_zero:
+        try:
+            do()
+        except HubError as error:
+            problem = error
+    problem = trainer.strategy.broadcast(problem)
+    if problem is not None:
+        raise problem
 
 
 def _monitor_of(trainer: Trainer) -> ModelCheckpoint | None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from vbon_lightning._json_lines import read_json_lines
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule, Split
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.data.preparing import prepare_rows
@@ -226,8 +227,11 @@ def _converse(actors: Actors, spec: ActorSpec, drawing: dict[str, Any], chat: bo
 
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon sample``."""
-    parser = ArgumentParser(prog="vbon sample", description=sample_command.__doc__)
-    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser = ArgumentParser(prog="vbon sample", description=description_of(sample_command))
+    parser.add_argument(
+        "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
+    )
+    pass_over_run(parser)
     parser.add_function_arguments(sample_command, skip={"data"})
     parser.add_class_arguments(AlignmentDataModule, "data")
     parser.set_defaults({"data.policy": ""})  # the policy may be all that is named
@@ -236,7 +240,4 @@ def build_parser() -> ArgumentParser:
 
 def main(args: Sequence[str]) -> None:
     """Parse the arguments of ``vbon sample`` and run it."""
-    parser = build_parser()
-    values = dict(parser.instantiate_classes(parser.parse_args(list(args))).items())
-    values.pop("config", None)
-    sample_command(**values)
+    sample_command(**parse_beside_run(build_parser(), args))

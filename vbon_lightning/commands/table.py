@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from vbon_lightning.commands.parsers import description_of
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, table_summary
 from vbon_lightning.rewards.base import shorten
@@ -47,7 +48,7 @@ def _number(value: object) -> str:
 
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon table``."""
-    parser = ArgumentParser(prog="vbon table", description=describe_table.__doc__)
+    parser = ArgumentParser(prog="vbon table", description=description_of(describe_table))
     parser.add_function_arguments(describe_table, as_positional=True)
     return parser
 

@@ -20,6 +20,7 @@ from vbon_lightning.data.conversations import (
     transcript,
 )
 from vbon_lightning.data.readers import Part, SourceError, check_columns, open_parts
+from vbon_lightning.paths import public_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -144,15 +145,24 @@ class TextSource:
     @property
     def called(self) -> str:
         """What messages call the source."""
+        return ", ".join(self._files) or f"{len(self.path)} rows in memory"
+
+    @property
+    def _files(self) -> list[str]:
+        """The paths; none of rows in memory."""
+        given = [self.path] if isinstance(self.path, str) else self.path
+        return [one for one in given if isinstance(one, str)] if isinstance(given, list) else []
+
+    @property
+    def public_name(self) -> tuple[str, bool]:
+        """Return what others may read of where the rows come from, and whether that is a name of the hub."""
         if isinstance(self.path, str):
-            return self.path
-        named = isinstance(self.path, list) and all(isinstance(one, str) for one in self.path)
-        return ", ".join(map(str, self.path)) if named else f"{len(self.path)} rows in memory"
+            return public_name(self.path)
+        return ", ".join(public_name(name)[0] for name in self._files) or self.called, False
 
     def settings(self) -> dict[str, Any]:
         """Return what says which rows these are, in plain values; rows in memory by their number."""
-        plainly = isinstance(self.path, str) or self.called == ", ".join(map(str, self.path))
-        return vars(self) | {"path": self.path if plainly else self.called}
+        return vars(self) | {"path": self.path if isinstance(self.path, str) else self._files or self.called}
 
 
 class TextRow(NamedTuple):
@@ -258,10 +268,7 @@ def find_columns(source: TextSource) -> TextSource:
     """
     if source.column is not None or source.template is not None:
         return source
-    (first, *_) = _parts(source)
-    record = next((record for _, record in first.rows({})), None)
-    if record is None:
-        raise SourceError(f"{first.what} holds no rows")
+    (record,) = first_records(source, 1)
     compares = {"chosen", "rejected"} <= record.keys()
     usual = "chosen" if compares else "completion" if "completion" in record else None
     answer, worse = source.response_column or usual, source.rejected_column or ("rejected" if compares else None)
@@ -276,9 +283,26 @@ def find_columns(source: TextSource) -> TextSource:
         if len(columns) == 1:
             return replace(source, column=columns[0])
     raise SourceError(
-        f"{first.what}: which column holds the text, or the conversation? Name it as `column`; the columns are "
+        f"{source.called}: which column holds the text, or the conversation? Name it as `column`; the columns are "
         f"{', '.join(map(repr, record))}"
     )
+
+
+def first_records(source: TextSource, count: int) -> list[dict[str, Any]]:
+    """Return the first rows of a source as they stand, with all their columns and whatever the source asks for.
+
+    Args:
+        source: Where they come from.
+        count: How many, at most.
+
+    Raises:
+        SourceError: For a source that cannot be found or read, or that holds nothing.
+    """
+    (first, *_) = _parts(source)
+    found = [record for _, record in islice(first.rows({}), count)]
+    if not found:
+        raise SourceError(f"{first.what} is empty")
+    return found
 
 
 def _talk(value: Any) -> list[Message] | None:

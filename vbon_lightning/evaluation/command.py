@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import time
@@ -17,10 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from vbon_lightning.actors import Actors
+from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
+from vbon_lightning.evaluation.cards import write_cards
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
     REFERENCE,
@@ -34,7 +37,7 @@ from vbon_lightning.evaluation.reports import (
 from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_temperature, write_temperatures
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
-from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer
+from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer, locate
 from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel, ask_reward
 from vbon_lightning.types import PromptBatch, Rollout
@@ -59,6 +62,7 @@ def compare(
     shown_samples: int = 1,
     seed: int = 0,
     device: str = "auto",
+    cards: bool = True,
     command: str | None = None,
 ) -> list[PolicyReport]:
     """Evaluate exported policies, the reference and Best-of-N on held-out prompts.
@@ -88,6 +92,7 @@ def compare(
         shown_samples: How many responses a policy to show.
         seed: Seeds the sampling; policies share their noise.
         device: ``cpu``, ``cuda``, ... or ``auto``.
+        cards: Whether the model cards of exports that are compared get the results, in place of earlier ones.
         command: The command to print with the table.
     """
     if not policies and not decoders:
@@ -201,8 +206,45 @@ def compare(
     if by_temperature:
         files |= write_temperatures(by_temperature, output, title=title, trained_at=spec.temperature)
     print(comparison_markdown(reports, title=title, command=command))
-    print("\n".join(f"wrote {path}" for path in files.values()))
+    written = list(files.values())
+    if cards:
+        directories = {name: _directory(model) for name, model in policies.items()}
+        exports = {name: directory for name, directory in directories.items() if directory is not None}
+        written += write_cards(
+            reports, exports, dataset=_dataset(data, split), split=split, settings=_settings(data, seed, judge)
+        )
+    print("\n".join(f"wrote {path}" for path in written))
     return reports
+
+
+def _directory(model: str | ModelSpec) -> str | None:
+    """Return the directory that a policy lies in, None for one of the hub."""
+    name = as_spec(model).name
+    if name is None:
+        return None
+    place, _ = locate("policies", str(name))
+    return place if Path(place).is_dir() else None
+
+
+def _dataset(data: AlignmentDataModule, split: Split) -> str:
+    """Return the name of a split's data; of a path, the last name alone."""
+    source = data.sources[split]
+    assert source is not None
+    return source.public_name[0]
+
+
+def _settings(data: AlignmentDataModule, seed: int, judge: RewardModel | None) -> dict[str, str]:
+    spec = data.actors
+    scorers = {"reward": spec.reward, "judge": judge}
+    return {
+        "longest response": f"{spec.max_new_tokens} tokens",
+        "temperature": f"{spec.temperature:g}",
+        **{name: json.dumps(one.identity(), sort_keys=True) for name, one in scorers.items() if one is not None},
+        "win rates by": "a value model's prediction"
+        if data.reference_table is None
+        else "the reference table's rewards",
+        "seed": str(seed),
+    }
 
 
 def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: int, seed: int) -> DecodedBatch:
@@ -270,17 +312,17 @@ def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon compare``."""
-    parser = ArgumentParser(prog="vbon compare", description=compare.__doc__)
-    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser = ArgumentParser(prog="vbon compare", description=description_of(compare))
+    parser.add_argument(
+        "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
+    )
+    pass_over_run(parser)
     parser.add_function_arguments(compare, skip={"command"})
     return parser
 
 
 def main(args: Sequence[str]) -> None:
     """Parse the arguments of ``vbon compare`` and run it."""
-    parser = build_parser()
-    config = parser.parse_args(list(args))
-    values = dict(parser.instantiate_classes(config).items())
-    values.pop("config", None)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    values = parse_beside_run(build_parser(), args)
+    Path(values["output"]).mkdir(parents=True, exist_ok=True)
     compare(**values, command="vbon compare " + shlex.join(args))

@@ -5,6 +5,7 @@ from vbon_lightning.models.classifiers import load_classifier
 from vbon_lightning.models.errors import ModelError
 from vbon_lightning.models.export import save_pretrained
 from vbon_lightning.models.files import locate
+from vbon_lightning.models.hub import HubError, HubTarget, as_hub_target
 from vbon_lightning.models.identity import model_identity
 from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout
 from vbon_lightning.models.read_back import ReadBackError
@@ -21,6 +22,8 @@ from vbon_lightning.models.tokenizer import (
 from vbon_lightning.models.value import ValueModel, ValueModelConfig, load_value_model, new_value_model
 
 __all__ = [
+    "HubError",
+    "HubTarget",
     "ModelError",
     "ModelSpec",
     "ReadBackError",
@@ -28,6 +31,7 @@ __all__ = [
     "TiltedLM",
     "ValueModel",
     "ValueModelConfig",
+    "as_hub_target",
     "as_spec",
     "check_no_missing_weights",
     "check_same_vocabulary",
