@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vbon_lightning.functional import bon_kl, bon_order_weights
+from vbon_lightning.functional import bon_kl
 from vbon_lightning.functional import bon_selection_weights as selection_weights
+from vbon_lightning.functional.best_of_n import subset_shares
 from vbon_lightning.functional.reward_cdf import reward_counts
 
 __all__ = ["KL_ESTIMATOR", "bon_against_bon", "bon_kl", "selection_weights"]
@@ -46,13 +46,8 @@ def _outright_wins(reference_rewards: Tensor, n: int, m: int) -> Tensor:
     # the n.
     below, at_or_below = reward_counts(reference_rewards, reference_rewards)
     samples, device = reference_rewards.shape[1], reference_rewards.device
-    opponent_below = _subset_shares(samples, m).to(device)[below]
-    rest = _subset_shares(samples - m, n).to(device)
+    opponent_below = subset_shares(samples, m).to(device)[below]
+    rest = subset_shares(samples - m, n).to(device)
     at_level = rest[(at_or_below - m).clamp(min=0)] - rest[(below - m).clamp(min=0)]
     # Every response on a level brings the level's term: hence the division.
     return (opponent_below * at_level / (at_or_below - below)).sum(-1)
-
-
-def _subset_shares(m: int, n: int) -> Tensor:
-    # C(k, n) / C(m, n) for k = 0..m.
-    return torch.cat([torch.zeros(1, dtype=torch.float64), bon_order_weights(m, n).cumsum(0)])

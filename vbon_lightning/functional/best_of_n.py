@@ -238,8 +238,16 @@ def kl_weight(n: float) -> float:
     return 1 / (n - 1)
 
 
-def _subset_shares(m: int, n: int) -> Tensor:
-    """``C(k, n) / C(m, n)`` for k = 0..m: the share of n-subsets within the k smallest of m samples."""
+def subset_shares(m: int, n: int) -> Tensor:
+    """Compute the share of n-subsets that lie within the k smallest of m samples: ``C(k, n) / C(m, n)``, k = 0..m.
+
+    Args:
+        m: number of samples.
+        n: size of the subsets, an integer with ``1 <= n <= m``.
+
+    Returns:
+        ``[m + 1]`` float64 on the CPU.
+    """
     # C(k-1, n) = C(k, n) (k-n)/k, from k = m down: no factorial, no overflow, and exact zeros below n.
     k = torch.arange(m, 0, -1, dtype=torch.float64)
     falling = torch.cumprod((k - n).clamp(min=0) / k, 0)
@@ -266,7 +274,7 @@ def bon_order_weights(m: int, n: int) -> Tensor:
         raise TypeError(f"m counts samples and must be an integer, got {m!r} of type {type(m).__name__}")
     check_count("n", n, at_most=m, of="the m samples at hand")
     j = torch.arange(1, m + 1, dtype=torch.float64)
-    return _subset_shares(m, n)[1:] * (n / j)
+    return subset_shares(m, n)[1:] * (n / j)
 
 
 @torch.no_grad()
@@ -293,7 +301,7 @@ def bon_selection_weights(reference_rewards: Tensor, *, n: int) -> Tensor:
     m = reference_rewards.shape[1]
     check_count("n", n, at_most=m, of="M, the cached samples a prompt")
     below, at_or_below = reward_counts(reference_rewards, reference_rewards)
-    shares = _subset_shares(m, n).to(reference_rewards.device, working_dtype(reference_rewards))
+    shares = subset_shares(m, n).to(reference_rewards.device, working_dtype(reference_rewards))
     weights = (shares[at_or_below] - shares[below]) / (at_or_below - below)
     return weights.masked_fill(reference_rewards.isnan().any(-1, keepdim=True), torch.nan)
 
@@ -327,7 +335,7 @@ def bon_expected_reward(reference_rewards: Tensor, *, n: int) -> Tensor:
 
 
 def _win_rate(count_below: Tensor, count_at_or_below: Tensor, m: int, n: int, like: Tensor) -> Tensor:
-    shares = _subset_shares(m, n).to(like.device, working_dtype(like))
+    shares = subset_shares(m, n).to(like.device, working_dtype(like))
     # Only the count below a NaN, which the callers overwrite, can lie out of range.
     return (shares[count_below.clamp(max=m)] + shares[count_at_or_below]) / 2
 
