@@ -16,7 +16,7 @@ PACKAGE = Path(vbon_lightning.__file__).parent
 LAYERS = [
     {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "conversations"},
     {"types"},
-    {"metrics", "models", "rewards", "sampling", "reference_table", "sources", "sampler"},
+    {"loggers", "metrics", "models", "rewards", "sampling", "reference_table", "sources", "sampler"},
     {"encoding", "prefix_scorer"},
     {"actors", "callbacks"},
     {"data", "decoding"},
@@ -46,7 +46,7 @@ TESTED_ELSEWHERE = {
 NOTHING_TO_TEST = {"types.py"}
 """Modules that hold records alone."""
 
-LIGHTNING = {"data", "modules", "callbacks", "cli", "evaluation", "dialling", "commands"}
+LIGHTNING = {"data", "modules", "callbacks", "cli", "evaluation", "dialling", "commands", "loggers"}
 
 
 def part(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,13 @@ class Rendered(NamedTuple):
     """What the template makes of it, special tokens written out."""
     learnt: list[tuple[int, int]]
     """Where the assistant's turns stand, as characters: from the first of a turn's own to behind its last."""
+
+
+_TURN = re.compile(
+    r"<\|im_start\|>(?P<chatml>\w+)\n|<\|start_header_id\|>(?P<llama>\w+)<\|end_header_id\|>\s*"
+    r"|<start_of_turn>(?P<gemma>\w+)\n|<\|(?P<phi>system|user|assistant)\|>"
+)
+_MARK = re.compile(r"<\|[^<>|]*\|>|<end_of_turn>|</s>")
 
 
 def as_conversation(value: Any) -> list[Message] | None:
@@ -54,6 +62,31 @@ def as_conversation(value: Any) -> list[Message] | None:
 def transcript(messages: Sequence[Message]) -> str:
     """Write a conversation readably, a paragraph a message: for people, and for counting words."""
     return "\n\n".join(f"{message['role']}: {message.get('content', '')}" for message in messages)
+
+
+def readable(text: str) -> str:
+    """Write what a chat template made of a conversation as :func:`transcript` does; any other text stays as it is.
+
+    Known are the marks of roles that ChatML, Llama 3, Gemma, Phi and Zephyr have.
+    """
+    turns = list(_TURN.finditer(text))
+    if not turns:
+        return text
+    ends = [turn.start() for turn in turns[1:]] + [len(text)]
+    said = [_MARK.sub("", text[turn.end() : end]).strip() for turn, end in zip(turns, ends, strict=True)]
+    return "\n\n".join(f"{turn[turn.lastgroup or 0]}: {what}".strip() for turn, what in zip(turns, said, strict=True))
+
+
+def shown_prompts(texts: Sequence[str], columns: Mapping[str, Sequence[Any]] | None) -> list[str]:
+    """Return prompts as people are to read them: conversations turn by turn.
+
+    Args:
+        texts: B prompts, conversations as the chat template has them.
+        columns: What the batch has beside them; B conversations as ``messages``.
+    """
+    if columns is not None and "messages" in columns:
+        return [transcript(messages) for messages in columns["messages"]]
+    return [readable(text) for text in texts]
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[list[Message], ...]:

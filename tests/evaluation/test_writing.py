@@ -47,8 +47,8 @@ def test_the_files_of_a_comparison(tmp_path: Path, reports: list[PolicyReport]) 
 
 
 def test_a_comparison_is_written_over(tmp_path: Path, reports: list[PolicyReport]) -> None:
-    write_comparison(reports, tmp_path, title="old", tensorboard=False)
-    written = write_comparison(reports[:2], tmp_path, title="new", tensorboard=False)
+    write_comparison(reports, tmp_path, title="old", logger=False)
+    written = write_comparison(reports[:2], tmp_path, title="new", logger=False)
     assert json.loads(written["comparison.json"].read_text())["title"] == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "comparison.json",
@@ -62,5 +62,5 @@ def test_numbers_that_are_not_are_refused_before_anything_is_written(
 ) -> None:
     reports[0].kl_bound = math.nan
     with pytest.raises(ValueError, match="JSON"):
-        write_comparison(reports, tmp_path, title="x", tensorboard=False)
+        write_comparison(reports, tmp_path, title="x", logger=False)
     assert not list(tmp_path.iterdir())
