@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vbon_lightning.evaluation import PolicyReport, ScoredText, TextSample, write_comparison
 
@@ -20,7 +19,7 @@ def test_the_files_of_a_comparison(tmp_path: Path, reports: list[PolicyReport]) 
     out = tmp_path / "nested" / "out"
     written = write_comparison(reports, out, title="A title", command="vbon compare --x 1", samples=samples)
     assert set(written) == {"comparison.json", "comparison.md", "pareto.png", "samples.md"}
-    assert {path.name for path in out.iterdir() if "tfevents" not in path.name} == set(written)
+    assert {path.name for path in out.iterdir() if path.suffix in (".json", ".md", ".png")} == set(written)
 
     plain = json.loads(written["comparison.json"].read_text(encoding="utf-8"))
     assert [PolicyReport.from_dict(report) for report in plain["reports"]] == reports
@@ -39,11 +38,6 @@ def test_the_files_of_a_comparison(tmp_path: Path, reports: list[PolicyReport]) 
     height, width, _ = imread(written["pareto.png"]).shape
     assert width > height > 500
     assert "| reference | a<br>b | -0.250 |" in written["samples.md"].read_text(encoding="utf-8")
-
-    events = EventAccumulator(str(out)).Reload()
-    (event,) = events.Scalars("KL-RL 0.1/kl")
-    assert event.value == pytest.approx(reports[5].kl.mean, rel=1e-6)
-    assert events.Tags()["images"] == ["pareto"]
 
 
 def test_a_comparison_is_written_over(tmp_path: Path, reports: list[PolicyReport]) -> None:

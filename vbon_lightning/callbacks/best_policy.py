@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -70,21 +72,28 @@ class BestPolicy(ModelCheckpoint):
             raise ValueError("BestPolicy compares validations, and there is no validation data: set data.val")
         super().setup(trainer, pl_module, stage)
 
-    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Return whether a validation is within the bound, and one of the best of those.
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the checkpoint of this validation, if it is the best.
 
         Raises:
-            ValueError: If the metrics that it asks for were not logged.
+            ValueError: If the metrics that it looks at were not logged; before training, where there is a sanity check.
         """
-        found = trainer.callback_metrics
-        for name in [self.monitor, *([] if self.max_kl is None else [self.kl])]:
-            if name not in found:
-                known = ", ".join(sorted(key for key in found if key.startswith("val/"))) or "no metrics of validations"
-                raise ValueError(
-                    f"BestPolicy looks at {name}, which was not logged: there are {known}. A win rate needs reference "
-                    "rewards (data.reference_table or model.reference_samples)"
-                )
-        within = self.max_kl is None or bool(found[self.kl] <= self.max_kl)
+        if trainer.state.fn == TrainerFn.FITTING:
+            for name in [self.monitor, *([] if self.max_kl is None else [self.kl])]:
+                self._check_logged(str(name), trainer.callback_metrics)
+        super().on_validation_end(trainer, pl_module)
+
+    def _check_logged(self, name: str, found: Mapping[str, Tensor]) -> None:
+        if name not in found:
+            known = ", ".join(sorted(key for key in found if key.startswith("val/"))) or "no metrics of validations"
+            raise ValueError(
+                f"BestPolicy looks at {name}, which was not logged: there are {known}. A win rate needs reference "
+                "rewards (data.reference_table or model.reference_samples)"
+            )
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Return whether a validation is within the bound, and one of the best of those."""
+        within = self.max_kl is None or bool(trainer.callback_metrics[self.kl] <= self.max_kl)
         if not trainer.strategy.reduce_boolean_decision(within) or (current is not None and bool(torch.isnan(current))):
             return False
         return super().check_monitor_top_k(trainer, current)
