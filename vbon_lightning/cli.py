@@ -123,7 +123,7 @@ class VbonCLI(LightningCLI):
             root = trainer["default_root_dir"]
             directory = Path("lightning_logs", type(self.model).__name__.lower()) if root is None else Path(root)
             resumed = self._get(self.config_init, "ckpt_path") if self.subcommand == "fit" else None
-            kwargs["logger"] = RunLogger(directory, resumed_from=resumed)
+            kwargs["logger"] = RunLogger(directory, resumed_from=resumed, method=type(self.model).__name__)
         return super().instantiate_trainer(**kwargs)
 
 

@@ -28,7 +28,7 @@ def runs(directory: Path) -> set[str]:
 def test_picture_table_and_texts(tmp_path: Path, reports: list[PolicyReport]) -> None:
     write_comparison(reports, tmp_path, title="A title", samples=SAMPLES)
     events = read(tmp_path)
-    assert events.Tags()["images"] == ["pareto"]
+    assert events.Tags()["images"] == ["vs_kl/pareto"]
     assert events.Tags()["scalars"] == []  # no charts of one point
     (table,) = events.Tensors("comparison/text_summary")
     assert table.tensor_proto.string_val[0].decode() == (tmp_path / "comparison.md").read_text()
@@ -93,7 +93,7 @@ def test_other_loggers_get_tables_and_the_picture(tmp_path: Path, reports: list[
     assert [row[0] for row in table["data"]] == [report.name for report in reports]
     assert table["data"][2][table["columns"].index("kl")] == pytest.approx(reports[2].kl.mean)
     assert samples["data"] == [["Once", "reference", "a", -0.25], ["Once", "vBoN", "c", 1.0]]
-    assert logger.log_image.call_args.args[0] == "pareto"
+    assert logger.log_image.call_args.args[0] == "vs_kl/pareto"
     assert logger.finalize.called
 
 

@@ -14,11 +14,15 @@ from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE, PolicyReport
 from vbon_lightning.evaluation.texts import TextSample, samples_markdown
-from vbon_lightning.loggers import log_figure, log_table
+from vbon_lightning.loggers import COMPARED, log_figure, log_table
 
 MILLINATS = 1000
 """TensorBoard's steps are whole numbers: those of a comparison are thousandths of a nat of KL."""
 
+_ROW = ("reward", "kl", "win_rate")
+"""With policy and method as many columns as HPARAMS shows at first."""
+_OF_RUNS = dict.fromkeys(COMPARED, 0.0)
+"""The columns of training runs, which HPARAMS shows in the same table; the values are not written."""
 _NUMBERS = ("reward", "kl", "win_rate", "judge_reward", "length", "finished")
 
 
@@ -39,8 +43,9 @@ def log_comparison(
 ) -> None:
     """Log the picture, the table and the texts; to TensorBoard also curves over KL and a row of HPARAMS a policy.
 
-    The curves are ``vs_kl/reward``, ``vs_kl/win_rate``, ...: a run a method, a point a policy, at the step
-    :data:`MILLINATS` times its KL. What an earlier comparison wrote to the same place is superseded.
+    Picture and curves are named ``vs_kl/...``, behind ``train/`` and ``val/`` in the alphabet. Each method has a run
+    and each policy a point on it, at the step :data:`MILLINATS` times its KL. What an earlier comparison wrote to the
+    same place is superseded.
 
     Args:
         logger: Where to.
@@ -60,7 +65,7 @@ def log_comparison(
         ]
         columns = ["prompt", "policy", "response", "reward"]
         log_table(logger, "samples", columns, texts, markdown=samples_markdown(samples), step=0)
-    log_figure(logger, "pareto", pareto_figure(reports, title=title), step=0)
+    log_figure(logger, "vs_kl/pareto", pareto_figure(reports, title=title), step=0)
     if isinstance(logger, TensorBoardLogger):
         _log_curves(reports, Path(logger.log_dir))
         _log_rows(reports, Path(logger.log_dir))
@@ -94,8 +99,9 @@ def _log_rows(reports: Sequence[PolicyReport], directory: Path) -> None:
 
     for report in reports:
         with _writer(directory / "table" / _file_name(report.name)) as writer:
-            numbers = {name: round(mean, 4) for name, mean in _means(report).items() if mean is not None}
-            for summary in hparams({"policy": report.name, "method": report.method, **numbers}, {}):
+            numbers = {name: mean for name, mean in _means(report).items() if name in _ROW and mean is not None}
+            rounded = {name: round(mean, 4) for name, mean in numbers.items()}
+            for summary in hparams({"policy": report.name, "method": report.method, **rounded}, _OF_RUNS):
                 writer.file_writer.add_summary(summary)
 
 

@@ -25,6 +25,7 @@ class RunLogger(TensorBoardLogger):
     Args:
         save_dir: The run's directory.
         resumed_from: The checkpoint of the run that is resumed, or ``last`` for the newest run in the directory.
+        method: What the run's method is called in HPARAMS, beside its name.
         compared: Metrics to show in HPARAMS.
         **kwargs: What ``TensorBoardLogger`` takes, but its name.
     """
@@ -33,10 +34,12 @@ class RunLogger(TensorBoardLogger):
         self,
         save_dir: str | os.PathLike[str],
         resumed_from: str | os.PathLike[str] | None = None,
+        method: str | None = None,
         compared: Sequence[str] = COMPARED,
         **kwargs: Any,
     ) -> None:
         self.compared = list(compared)
+        self.shown = {"policy": Path(save_dir).name, **({} if method is None else {"method": method})}
         given: dict[str, Any] = {"version": run_version(Path(save_dir), resumed_from), "default_hp_metric": False}
         super().__init__(save_dir=Path(save_dir), name="", **(given | kwargs))
 
@@ -57,7 +60,7 @@ class RunLogger(TensorBoardLogger):
         if not metrics:
             from torch.utils.tensorboard.summary import hparams  # slow to import
 
-            shown = {
+            shown = self.shown | {
                 name: value if isinstance(value, bool | int | float | str) else str(value)
                 for name, value in dict(self.hparams).items()
                 if value is not None
