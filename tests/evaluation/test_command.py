@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
 from tests.helpers import save_tiny_model
@@ -260,3 +261,30 @@ def test_a_decoder_without_its_value_model(decoded: AlignmentDataModule, tmp_pat
 def test_nothing_to_compare(decoded: AlignmentDataModule, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name at least one policy to compare"):
         compare(decoded, output=str(tmp_path / "out"))
+
+
+def test_where_a_comparison_is_logged(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    mine = TensorBoardLogger(tmp_path / "mine", name="", version="")
+    for name, logger in (("default", True), ("none", False), ("given", [mine])):
+        out = tmp_path / name
+        compare(decoded, {}, {"decoder": BestOfN(2)}, output=str(out), n=[2], samples=2, device="cpu", logger=logger)
+        assert (out / "comparison.json").is_file()
+        assert bool(list(out.rglob("events.out.tfevents.*"))) == (name == "default")
+    assert list((tmp_path / "mine" / "Best-of-N").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ([], bool),
+        (["--logger", "false"], bool),
+        (["--logger", "lightning.pytorch.loggers.CSVLogger", "--logger.save_dir", "x"], CSVLogger),
+        (["--logger", '[{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "x"}}]'], list),
+    ],
+    ids=str,
+)
+def test_a_logger_on_the_command_line(arguments: list[str], kind: type) -> None:
+    parser = command.build_parser()
+    found = parser.instantiate_classes(parser.parse_args(["--data.policy", "x", *arguments])).logger
+    assert isinstance(found, kind)
+    assert found is not False or "false" in arguments
