@@ -127,6 +127,16 @@ def test_what_is_no_number_is_not_the_best(tmp_path: Path) -> None:
     best = BestPolicy()
     fit(tmp_path, best, module=Fails())
     assert kept(best) == [4]
+    Fails.win_rate = [float("nan")] * 5
+    best = BestPolicy(dirpath=tmp_path / "none")
+    fit(tmp_path, best, module=Fails())
+    assert kept(best) == []
+
+
+def test_steps_behind_the_last_validation_have_no_score(tmp_path: Path) -> None:
+    best = BestPolicy(save_top_k=2)
+    fit(tmp_path, best, max_steps=3)
+    assert kept(best) == [2]
 
 
 @pytest.mark.parametrize("options", [{"monitor": "val/rewrad"}, {"max_kl": 1.0, "kl": "val/lk"}], ids=str)

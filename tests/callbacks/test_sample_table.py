@@ -91,10 +91,13 @@ def test_a_resumed_run_shows_what_was_before(tmp_path: Path) -> None:
 
 def test_an_evaluation_of_its_own_shows_itself_alone(tmp_path: Path, val: list[Rollout]) -> None:
     table, module = SampleTable(prompts=1), Improves([make_rollout()], val, test=val)
-    trainer = make_trainer(tmp_path, table)
+    trainer = make_trainer(tmp_path, table, max_epochs=2)
     trainer.fit(module)
+    assert "| step 1 | step 2 |\n" in texts(tmp_path, "val/samples")[2]
+    trainer.validate(module, verbose=False)
+    assert "\n| step 2 |\n" in texts(tmp_path, "val/samples")[2]
     trainer.test(module, verbose=False)
-    assert "| step 1 |\n" in texts(tmp_path, "test/samples")[1]
+    assert "| step 2 |\n" in texts(tmp_path, "test/samples")[2]
 
 
 def test_another_prompt_in_its_place_does_not_stand_beside_it() -> None:

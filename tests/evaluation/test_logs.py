@@ -13,8 +13,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from vbon_lightning.evaluation import PolicyReport, ScoredText, TextSample, write_comparison
 from vbon_lightning.evaluation.logs import loggers_of
+from vbon_lightning.loggers import COMPARED
 
 SAMPLES = [TextSample("Once", {"reference": [ScoredText("a", -0.25)], "vBoN": [ScoredText("c", 1.0)]})]
+
+
+COLUMNS = {"policy", "method", "reward", "kl", "win_rate"}
 
 
 def read(directory: Path) -> EventAccumulator:
@@ -61,8 +65,11 @@ def test_a_row_a_policy(tmp_path: Path, reports: list[PolicyReport]) -> None:
     rows: list[dict[str, Any]] = []
     for name in sorted(runs(tmp_path)):
         events = read(tmp_path / name)
-        for tag, content in events.PluginTagToContent("hparams").items() if "table" in name else ():
+        for content in events.PluginTagToContent("hparams").values() if "table" in name else ():
             data = HParamsPluginData.FromString(content)
+            if data.HasField("experiment"):
+                assert {info.name.tag for info in data.experiment.metric_infos} == set(COMPARED)
+                assert {info.name for info in data.experiment.hparam_infos} == COLUMNS
             if data.HasField("session_start_info"):
                 rows.append(
                     {
@@ -70,7 +77,7 @@ def test_a_row_a_policy(tmp_path: Path, reports: list[PolicyReport]) -> None:
                         for key, value in data.session_start_info.hparams.items()
                     }
                 )
-            assert tag
+                assert set(data.session_start_info.hparams) == COLUMNS
     assert {row["policy"] for row in rows} == {report.name for report in reports}
     for row in rows:
         (report,) = [report for report in reports if report.name == row["policy"]]
