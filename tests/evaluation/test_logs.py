@@ -85,11 +85,19 @@ def test_a_row_a_policy(tmp_path: Path, reports: list[PolicyReport]) -> None:
         assert row["reward"] == pytest.approx(report.reward.mean, abs=1e-4)
 
 
-def test_a_later_comparison_supersedes_an_earlier_one(tmp_path: Path, reports: list[PolicyReport]) -> None:
+def test_a_later_comparison_takes_an_earlier_ones_place(tmp_path: Path, reports: list[PolicyReport]) -> None:
+    others = tmp_path / "events.out.tfevents.1.of.a.run"
     write_comparison(reports, tmp_path, title="old")
-    kept = [report for report in reports if report.name != "Best-of-8"]
+    others.touch()
+    kept = [report for report in reports if report.name not in ("Best-of-8", "vBoN | N=4")]
     write_comparison(kept, tmp_path, title="new")
     assert len(read(tmp_path / "Best-of-N").Scalars("vs_kl/reward")) == 3
+    assert runs(tmp_path) == {
+        *(".", "Best-of-N", "KL-RL", "table/reference", "table/Best-of-2", "table/Best-of-4"),
+        *("table/KL-RL_0.1", "table/KL-RL_0.3"),
+    }
+    assert len(read(tmp_path).Tensors("comparison/text_summary")) == 1
+    assert others.exists()
 
 
 def test_other_loggers_get_tables_and_the_picture(tmp_path: Path, reports: list[PolicyReport]) -> None:

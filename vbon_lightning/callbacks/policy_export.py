@@ -52,8 +52,8 @@ class PolicyExport(Callback):
         self._target = None if fast else Path(self.directory or Path(trainer.default_root_dir, "export"))
         if self.best and stage == "fit" and not fast and _monitor_of(trainer) is None:
             raise ValueError(
-                "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add one with a "
-                "`monitor`, such as val/loss"
+                "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add BestPolicy, "
+                "or one with a `monitor`, such as val/loss"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

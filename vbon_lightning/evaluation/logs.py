@@ -19,6 +19,8 @@ from vbon_lightning.loggers import COMPARED, log_figure, log_table
 MILLINATS = 1000
 """TensorBoard's steps are whole numbers: those of a comparison are thousandths of a nat of KL."""
 
+_OURS = ".comparison"
+"""What the names of a comparison's event files end with: a later one removes them, and no others."""
 _ROW = ("reward", "kl", "win_rate")
 """With policy and method as many columns as HPARAMS shows at first."""
 _OF_RUNS = dict.fromkeys(COMPARED, 0.0)
@@ -29,7 +31,7 @@ _NUMBERS = ("reward", "kl", "win_rate", "judge_reward", "length", "finished")
 def loggers_of(logger: bool | Logger | Sequence[Logger], directory: Path) -> list[Logger]:
     """Return the loggers that are meant, as ``Trainer`` takes them: True is TensorBoard in the directory."""
     if isinstance(logger, bool):
-        return [TensorBoardLogger(directory, name="", version="")] if logger else []
+        return [TensorBoardLogger(directory, name="", version="", filename_suffix=_OURS)] if logger else []
     return [logger] if isinstance(logger, Logger) else list(logger)
 
 
@@ -45,7 +47,7 @@ def log_comparison(
 
     Picture and curves are named ``vs_kl/...``, behind ``train/`` and ``val/`` in the alphabet. Each method has a run
     and each policy a point on it, at the step :data:`MILLINATS` times its KL. What an earlier comparison wrote to the
-    same place is superseded.
+    same place is removed.
 
     Args:
         logger: Where to.
@@ -54,6 +56,9 @@ def log_comparison(
         table: The reports as Markdown.
         samples: Responses to read.
     """
+    if isinstance(logger, TensorBoardLogger):
+        for path in Path(logger.log_dir).rglob(f"events.out.tfevents.*{_OURS}"):
+            path.unlink()
     rows = [[report.name, report.method, *_means(report).values()] for report in reports]
     log_table(logger, "comparison", ["policy", "method", *_NUMBERS], rows, markdown=table, step=0)
     if samples:
@@ -109,7 +114,7 @@ def _log_rows(reports: Sequence[PolicyReport], directory: Path) -> None:
 def _writer(directory: Path) -> Iterator[Any]:
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-    with SummaryWriter(str(directory), purge_step=0) as writer:
+    with SummaryWriter(str(directory), filename_suffix=_OURS) as writer:
         yield writer
 
 
