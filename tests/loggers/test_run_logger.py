@@ -57,27 +57,18 @@ def test_the_epoch_is_no_chart_of_its_own(tmp_path: Path) -> None:
 
 
 def test_hyper_parameters_stand_beside_metrics(tmp_path: Path) -> None:
-    logger = RunLogger(tmp_path, compared=["val/kl"])
+    logger = RunLogger(tmp_path / "mine", compared=["val/kl"], method="VBoN")
     logger.log_hyperparams({"n": 4, "bound": None, "n_range": [1, 2], "value_model": False})
     logger.log_metrics({"val/kl": 0.5}, step=1)
     logger.finalize("success")
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path / "mine")).Reload()
     assert events.Tags()["scalars"] == ["val/kl"]  # no hp_metric
-    data = (
-        {
-            tag: HParamsPluginData.FromString(content)
-            for tag, content in events.summary_metadata_plugin_content("hparams").items()
-        }
-        if hasattr(events, "summary_metadata_plugin_content")
-        else {
-            tag: HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
-            for tag in events.PluginTagToContent("hparams")
-        }
-    )
-    experiment = next(part.experiment for part in data.values() if part.HasField("experiment"))
+    data = [HParamsPluginData.FromString(content) for content in events.PluginTagToContent("hparams").values()]
+    experiment = next(part.experiment for part in data if part.HasField("experiment"))
     assert [info.name.tag for info in experiment.metric_infos] == ["val/kl"]
-    start = next(part.session_start_info for part in data.values() if part.HasField("session_start_info"))
+    start = next(part.session_start_info for part in data if part.HasField("session_start_info"))
     assert start.hparams["n"].number_value == 4
     assert start.hparams["n_range"].string_value == "[1, 2]"
     assert start.hparams["value_model"].bool_value is False
     assert "bound" not in start.hparams
+    assert [start.hparams[name].string_value for name in ("policy", "method")] == ["mine", "VBoN"]
