@@ -16,7 +16,7 @@ PACKAGE = Path(vbon_lightning.__file__).parent
 LAYERS = [
     {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
     {"types"},
-    {"metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
+    {"loggers", "metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
     {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
     {"actors", "callbacks"},
     {"data.module", "decoding"},
@@ -49,7 +49,7 @@ TESTED_ELSEWHERE = {
 NOTHING_TO_TEST = {"types.py"}
 """Modules that hold records alone."""
 
-LIGHTNING = {"data.module", "modules", "callbacks", "cli", "evaluation", "dialling", "commands"}
+LIGHTNING = {"data.module", "modules", "callbacks", "cli", "evaluation", "dialling", "commands", "loggers"}
 
 
 ROOMS = {"data"}

@@ -218,7 +218,7 @@ def test_predict_fit_validate(vbon: Run, files: Path, tmp_path: Path, capsys: py
     training = config(files, tmp_path / "fit", model=model, data__reference_table=table)
     vbon("fit", "--config", training, "--trainer.enable_checkpointing", "true", "--trainer.logger", "true")
     (last,) = tmp_path.rglob("*.ckpt")
-    assert list(tmp_path.rglob("lightning_logs/*/config.yaml"))
+    assert list(tmp_path.rglob("lightning_logs/vbon/config.yaml"))
     vbon("validate", "--config", training, "--ckpt_path", str(last))
 
     # The checkpoint's settings neither win silently nor lose silently.
@@ -465,3 +465,69 @@ def test_an_error_in_a_users_class_says_where(
         said.startswith("vbon: nothing to watch (in on_train_start, ")
         and "own_callback.py, line 6; VBON_TRACEBACK" in said
     )
+
+
+# -- what a run leaves behind -----------------------------------------------------------------------------
+
+
+def runs(directory: Path) -> set[str]:
+    """Return where below a directory there are TensorBoard runs, as it names them."""
+    return {str(path.parent.relative_to(directory)) for path in directory.rglob("events.out.tfevents.*")}
+
+
+def test_runs_have_short_names(vbon: Run, files: Path, tmp_path: Path) -> None:
+    path = config(files, tmp_path / "config", trainer__logger=None, trainer__enable_checkpointing=True)
+    run = ["fit", "--config", path, "--trainer.default_root_dir", "runs/mine"]
+    vbon(*run)
+    assert runs(tmp_path / "runs") == {"mine"}
+    mine = tmp_path / "runs" / "mine"
+    assert {"checkpoints", "config.yaml", "hparams.yaml", "samples"} <= {path.name for path in mine.iterdir()}
+    vbon(*run)
+    assert runs(tmp_path / "runs") == {"mine", "mine/version_1"}
+    assert list((mine / "version_1" / "checkpoints").iterdir())
+    # What is resumed goes on in the same place, what is only evaluated does not.
+    (last,) = (mine / "checkpoints").iterdir()
+    vbon(*run, "--ckpt_path", str(last), "--trainer.max_steps", "3")
+    assert runs(tmp_path / "runs") == {"mine", "mine/version_1"}
+    vbon("validate", *run[1:], "--ckpt_path", str(last))
+    assert runs(tmp_path / "runs") == {"mine", "mine/version_1", "mine/version_2"}
+
+
+def test_a_run_without_a_directory_is_called_by_its_method(vbon: Run, files: Path, tmp_path: Path) -> None:
+    vbon("fit", "--config", config(files, tmp_path / "config", trainer__logger=True))
+    assert runs(tmp_path / "lightning_logs") == {"vbon"}
+
+
+def test_a_logger_of_ones_own_is_left_alone(vbon: Run, files: Path, tmp_path: Path) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}}
+    vbon("fit", "--config", config(files, tmp_path / "config", trainer__logger=logger))
+    assert not runs(tmp_path)
+    assert (tmp_path / "csv/lightning_logs/version_0/metrics.csv").is_file()
+    vbon("fit", "--config", config(files, tmp_path / "config"))  # no logger
+    assert not runs(tmp_path)
+
+
+def test_the_best_policy_takes_one_line(vbon: Run, files: Path, tmp_path: Path) -> None:
+    callbacks = [
+        {"class_path": "BestPolicy", "init_args": {"max_kl": 50.0}},
+        {"class_path": "PolicyExport", "init_args": {"best": True}},
+    ]
+    changes = {"trainer__callbacks": callbacks, "trainer__enable_checkpointing": True}
+    path = config(files, tmp_path / "config", **changes)
+    vbon("fit", "--config", path, "--trainer.val_check_interval", "1", "--trainer.default_root_dir", "run")
+    assert len(list((tmp_path / "run/checkpoints").glob("best-step=*.ckpt"))) == 1
+    assert "the best `val/win_rate`" in (tmp_path / "run/export/README.md").read_text()
+
+
+def test_defaults_are_replaced_by_their_short_names(vbon: Run, files: Path, tmp_path: Path) -> None:
+    own = [
+        {"class_path": "BestOfNWinRate", "init_args": {"n": [3]}},
+        {"class_path": "SampleTable", "init_args": {"enabled": False}},
+    ]
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}}
+    path = config(files, tmp_path / "config", trainer__callbacks=own, trainer__logger=logger)
+    vbon("fit", "--config", path, "--trainer.log_every_n_steps", "1")
+    header = (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert "train/win_rate_vs_bon3" in header and "train/win_rate_vs_bon4" not in header
+    assert {"train/kl", "train/reward", "val/kl"} <= set(header)
+    assert not list(tmp_path.rglob("*.jsonl"))

@@ -81,3 +81,21 @@ def test_the_parse_helper_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["fit", "--config", "configs/demo/data.yaml", "--config", "configs/demo/vbon.yaml"]
     with pytest.raises(SystemExit):
         parse([*words, "--model.init_args.m", "4"], monkeypatch)
+
+
+def test_the_yaml_of_the_page_on_metrics_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = (ROOT / "docs/metrics.md").read_text().split("```yaml\n")[1:]
+    assert len(blocks) == 3
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block.split("```")[0])
+        words = [
+            "fit",
+            "--config",
+            "configs/demo/data.yaml",
+            "--config",
+            "configs/demo/vbon.yaml",
+            "--config",
+            str(path),
+        ]
+        assert parse(words, monkeypatch) is not None

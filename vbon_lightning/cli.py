@@ -19,8 +19,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
-from vbon_lightning import __version__
+from vbon_lightning import __version__, callbacks  # noqa: F401 (callbacks: so that a configuration may name them)
 from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.loggers import RunLogger
 from vbon_lightning.modules import (
     DPO,
     KLRL,
@@ -169,6 +170,16 @@ class VbonCLI(LightningCLI):
         """Keep predictions out of memory: the reference table has them."""
         if self.subcommand == "predict":
             self.config.predict.return_predictions = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log to TensorBoard under a short name of the run, unless a logger was given, or none."""
+        trainer = self._get(self.config_init, "trainer")
+        if kwargs.get("logger", trainer["logger"]) in (None, True):
+            root = trainer["default_root_dir"]
+            directory = Path("lightning_logs", type(self.model).__name__.lower()) if root is None else Path(root)
+            resumed = self._get(self.config_init, "ckpt_path") if self.subcommand == "fit" else None
+            kwargs["logger"] = RunLogger(directory, resumed_from=resumed, method=type(self.model).__name__)
+        return super().instantiate_trainer(**kwargs)
 
 
 def run(args: ArgsType = None) -> VbonCLI:

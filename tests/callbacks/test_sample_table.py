@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.callbacks.replay import Replay, make_trainer
@@ -49,13 +52,85 @@ def test_the_first_valid_prompts_of_an_epoch_are_written(tmp_path: Path, val: li
     }
 
 
-def test_tensorboard_shows_a_table(tmp_path: Path, val: list[Rollout]) -> None:
-    make_trainer(tmp_path, SampleTable(prompts=1)).fit(Replay([make_rollout()], val))
-    events = EventAccumulator(str(run_directory(tmp_path))).Reload()
-    (event,) = events.Tensors("val/samples/text_summary")
-    text = event.tensor_proto.string_val[0].decode()
-    assert "| prompt | response | reward | tokens |" in text
-    assert "prompt \\| 0 | response 0.0" in text
+def texts(directory: Path, tag: str) -> dict[int, str]:
+    events = EventAccumulator(str(run_directory(directory))).Reload()
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(f"{tag}/text_summary")}
+
+
+class Improves(Replay):
+    """Answers otherwise at each validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        rollout = super().validation_step(batch, batch_idx)["rollout"]
+        said = [[f"{text} of {self.trainer.global_step}" for text in row] for row in rollout.responses]
+        return {"rollout": rollout._replace(responses=said)}
+
+
+def test_responses_of_a_prompt_stand_side_by_side(tmp_path: Path) -> None:
+    val = [make_rollout(prompts=2, seed=1)]
+    make_trainer(tmp_path, SampleTable(prompts=2, samples=2), max_epochs=7).fit(Improves([make_rollout()], val))
+    shown = texts(tmp_path, "val/samples")
+    assert list(shown) == [1, 2, 3, 4, 5, 6, 7]
+    first, second = shown[2].split("\n\n**")
+    assert first.startswith("**prompt \\| 0**\n\n| step 1 | step 2 |\n")
+    assert second.startswith("prompt \\| 1**")
+    line = first.splitlines()[5].strip("| ").split(" | ")  # the second sample
+    assert [cell.split("<br>")[0].removesuffix(" […]") for cell in line] == ["response 0.1 of 1", "response 0.1 of 2"]
+    assert line[0].endswith(f"*reward {val[0].rewards[0, 1]:.3f}, {val[0].completions.mask[0, 1].sum()} tokens*")
+    # The first, for how it began, and the last four.
+    assert "| step 1 | step 4 | step 5 | step 6 | step 7 |" in shown[7]
+
+
+def test_a_resumed_run_shows_what_was_before(tmp_path: Path) -> None:
+    kept, val = ModelCheckpoint(tmp_path, save_last=True), [make_rollout()]
+    make_trainer(tmp_path, SampleTable(), kept, enable_checkpointing=True).fit(Improves([make_rollout()], val))
+    again = make_trainer(tmp_path, SampleTable(), max_epochs=2)
+    again.fit(Improves([make_rollout()], val), ckpt_path=tmp_path / "last.ckpt")
+    assert "| step 1 | step 2 |" in texts(tmp_path, "val/samples")[2]
+
+
+def test_an_evaluation_of_its_own_shows_itself_alone(tmp_path: Path, val: list[Rollout]) -> None:
+    table, module = SampleTable(prompts=1), Improves([make_rollout()], val, test=val)
+    trainer = make_trainer(tmp_path, table, max_epochs=2)
+    trainer.fit(module)
+    assert "| step 1 | step 2 |\n" in texts(tmp_path, "val/samples")[2]
+    trainer.validate(module, verbose=False)
+    assert "\n| step 2 |\n" in texts(tmp_path, "val/samples")[2]
+    trainer.test(module, verbose=False)
+    assert "| step 2 |\n" in texts(tmp_path, "test/samples")[2]
+
+
+def test_another_prompt_in_its_place_does_not_stand_beside_it() -> None:
+    response = {"text": "a", "reward": 0.0, "tokens": 1, "finished": True}
+    rows = {step: [{"prompt": f"{step}", "responses": [response]}] for step in (1, 2)}
+    assert "step 1" not in sample_markdown(rows)
+    assert "| step 2 |" in sample_markdown(rows)
+
+
+def test_other_loggers_get_a_table(tmp_path: Path, val: list[Rollout]) -> None:
+    logger: Any = create_autospec(WandbLogger, instance=True)
+    logger.save_dir, logger.name, logger.version = str(tmp_path), "run", "0"
+    make_trainer(tmp_path, SampleTable(prompts=1, samples=2), logger=logger).fit(Replay([make_rollout()], val))
+    (name,), given = logger.log_table.call_args
+    assert (name, given["step"]) == ("val/samples", 1)
+    assert list(given["columns"]) == ["step", "prompt", "response", "reward", "tokens", "finished"]
+    assert [row[:3] for row in given["data"]] == [[1, "prompt | 0", f"response 0.{sample}"] for sample in (0, 1)]
+    assert given["data"][1][3] == pytest.approx(val[0].rewards[0, 1].item())
+
+
+def test_conversations_are_shown_turn_by_turn(tmp_path: Path) -> None:
+    rollout = make_rollout(prompts=2)
+    rendered = ["<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"] * 2
+    talks = [[{"role": "user", "content": "Hello"}], [{"role": "system", "content": "Be | brief"}]]
+    plain = rollout._replace(prompts=rollout.prompts._replace(text=rendered))
+    talked = rollout._replace(prompts=plain.prompts._replace(messages=talks))
+    for directory, shown in ((tmp_path / "talked", talked), (tmp_path / "plain", plain)):
+        make_trainer(directory, SampleTable()).fit(Replay([make_rollout()], [shown]))
+    assert "**user: Hello**" in texts(tmp_path / "talked", "val/samples")[1]
+    assert "**system: Be \\| brief**" in texts(tmp_path / "talked", "val/samples")[1]
+    assert "**user: Hello<br><br>assistant:**" in texts(tmp_path / "plain", "val/samples")[1]
+    (path,) = (tmp_path / "talked").rglob("val-*.jsonl")
+    assert [row["prompt"] for row in read(path)] == ["user: Hello", "system: Be | brief"]
 
 
 def test_training_samples_every_so_many_steps(tmp_path: Path) -> None:
@@ -105,9 +180,10 @@ def test_a_module_without_responses_is_named(tmp_path: Path) -> None:
 
 def test_any_text_fits_a_cell() -> None:
     response = {"text": "a|b\n<b>`c`\n\n", "reward": 0.5, "tokens": 3, "finished": False}
-    rows = [{"prompt": "", "responses": [response]}]
-    line = sample_markdown(rows).splitlines()[2]
-    assert line == "| (empty) | a\\|b<br>&lt;b>\\`c\\`<br><br> […] | 0.500 | 3 |"
+    shown = sample_markdown({7: [{"prompt": "", "responses": [response]}]})
+    assert shown == (
+        "**(empty)**\n\n| step 7 |\n| :--- |\n| a\\|b<br>&lt;b>\\`c\\`<br><br> […]<br>*reward 0.500, 3 tokens* |\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [{"prompts": 0}, {"samples": 0}, {"every_n_steps": -1}])

@@ -51,6 +51,13 @@ def test_too_few_references_are_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, BestOfNWinRate([17]), limit_val_batches=0).fit(Replay(stream(1)))
 
 
+def test_too_few_references_for_the_modules_own_n_stop_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, BestOfNWinRate(), limit_val_batches=0)
+    with pytest.warns(UserWarning, match="no win rate against Best-of-17 is logged: .* there are 16"):
+        trainer.fit(Replay(stream(1), n=17.0))
+    assert set(trainer.callback_metrics) == {"train/win_rate"}
+
+
 def test_no_references_are_warned_of(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, BestOfNWinRate(), limit_val_batches=0)
     with pytest.warns(UserWarning, match="needs reference rewards"):

@@ -11,6 +11,7 @@ import pytest
 from tests.modules.setting import make_data, make_files, make_table
 from vbon_lightning import cli
 from vbon_lightning.commands.table import describe_table
+from vbon_lightning.reference_table import ReferenceTable
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,16 @@ def test_the_best_and_the_worst_are_shown(path: str) -> None:
     assert "\nprompt" not in describe_table(path, rows=0)
     with pytest.raises(ValueError, match="--rows must be at least 0, got -1"):
         describe_table(path, rows=-1)
+
+
+def test_conversations_are_shown_turn_by_turn(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ReferenceTable.row
+
+    def rendered(table: ReferenceTable, key: str) -> Any:
+        return row(table, key)._replace(prompt="<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+    monkeypatch.setattr(ReferenceTable, "row", rendered)
+    assert "\nprompt 'user: Hello | assistant:'\n" in describe_table(path, rows=1)
 
 
 def test_a_directory_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

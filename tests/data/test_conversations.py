@@ -11,7 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.helpers import tiny_tokenizer
 from vbon_lightning.data.collating import collate_texts
-from vbon_lightning.data.conversations import Chat, ConversationError, as_conversation, split_prompt, transcript
+from vbon_lightning.data.conversations import (
+    Chat,
+    ConversationError,
+    as_conversation,
+    readable,
+    shown_prompts,
+    split_prompt,
+    transcript,
+)
 from vbon_lightning.data.encoding import (
     PromptError,
     encode_comparisons,
@@ -289,3 +297,36 @@ def test_marks_that_hold_nothing_are_refused(tokenizer: PreTrainedTokenizerBase)
     empty = TEMPLATE + "{% generation %}{% endgeneration %}"
     with pytest.raises(ConversationError, match="marks nothing of it as generated"):
         Chat(tokenizer, {"template": empty}).text(TALK)
+
+
+# -- for people ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rendered", "shown"),
+    [
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi | you\n\nthere<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "system: Be brief.\n\nuser: Hi | you\n\nthere\n\nassistant:",
+        ),
+        (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "user: Hi\n\nassistant:",
+        ),
+        ("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "user: Hi\n\nmodel:"),
+        ("<|user|>\nHi<|end|>\n<|assistant|>\n", "user: Hi\n\nassistant:"),
+        ("<|user|>\nHi</s>\n<|assistant|>\n", "user: Hi\n\nassistant:"),
+        ("the film was <b>good</b> | a < b", "the film was <b>good</b> | a < b"),
+        ("", ""),
+    ],
+)
+def test_what_a_template_made_is_shown_turn_by_turn(rendered: str, shown: str) -> None:
+    assert readable(rendered) == shown
+
+
+def test_prompts_are_shown_by_their_messages_where_there_are_some() -> None:
+    assert shown_prompts(["[u]ab"], [TALK[:2]]) == ["user: ab\n\nassistant: cd"]
+    assert shown_prompts(["<|im_start|>user\nHi<|im_end|>"], None) == ["user: Hi"]
+    assert shown_prompts(["plain"], None) == ["plain"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
 from tests.data.test_module import ALPHABET, Lengths, write_table
@@ -278,3 +279,30 @@ def test_the_cards_of_exports_get_the_results(decoded: AlignmentDataModule, tmp_
     lines = ("prompts: 3, the test split of test.txt", "responses a prompt: 5", "longest response: 4 tokens", "seed: 0")
     assert all(f"- {line}\n" in text for line in lines)
     assert str(tmp_path) not in text
+
+
+def test_where_a_comparison_is_logged(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    mine = TensorBoardLogger(tmp_path / "mine", name="", version="")
+    for name, logger in (("default", True), ("none", False), ("given", [mine])):
+        out = tmp_path / name
+        compare(decoded, {}, {"decoder": BestOfN(2)}, output=str(out), n=[2], samples=2, device="cpu", logger=logger)
+        assert (out / "comparison.json").is_file()
+        assert bool(list(out.rglob("events.out.tfevents.*"))) == (name == "default")
+    assert list((tmp_path / "mine" / "Best-of-N").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ([], bool),
+        (["--logger", "false"], bool),
+        (["--logger", "lightning.pytorch.loggers.CSVLogger", "--logger.save_dir", "x"], CSVLogger),
+        (["--logger", '[{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "x"}}]'], list),
+    ],
+    ids=str,
+)
+def test_a_logger_on_the_command_line(arguments: list[str], kind: type) -> None:
+    parser = command.build_parser()
+    found = parser.instantiate_classes(parser.parse_args(["--data.policy", "x", *arguments])).logger
+    assert isinstance(found, kind)
+    assert found is not False or "false" in arguments

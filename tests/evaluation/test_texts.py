@@ -6,6 +6,7 @@ import itertools
 
 from tests.rollouts import make_rollout
 from vbon_lightning.evaluation import ScoredText, text_samples
+from vbon_lightning.evaluation.texts import samples_markdown
 
 
 def test_texts_of_the_same_prompts_side_by_side() -> None:
@@ -22,3 +23,13 @@ def test_texts_of_the_same_prompts_side_by_side() -> None:
 def test_only_as_many_rollouts_as_needed_are_read() -> None:
     endless = (make_rollout(prompts=2, seed=i, first=2 * i) for i in itertools.count())
     assert len(text_samples({"reference": endless}, prompts=3)) == 3
+
+
+def test_conversations_are_shown_turn_by_turn() -> None:
+    rollout = make_rollout(prompts=2)
+    talks = [[{"role": "user", "content": "Hello"}], [{"role": "user", "content": "Hi"}]]
+    talked = rollout._replace(prompts=rollout.prompts._replace(messages=talks))
+    samples = text_samples({"reference": [talked], "vBoN": [talked]}, prompts=2)
+    assert [sample.prompt for sample in samples] == ["user: Hello", "user: Hi"]
+    assert [list(sample.responses) for sample in samples] == [["reference", "vBoN"]] * 2
+    assert "## 1. user: Hello\n" in samples_markdown(samples)

@@ -85,3 +85,20 @@ def test_a_token_without_an_embedding_is_named_before_training(files: Path, tmp_
     tokenizer.save_pretrained(classifier)
     with pytest.raises(ModelError, match="no embedding for"):
         ClassifierReward(classifier)(["a"], [["b"]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "watching"),
+    [
+        ("klrl", ["BestOfNWinRate", "KLMonitor", "RewardMonitor", "TensorBoardLayout"]),
+        ("bonsft", ["BestOfNWinRate", "KLMonitor", "RewardMonitor", "TensorBoardLayout"]),
+        ("valuemodelling", ["TensorBoardLayout"]),
+        ("sft", ["TensorBoardLayout"]),
+    ],
+)
+def test_what_watches_comes_along(kind: str, watching: list[str], files: Path, tmp_path: Path) -> None:
+    data = make_data(files, reference_table=None if kind == "sft" else str(files / "table"))
+    trainer = make_trainer(tmp_path, callbacks=[], steps=1, enable_checkpointing=False)
+    trainer.fit(make_module(kind, data), data)
+    own = {type(part).__name__ for part in trainer.callbacks if "vbon_lightning" in type(part).__module__}
+    assert sorted(own) == watching

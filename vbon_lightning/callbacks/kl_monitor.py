@@ -18,10 +18,13 @@ class KLMonitor(RolloutMetrics):
     Logs ``kl`` (exact over the vocabulary, summed over a response, averaged over responses), ``kl_per_token``
     and ``kl_sampled`` (the mean log-ratio of the sampled responses: the same in expectation). A KL divergence
     is never negative; where one is, sampling and scoring disagree, and the monitor says so once.
+
+    Args:
+        enabled: False to log nothing, in place of the callback that a module brings along.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__(enabled)
         self._warned = False
 
     def make_metrics(self, pl_module: LightningModule) -> dict[str, Metric]:

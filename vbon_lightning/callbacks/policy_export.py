@@ -59,8 +59,8 @@ class PolicyExport(Callback):
         self._target = None if fast else Path(self.directory or Path(trainer.default_root_dir, "export"))
         if self.best and stage == "fit" and not fast and _monitor_of(trainer) is None:
             raise ValueError(
-                "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add one with a "
-                "`monitor`, such as val/loss"
+                "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add BestPolicy, "
+                "or one with a `monitor`, such as val/loss"
             )
         if self.push_to_hub is not None and stage == "fit" and not fast:
             _on_rank_zero(trainer, self.push_to_hub.prepare)

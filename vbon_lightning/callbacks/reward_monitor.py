@@ -18,6 +18,9 @@ class RewardMonitor(RolloutMetrics):
     (the share that ended with an EOS rather than at the length limit) and ``tied_groups`` (the share of prompts whose
     responses all have one reward, of which a policy gradient learns nothing). Of a reward with several parts, a
     :class:`~vbon_lightning.rewards.WeightedReward`, also ``reward/NAME``, the mean of each where it applies.
+
+    Args:
+        enabled: False to log nothing, in place of the callback that a module brings along.
     """
 
     def make_metrics(self, pl_module: LightningModule) -> dict[str, Metric]:

@@ -25,9 +25,13 @@ class RolloutMetrics(Callback, ABC):
     Each ``train/...`` value is over everything since the one before. ``compute`` gathers over the processes,
     so all of them must get there together: at a given ``global_step`` and at the end of an epoch, whether or
     not a process had any data.
+
+    Args:
+        enabled: False to log nothing, in place of the callback that a module brings along.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
         self._metrics: dict[str, dict[str, Metric]] = {}  # by stage, then by name
         self._last_step = -1
 
@@ -118,11 +122,13 @@ class RolloutMetrics(Callback, ABC):
 
     def _count(self, pl_module: LightningModule, stage: str, outputs: Any) -> None:
         rollout = rollout_of(outputs)
-        if rollout is not None:
+        if rollout is not None and self.enabled:
             with torch.no_grad():
                 self.update(self._stage(pl_module, stage), rollout, stage)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.enabled:
+            return
         metrics = self._stage(pl_module, stage)
         values = self.values(metrics)
         self.check(metrics, pl_module, stage)

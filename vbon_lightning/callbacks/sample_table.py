@@ -1,4 +1,4 @@
-"""Prompts, responses and rewards to read: a table for TensorBoard and a JSON Lines file."""
+"""Prompts, responses and rewards to read: tables for TensorBoard and other loggers, and a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -7,29 +7,42 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.callbacks.rollout_metrics import rollout_of
+from vbon_lightning.data.conversations import shown_prompts
+from vbon_lightning.loggers import log_table
 from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.types import Rollout
+
+_COLUMNS = ("step", "prompt", "response", "reward", "tokens", "finished")
+_SHOWN_STEPS = 5
 
 
 class SampleTable(Callback):
     """Write some responses of the policy with their rewards at each validation and test, for people to read.
 
-    They go to ``samples/{stage}-{step}.jsonl`` below the log directory, and as text to loggers that take
-    text, such as TensorBoard. The prompts are the first ones of rank zero.
+    They go to ``samples/{stage}-{step}.jsonl`` below the log directory, as text to TensorBoard, where a prompt's
+    responses of several validations stand side by side (the first and the last four), and as tables to
+    Weights & Biases and MLflow. The prompts are the first ones of rank zero; conversations are shown turn by turn.
 
     Args:
         every_n_steps: Also at every so many training steps; 0 for not in training.
         prompts: How many prompts.
         samples: How many responses a prompt.
         directory: Where to write; ``samples`` in the log directory by default.
+        enabled: False to write nothing, in place of the callback that a module brings along.
     """
 
     def __init__(
-        self, every_n_steps: int = 0, prompts: int = 4, samples: int = 1, directory: str | None = None
+        self,
+        every_n_steps: int = 0,
+        prompts: int = 4,
+        samples: int = 1,
+        directory: str | None = None,
+        enabled: bool = True,
     ) -> None:
         if every_n_steps < 0:
             raise ValueError(f"SampleTable's every_n_steps must be >= 0, got {every_n_steps}")
@@ -42,10 +55,20 @@ class SampleTable(Callback):
             samples,
             directory,
         )
+        self.enabled = enabled
         self._rows: list[dict[str, Any]] = []
+        self._earlier: dict[int, list[dict[str, Any]]] = {}  # of validations, by step
         self._target: Path | None = None
         self._last_step = -1
         self._warned = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what earlier validations showed, for a resumed run to stand beside its own."""
+        return {"earlier": self._earlier}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what earlier validations showed."""
+        self._earlier = state_dict["earlier"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the log directory, which all processes must do together."""
@@ -112,6 +135,8 @@ class SampleTable(Callback):
         self._write(trainer, "test")
 
     def _collect(self, trainer: Trainer, outputs: Any) -> None:
+        if not self.enabled:
+            return
         rollout = rollout_of(outputs)
         if rollout is None:
             if not self._warned and not trainer.sanity_checking:
@@ -131,11 +156,23 @@ class SampleTable(Callback):
             for row in rows:
                 line = json.dumps({"stage": stage, "step": step, **row}, ensure_ascii=False)
                 stream.write(f"{line}\n".encode())
-        table = sample_markdown(rows)
+        shown = {step: rows}
+        if stage == "val" and trainer.state.fn == TrainerFn.FITTING:
+            self._earlier = _first_and_last(self._earlier | shown)
+            shown = self._earlier
+        table = [
+            [step, row["prompt"], response["text"], response["reward"], response["tokens"], response["finished"]]
+            for row in rows
+            for response in row["responses"]
+        ]
         for logger in trainer.loggers:
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if callable(add_text):
-                add_text(f"{stage}/samples", table, global_step=step)
+            log_table(logger, f"{stage}/samples", _COLUMNS, table, markdown=sample_markdown(shown), step=step)
+
+
+def _first_and_last(by_step: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
+    steps = sorted(by_step)
+    kept = steps if len(steps) <= _SHOWN_STEPS else [steps[0], *steps[1 - _SHOWN_STEPS :]]
+    return {step: by_step[step] for step in kept}
 
 
 def _rows(rollout: Rollout, prompts: int, samples: int) -> list[dict[str, Any]]:
@@ -143,10 +180,11 @@ def _rows(rollout: Rollout, prompts: int, samples: int) -> list[dict[str, Any]]:
     chosen = [row for row, counts in enumerate(valid) if counts][:prompts]
     index, rewards = rollout.prompts.index.tolist(), rollout.rewards.tolist()
     lengths, finished = rollout.completions.mask.sum(-1).tolist(), rollout.completions.finished.tolist()
+    texts = shown_prompts(rollout.prompts.text, rollout.prompts.messages)
     return [
         {
             "index": index[row],
-            "prompt": rollout.prompts.text[row],
+            "prompt": texts[row],
             "responses": [
                 {
                     "text": rollout.responses[row][sample],
@@ -161,16 +199,33 @@ def _rows(rollout: Rollout, prompts: int, samples: int) -> list[dict[str, Any]]:
     ]
 
 
-def sample_markdown(rows: list[dict[str, Any]]) -> str:
-    """Format collected rows as a Markdown table, a line a response."""
-    lines = [
-        [
-            markdown_cell(row["prompt"]),
-            markdown_cell(response["text"] + ("" if response["finished"] else " […]")),
-            f"{response['reward']:.3f}",
-            str(response["tokens"]),
-        ]
-        for row in rows
-        for response in row["responses"]
-    ]
-    return markdown_table(["prompt", "response", "reward", "tokens"], lines, align="llrr")
+def sample_markdown(by_step: dict[int, list[dict[str, Any]]]) -> str:
+    """Format collected rows as Markdown: of each prompt a table with a column a step.
+
+    Args:
+        by_step: The rows of each step; the prompts are those of the last.
+    """
+    steps = sorted(by_step)
+    sections = []
+    for place, row in enumerate(by_step[steps[-1]]):
+        same = [_at(by_step[step], place, row["prompt"]) for step in steps]
+        header = [f"step {step}" for step, responses in zip(steps, same, strict=True) if responses]
+        lines = []
+        for sample in range(len(row["responses"])):
+            shown = [responses[sample] if sample < len(responses) else None for responses in same if responses]
+            lines.append(["(none)" if one is None else _cell(one) for one in shown])
+        table = markdown_table(header, lines, align="l" * len(header))
+        sections.append(f"**{markdown_cell(row['prompt'])}**\n\n{table}")
+    return "\n".join(sections)
+
+
+def _at(rows: list[dict[str, Any]], place: int, prompt: str) -> list[dict[str, Any]]:
+    """Return the responses to a prompt, none where another stood in its place."""
+    same = place < len(rows) and rows[place]["prompt"] == prompt
+    responses: list[dict[str, Any]] = rows[place]["responses"] if same else []
+    return responses
+
+
+def _cell(response: dict[str, Any]) -> str:
+    text = markdown_cell(response["text"] + ("" if response["finished"] else " […]"))
+    return f"{text}<br>*reward {response['reward']:.3f}, {response['tokens']} tokens*"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,11 +24,13 @@ class BestOfNWinRate(RolloutMetrics):
     that the target was made of, and the rates are too high, the more, the smaller M / n.
 
     Args:
-        n: The Best-of-n opponents. By default the one with the module's own ``n``, if it has one.
+        n: The Best-of-n opponents. By default the one with the module's own ``n``, if it has one and there are as many
+            reference rewards.
+        enabled: False to log nothing, in place of the callback that a module brings along.
     """
 
-    def __init__(self, n: list[int] | None = None) -> None:
-        super().__init__()
+    def __init__(self, n: list[int] | None = None, enabled: bool = True) -> None:
+        super().__init__(enabled)
         if n is not None and any(isinstance(value, bool) or int(value) != value or value < 1 for value in n):
             raise ValueError(f"BestOfNWinRate needs integers n >= 1, got {n}")
         self.n = None if n is None else sorted({int(value) for value in n})
@@ -52,11 +54,16 @@ class BestOfNWinRate(RolloutMetrics):
     def update(self, metrics: dict[str, Metric], rollout: Rollout, stage: str) -> None:
         """Add a rollout to the metrics."""
         if rollout.reference_rewards is None:
-            self._warn("BestOfNWinRate logs nothing: it needs reference rewards, from a reference table or sampled")
+            self._warn(
+                "no win rate is logged: it needs reference rewards, from a reference table (data.reference_table) or "
+                "sampled (model.reference_samples)"
+            )
             return
-        self._check_samples(rollout.reference_rewards.shape[-1])
+        samples = rollout.reference_rewards.shape[-1]
+        self._check_samples(samples)
         for metric in metrics.values():
-            metric.update(rollout.rewards, rollout.reference_rewards, rollout.prompts.valid)
+            if cast(WinRate, metric).n <= samples:
+                metric.update(rollout.rewards, rollout.reference_rewards, rollout.prompts.valid)
 
     def values(self, metrics: dict[str, Metric]) -> dict[str, Tensor]:
         """Compute what is to be logged."""
@@ -65,13 +72,18 @@ class BestOfNWinRate(RolloutMetrics):
 
     def _check_samples(self, samples: int) -> None:
         largest = max(self._opponents, default=1)
-        if samples < largest:
+        if samples < largest and self.n is not None:
             raise ValueError(
                 f"the win rate against Best-of-{largest} needs at least {largest} reference rewards a "
                 f"prompt, but there are {samples}: sample more of them, or set BestOfNWinRate's `n` to "
                 f"at most {samples}"
             )
-        if samples < 4 * largest and largest > 1:
+        if samples < largest:
+            self._warn(
+                f"no win rate against Best-of-{largest} is logged: it needs as many reference rewards a prompt, and "
+                f"there are {samples}"
+            )
+        elif samples < 4 * largest and largest > 1:
             self._warn(
                 f"{samples} reference rewards a prompt make a noisy win rate against Best-of-{largest}: "
                 f"{4 * largest} or more are better"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from vbon_lightning.commands.parsers import description_of
+from vbon_lightning.data.conversations import readable
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, table_summary
 from vbon_lightning.rewards.base import shorten
@@ -33,13 +34,18 @@ def describe_table(path: str, rows: int = 3, responses: int = 2) -> str:
     ]
     for key in table.keys()[:rows]:
         row = table.row(key)
-        lines += ["", f"prompt {shorten(row.prompt)}"]
+        lines += ["", f"prompt {_prompt(row.prompt)}"]
         order = sorted(range(len(row.rewards)), key=lambda place: -row.rewards[place])
         best, worst = order[:responses], [place for place in order[len(order) - responses :] if responses]
         lines += [
             f"  {row.rewards[place]:8.3f}  {shorten(row.responses[place])}" for place in dict.fromkeys(best + worst)
         ]
     return "\n".join(lines)
+
+
+def _prompt(text: str) -> str:
+    turns = readable(text)
+    return shorten(text if turns == text else turns.replace("\n\n", " | "))
 
 
 def _number(value: object) -> str:

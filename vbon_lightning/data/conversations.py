@@ -29,6 +29,13 @@ class Rendered(NamedTuple):
     """Where the assistant's turns stand, as characters: from the first of a turn's own to behind its last."""
 
 
+_TURN = re.compile(
+    r"<\|im_start\|>(?P<chatml>\w+)\n|<\|start_header_id\|>(?P<llama>\w+)<\|end_header_id\|>\s*"
+    r"|<start_of_turn>(?P<gemma>\w+)\n|<\|(?P<phi>system|user|assistant)\|>"
+)
+_MARK = re.compile(r"<\|[^<>|]*\|>|<end_of_turn>|</s>")
+
+
 def as_conversation(value: Any) -> list[Message] | None:
     """Return a column's value as a list of messages, None where it is something else, such as text.
 
@@ -59,6 +66,31 @@ def as_conversation(value: Any) -> list[Message] | None:
 def transcript(messages: Sequence[Message]) -> str:
     """Write a conversation readably, a paragraph a message: for people, and for counting words."""
     return "\n\n".join(f"{message['role']}: {message.get('content', '')}" for message in messages)
+
+
+def readable(text: str) -> str:
+    """Write what a chat template made of a conversation as :func:`transcript` does; any other text stays as it is.
+
+    Known are the marks of roles that ChatML, Llama 3, Gemma, Phi and Zephyr have.
+    """
+    turns = list(_TURN.finditer(text))
+    if not turns:
+        return text
+    ends = [turn.start() for turn in turns[1:]] + [len(text)]
+    said = [_MARK.sub("", text[turn.end() : end]).strip() for turn, end in zip(turns, ends, strict=True)]
+    return "\n\n".join(f"{turn[turn.lastgroup or 0]}: {what}".strip() for turn, what in zip(turns, said, strict=True))
+
+
+def shown_prompts(texts: Sequence[str], conversations: Sequence[Sequence[Message]] | None) -> list[str]:
+    """Return prompts as people are to read them: conversations turn by turn.
+
+    Args:
+        texts: B prompts, conversations as the chat template has them.
+        conversations: The same as messages, where the batch has them.
+    """
+    if conversations is not None:
+        return [transcript(messages) for messages in conversations]
+    return [readable(text) for text in texts]
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[list[Message], ...]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -63,14 +64,15 @@ def compare(
     seed: int = 0,
     device: str = "auto",
     cards: bool = True,
+    logger: bool | Logger | list[Logger] = True,
     command: str | None = None,
 ) -> list[PolicyReport]:
     """Evaluate exported policies, the reference and Best-of-N on held-out prompts.
 
-    Writes ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md`` into ``output`` and logs them to
-    TensorBoard there. Policies are sampled afresh; Best-of-N and all win rates come from the reference table, or,
-    where none is named, from the distribution of the reward that a value model predicts from each prompt. The
-    reference is then sampled as well: its win rate, 1/2 were the prediction right, says how far to trust the others.
+    Writes ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md`` into ``output`` and logs them.
+    Policies are sampled afresh; Best-of-N and all win rates come from the reference table, or, where none is named,
+    from the distribution of the reward that a value model predicts from each prompt. The reference is then sampled as
+    well: its win rate, 1/2 were the prediction right, says how far to trust the others.
 
     Args:
         data: The prompts, the reference, the reward, and the table that holds the prompts' reference responses or the
@@ -93,6 +95,8 @@ def compare(
         seed: Seeds the sampling; policies share their noise.
         device: ``cpu``, ``cuda``, ... or ``auto``.
         cards: Whether the model cards of exports that are compared get the results, in place of earlier ones.
+        logger: Where the table, the picture and the texts go too: TensorBoard in ``output`` by default; false for
+            nowhere, or one or several of Lightning's loggers, as for ``Trainer``.
         command: The command to print with the table.
     """
     if not policies and not decoders:
@@ -202,6 +206,7 @@ def compare(
         title=title,
         command=command,
         samples=text_samples(shown, prompts=shown_prompts, samples=shown_samples),
+        logger=logger,
     )
     if by_temperature:
         files |= write_temperatures(by_temperature, output, title=title, trained_at=spec.temperature)
@@ -284,7 +289,7 @@ def _best_of_n(
 def _judge(actors: Actors, judge: RewardModel) -> Judge:
     def score(rollout: Rollout) -> Tensor:
         ids = actors.token_ids(rollout.completions)
-        return ask_reward(judge, rollout.prompts.text, rollout.responses, ids, rollout.prompts.columns)
+        return ask_reward(judge, rollout.prompts.text, rollout.responses, ids, rollout.prompts.beside)
 
     return score
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning.data.conversations import shown_prompts
 from vbon_lightning.types import Rollout
 
 
@@ -22,6 +23,7 @@ class TextSample(NamedTuple):
     """A prompt with responses of each policy."""
 
     prompt: str
+    """Conversations turn by turn."""
     responses: dict[str, list[ScoredText]]
     """By the policy's name, in the order in which they are to be shown: the reference first."""
 
@@ -38,12 +40,13 @@ def text_samples(rollouts: Mapping[str, Iterable[Rollout]], *, prompts: int = 8,
         samples: How many responses a prompt and policy.
     """
     found: dict[str, dict[_Prompt, list[ScoredText]]] = {}
+    shown: dict[_Prompt, str] = {}
     chosen: list[_Prompt] | None = None
     for name, parts in rollouts.items():
-        found[name] = _responses(parts, prompts, samples, chosen)
+        found[name] = _responses(parts, prompts, samples, chosen, shown)
         chosen = list(found[name]) if chosen is None else chosen
     return [
-        TextSample(prompt[1], {name: responses[prompt] for name, responses in found.items() if prompt in responses})
+        TextSample(shown[prompt], {name: responses[prompt] for name, responses in found.items() if prompt in responses})
         for prompt in chosen or []
     ]
 
@@ -67,19 +70,26 @@ def samples_markdown(samples: Sequence[TextSample]) -> str:
 
 
 def _responses(
-    rollouts: Iterable[Rollout], prompts: int, samples: int, chosen: list[_Prompt] | None
+    rollouts: Iterable[Rollout],
+    prompts: int,
+    samples: int,
+    chosen: list[_Prompt] | None,
+    shown: dict[_Prompt, str],
 ) -> dict[_Prompt, list[ScoredText]]:
-    # The first prompts, or those another policy was already shown on: batches need not be alike.
+    # The first prompts, or those another policy was already shown on: batches need not be alike. `shown` gets them as
+    # people read them.
     found: dict[_Prompt, list[ScoredText]] = {}
     wanted = prompts if chosen is None else len(chosen)
     for rollout in rollouts:
         rewards, finished = rollout.rewards.tolist(), rollout.completions.finished.tolist()
         index, valid = rollout.prompts.index.tolist(), rollout.prompts.valid.tolist()
+        readable = shown_prompts(rollout.prompts.text, rollout.prompts.messages)
         for row, text in enumerate(rollout.prompts.text):
             key = (index[row], text)
             if valid[row] and len(found) < wanted and (chosen is None or key in chosen):
-                shown = range(min(samples, len(rewards[row])))
-                found[key] = [ScoredText(rollout.responses[row][i], rewards[row][i], finished[row][i]) for i in shown]
+                shown[key] = readable[row]
+                few = range(min(samples, len(rewards[row])))
+                found[key] = [ScoredText(rollout.responses[row][i], rewards[row][i], finished[row][i]) for i in few]
         if len(found) >= wanted:
             break
     return found

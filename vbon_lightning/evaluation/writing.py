@@ -1,4 +1,4 @@
-"""A comparison as files: numbers for programs, a table and texts for people, a figure, and TensorBoard."""
+"""A comparison as files: numbers for programs, a table and texts for people, and a figure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch.loggers import Logger
+
 from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
+from vbon_lightning.evaluation.logs import log_comparison, loggers_of
 from vbon_lightning.evaluation.reports import PolicyReport
 from vbon_lightning.evaluation.texts import TextSample, samples_markdown
 from vbon_lightning.reference_table.shards import atomic_file
@@ -23,7 +26,7 @@ def write_comparison(
     title: str,
     command: str | None = None,
     samples: Sequence[TextSample] = (),
-    tensorboard: bool = True,
+    logger: bool | Logger | Sequence[Logger] = True,
 ) -> dict[str, Path]:
     """Write ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md``, each atomically.
 
@@ -33,7 +36,7 @@ def write_comparison(
         title: Title of the table and the figure.
         command: The command that made the comparison, to be shown with it.
         samples: Responses to read; without any there is no ``samples.md``.
-        tensorboard: Also log table, figure and numbers for TensorBoard, to the same directory.
+        logger: Where to log them too: TensorBoard, in the same directory, by default; False for nowhere.
 
     Returns:
         The files written, by name.
@@ -57,8 +60,8 @@ def write_comparison(
         written[name] = directory / name
         with atomic_file(written[name]) as stream:
             stream.write(content)
-    if tensorboard:
-        _log_to_tensorboard(reports, directory, table=table, figure_title=title, samples=samples)
+    for one in loggers_of(logger, directory):
+        log_comparison(one, reports, title=title, table=table, samples=samples)
     return written
 
 
@@ -137,27 +140,3 @@ def _notes(reports: Sequence[PolicyReport]) -> str:
 
 def _names(reports: Sequence[PolicyReport], key: str, value: str) -> str:
     return ", ".join(report.name for report in reports if getattr(report, key) == value)
-
-
-def _log_to_tensorboard(
-    reports: Sequence[PolicyReport],
-    directory: Path,
-    *,
-    table: str,
-    figure_title: str,
-    samples: Sequence[TextSample],
-) -> None:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
-
-    with SummaryWriter(str(directory)) as writer:
-        writer.add_text("comparison", table)
-        if samples:
-            writer.add_text("samples", samples_markdown(samples))
-        writer.add_figure("pareto", pareto_figure(reports, title=figure_title))
-        for report in reports:
-            for name in ("reward", "kl", "win_rate", "judge_reward", "length", "finished"):
-                value: Estimate | None = getattr(report, name)
-                if value is not None:
-                    writer.add_scalar(f"{report.name}/{name}", value.mean)
-            for n, value in report.win_rate_vs_bon.items():
-                writer.add_scalar(f"{report.name}/win_rate_vs_bon{n}", value.mean)

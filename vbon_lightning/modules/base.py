@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.actors import Actors, ActorSpec
+from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, RewardMonitor, SampleTable, TensorBoardLayout
+from vbon_lightning.callbacks.defaults import missing_callbacks
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.decode import check_context
@@ -43,6 +45,8 @@ class AlignmentModule(LightningModule):
     uses_value_model = False
     """Whether the method reads the value model that the data module names."""
     trains_policy = True
+    watched_by: Sequence[type[Callback]] = (KLMonitor, RewardMonitor, BestOfNWinRate, SampleTable, TensorBoardLayout)
+    """The callbacks that the module brings along, unless the Trainer has ones of its own."""
 
     def __init__(
         self,
@@ -73,6 +77,10 @@ class AlignmentModule(LightningModule):
         """
         self._settings = {"seed": self.seed, **settings}
         self.save_hyperparameters(self._settings)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring along what watches KL, reward, win rate and samples; what the Trainer was given comes first."""
+        return missing_callbacks(self.trainer, self.watched_by)
 
     # -- models ------------------------------------------------------------------------------------
 
