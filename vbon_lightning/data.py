@@ -33,7 +33,7 @@ from vbon_lightning.encoding import (
 from vbon_lightning.models import ModelSpec, load_tokenizer, named_token_ids
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable
-from vbon_lightning.rewards import RewardModel
+from vbon_lightning.rewards import RewardCalls, RewardModel
 from vbon_lightning.sampler import ShardedSampler
 from vbon_lightning.sources import TextRow, TextSource, read_rows
 from vbon_lightning.types import JudgedBatch, PromptBatch, Responses, TableBatch, TextBatch
@@ -81,6 +81,8 @@ class AlignmentDataModule(LightningDataModule):
         policy: The model to train: hub name, local directory, or a mapping (see ``ModelSpec``).
         reference: The model to stay close to and to take Best-of-N of; the policy's own start by default.
         reward: The reward model.
+        reward_calls: How the reward is called: ``workers``, ``retries``, ``timeout_s``, ``on_missing`` and so on
+            (docs/rewards.md).
         chat: How conversations are rendered: ``template`` (Jinja) in place of the tokenizer's own, ``system`` for those
             without a system message, and anything else for the template, such as ``enable_thinking``.
         reward_columns: Columns of the data set that the reward reads beside the prompt, such as the right answer; those
@@ -123,6 +125,7 @@ class AlignmentDataModule(LightningDataModule):
         reference: str | ModelSpec | None = None,
         reward: RewardModel | None = None,
         reward_columns: list[str] = [],  # noqa: B006 (never mutated)
+        reward_calls: RewardCalls = RewardCalls(),  # noqa: B008 (frozen)
         chat: dict[str, Any] | None = None,
         value_model: str | ModelSpec | None = None,
         train: TextSource | None = None,
@@ -177,6 +180,7 @@ class AlignmentDataModule(LightningDataModule):
             value_model=value_model,
             end_tokens=end_tokens,
             chat_template=(chat or {}).get("template"),
+            reward_calls=reward_calls,
         )
         self.reward_columns, self.chat = list(reward_columns), dict(chat or {})
         self.judge_columns: list[str] = []

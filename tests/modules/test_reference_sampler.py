@@ -64,7 +64,7 @@ def predict(
     module_data = data_of(files, table, reward, **changes)
     sampler = ReferenceSampler(module_data.actors, samples=4, rows_per_pass=8, overlap_scoring=overlap)
     found = make_trainer(table.parent, *callbacks, **trainer).predict(sampler, module_data)
-    assert sampler._scorer is None
+    assert sampler._caller is None
     return found
 
 
