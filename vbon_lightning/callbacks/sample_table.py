@@ -9,10 +9,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._markdown import markdown_cell, markdown_table, reward_cell
 from vbon_lightning.callbacks.rollout_metrics import rollout_of
 from vbon_lightning.reference_table.shards import atomic_file
-from vbon_lightning.types import Rollout
+from vbon_lightning.types import Rollout, known_rewards
 
 
 class SampleTable(Callback):
@@ -141,7 +141,7 @@ class SampleTable(Callback):
 def _rows(rollout: Rollout, prompts: int, samples: int) -> list[dict[str, Any]]:
     valid = rollout.prompts.valid.tolist()
     chosen = [row for row, counts in enumerate(valid) if counts][:prompts]
-    index, rewards = rollout.prompts.index.tolist(), rollout.rewards.tolist()
+    index, rewards = rollout.prompts.index.tolist(), known_rewards(rollout.rewards)
     lengths, finished = rollout.completions.mask.sum(-1).tolist(), rollout.completions.finished.tolist()
     return [
         {
@@ -167,7 +167,7 @@ def sample_markdown(rows: list[dict[str, Any]]) -> str:
         [
             markdown_cell(row["prompt"]),
             markdown_cell(response["text"] + ("" if response["finished"] else " […]")),
-            f"{response['reward']:.3f}",
+            reward_cell(response["reward"]),
             str(response["tokens"]),
         ]
         for row in rows

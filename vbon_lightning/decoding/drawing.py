@@ -14,10 +14,10 @@ from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.encoding import EncodedPrompt, collate_prompts, encode_prompts
 from vbon_lightning.models import ModelSpec, as_spec, load_tokenizer
-from vbon_lightning.rewards import RewardModel
+from vbon_lightning.rewards import RewardCalls, RewardModel
 from vbon_lightning.sampling.scoring import response_log_probs
 from vbon_lightning.sources import TextRow
-from vbon_lightning.types import Completions, PromptBatch, Responses
+from vbon_lightning.types import Completions, PromptBatch, Responses, known_rewards
 
 STREAM = "sample"
 """The noise of drawn responses: neither that of training nor that of evaluation."""
@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
     response: str
     """The response as text, special tokens left out."""
     reward: float | None
-    """Its reward; None without a reward."""
+    """Its reward; None without a reward, or where that says nothing of it and is not to stop for that."""
     log_prob: float
     """Its log-probability under the policy at the sampling temperature, in nats."""
     tokens: list[int]
@@ -57,6 +57,7 @@ def sample(
     batch_size: int = 8,
     seed: int = 0,
     device: str = "auto",
+    reward_calls: RewardCalls | None = None,
 ) -> Iterator[Drawn]:
     """Draw responses from a policy, or the best of several.
 
@@ -75,6 +76,8 @@ def sample(
         batch_size: Prompts that are answered together.
         seed: Seeds the noise.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        reward_calls: How the reward is called; a response that it says nothing of has the reward None, if these are to
+            be skipped.
 
     Yields:
         One record a response, prompt by prompt.
@@ -83,7 +86,7 @@ def sample(
         ValueError: On numbers that make no sense, or a decoder that needs a reward and has none.
         ModelError: If the policy cannot be loaded.
     """
-    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens)
+    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens, reward_calls)
     encoded = encode_prompts(
         [TextRow(place, text, None, text) for place, text in enumerate(prompts, start=1)],
         load_tokenizer(spec.policy_spec),
@@ -98,6 +101,7 @@ def sampling_spec(
     max_new_tokens: int | None,
     temperature: float | None,
     end_tokens: Sequence[str] = (),
+    reward_calls: RewardCalls | None = None,
 ) -> ActorSpec:
     """Say what to sample with: what is not given is as the policy's generation config has it."""
     found = generation_settings(policy)
@@ -107,6 +111,7 @@ def sampling_spec(
         max_new_tokens=max_new_tokens or found.get("max_new_tokens") or 32,
         temperature=temperature or found.get("temperature") or 1.0,
         end_tokens=end_tokens,
+        reward_calls=reward_calls,
     )
 
 
@@ -192,7 +197,7 @@ def _drawn(
     texts = actors.decode(ids, batch)
     if rewards is None and actors.reward is not None:
         rewards = actors.score(batch, texts, ids, found.finished)
-    scores = None if rewards is None else rewards.tolist()
+    scores = None if rewards is None else known_rewards(rewards)
     sums = torch.where(found.mask, log_probs, 0.0).sum(-1).tolist()
     for row, place in enumerate(batch.index.tolist()):
         for number in range(samples):

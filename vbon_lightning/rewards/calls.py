@@ -190,6 +190,7 @@ class RewardCaller:
             token_ids: B lists of G lists of response token ids.
             columns: B values of each column of the data set that came along.
         """
+        getattr(self.reward, "columns", ())  # a function is imported here, once, and not by several threads
         unit = self.calls.unit(self.reward)
         pieces = list(_pieces(unit, prompts, responses, token_ids, columns or {}))
         ask = in_these_modes(self._ask)
@@ -356,6 +357,8 @@ def within(call: Callable[[], _T], seconds: float | None) -> _T:
     try:
         return found.result(timeout=seconds)
     except FutureTimeout:
+        if found.done():  # by its own timeout, or just now
+            return found.result()
         raise RewardFailure(f"the reward gave no answer within {seconds:g} s (data.reward_calls.timeout_s)") from None
 
 
