@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from tests.rollouts import make_rollout
+from tests.rollouts import make_rollout, silence
 from vbon_lightning.evaluation import ScoredText, text_samples
+from vbon_lightning.evaluation.texts import samples_markdown
 
 
 def test_texts_of_the_same_prompts_side_by_side() -> None:
@@ -22,3 +23,9 @@ def test_texts_of_the_same_prompts_side_by_side() -> None:
 def test_only_as_many_rollouts_as_needed_are_read() -> None:
     endless = (make_rollout(prompts=2, seed=i, first=2 * i) for i in itertools.count())
     assert len(text_samples({"reference": endless}, prompts=3)) == 3
+
+
+def test_a_response_without_a_reward_is_shown_with_a_dash() -> None:
+    found = text_samples({"mine": [silence(make_rollout(), (0, 0))]}, prompts=1, samples=2)
+    assert [one.reward is None for one in found[0].responses["mine"]] == [True, False]
+    assert samples_markdown(found).splitlines()[4].endswith("| - |")
