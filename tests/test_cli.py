@@ -438,11 +438,11 @@ def test_how_the_reward_is_called_is_a_line_of_yaml(
     vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = {"workers": 2, "retries": 1, "timeout_s": 60, "on_missing": "skip"}
-    path = config(files, tmp_path, **{"data.reward_calls": calls})
-    vbon("fit", "--config", path, "--print_config")
+    path = config(files, tmp_path, data__reward_calls=calls)
+    with pytest.raises(SystemExit):
+        vbon("fit", "--config", path, "--print_config")
     printed = yaml.safe_load(capsys.readouterr().out)["data"]["reward_calls"]
     assert printed == calls | {"backoff_s": 1.0, "per_call": None}
     vbon("fit", "--config", path)
-    with pytest.raises(SystemExit):
-        vbon("fit", "--config", path, "--data.reward_calls.workers", "0")
-    assert "data.reward_calls.workers must be an integer >= 1, got 0" in capsys.readouterr().err
+    found = failure(capsys, lambda: vbon("fit", "--config", path, "--data.reward_calls.workers", "0"))
+    assert "data.reward_calls.workers must be an integer >= 1, got 0" in found

@@ -471,6 +471,8 @@ class Actors:
             how: dict[str, Any] = {"seed": seed, "step": step}
             drawn = self._draw(caller, self.policy, prompts, num_samples=num_samples, stream=stream, **how)
             self.sampler_mismatch = getattr(self.sampler, "mismatch", None)
+            if self.reward_calls.workers == 1:
+                drawn.scored()  # nothing is won by leaving it for later
             if reference_rewards is None and reference_samples > 0:
                 reference_rewards = self.reference_rewards(
                     prompts, num_samples=reference_samples, stream=f"{stream}/reference", caller=caller, **how

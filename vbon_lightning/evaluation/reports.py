@@ -113,7 +113,8 @@ class _Columns:
         self._parts.setdefault(name, []).append(values[valid & judged.view(len(valid), -1).any(1)])
 
     def estimate(self, name: str) -> Estimate | None:
-        return estimate_mean(torch.cat(self._parts[name])) if name in self._parts else None
+        found = torch.cat(self._parts.get(name, [torch.empty(0)]))
+        return estimate_mean(found) if len(found) else None
 
     def need(self, name: str) -> Estimate:
         return estimate_mean(torch.cat(self._parts[name]))
@@ -383,7 +384,7 @@ def _bon_report(
         known, values = ~values.isnan(), values.double().nan_to_num(0.0)
         shares = torch.where(known, weights, 0.0)
         means = (shares * values).sum(-1) / torch.where(known.all(-1), 1.0, shares.sum(-1))
-        return estimate_mean(means[known.any(-1)])
+        return estimate_mean(means[known.any(-1)]) if known.any() else None
 
     def against(opponent: int) -> Estimate | None:
         if n + opponent > samples:
