@@ -466,18 +466,20 @@ def test_several_workers_give_the_same_rollout(models: dict[str, str]) -> None:
 
 
 def test_a_pass_is_scored_while_the_next_is_sampled(models: dict[str, str]) -> None:
-    begun = [threading.Event() for _ in range(4)]
+    begun, scoring = [threading.Event() for _ in range(4)], threading.Event()
 
     def after_the_next_pass_began(text: str) -> float:
+        scoring.set()
         assert begun[1].wait(30), "the first pass is scored before the second is sampled"
         return float(len(text))
 
     def noting(*arguments: Any, **settings: Any) -> Completions:
         next(event for event in begun if not event.is_set()).set()
+        assert not begun[1].is_set() or scoring.wait(30), "the second pass is sampled before the first is scored"
         return sample_completions(*arguments, **settings)
 
     for reference_samples, max_rows in ((0, 4), (5, 20)):
-        for event in begun:
+        for event in (*begun, scoring):
             event.clear()
         reward = Texts(after_the_next_pass_began)
         actors = load(models, reward=reward, max_rows=max_rows, reward_calls=RewardCalls(workers=2))
@@ -516,6 +518,17 @@ def test_missing_rewards_of_the_reference_are_drawn_again(models: dict[str, str]
     missing = (found != all_of_them).sum()
     assert some.record.missing > 0
     assert missing <= some.record.missing
+    noise, streams = Actors._noise, []
+
+    def noting(self: Actors, some: PromptBatch, **how: Any) -> Tensor:
+        streams.append((int(some.index[0]), len(some.index), how["stream"]))
+        return noise(self, some, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Actors, "_noise", noting)
+        load(models, reward=Texts(silent_on_a), reward_calls=some.reward_calls).reference_rewards(prompts(), **how)
+    assert streams[:2] == [(0, 3, "train"), (0, 1, "train/further1")]
+    assert len(set(streams)) == len(streams), "no noise twice"
     again = load(models, reward=Texts(silent_on_a), reward_calls=RewardCalls(on_missing="skip", workers=2))
     assert torch.equal(again.reference_rewards(prompts((2, 0)), **how), found[[2, 0]]), "a prompt's own matter"
 

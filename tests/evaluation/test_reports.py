@@ -141,6 +141,9 @@ def test_responses_without_a_reward_are_left_out_of_a_report_and_counted() -> No
         assert getattr(found, name).mean == pytest.approx(np.mean(values)), name
     assert found.win_rate_vs_bon[3].mean == pytest.approx(np.mean([report.win_rate_vs_bon[3].mean for report in left]))
     assert found.judge_reward.mean == pytest.approx(2 * found.reward.mean)
+    half = [*MISSING, (0, 0)]
+    judged = evaluate_policy([silence(rollout, *MISSING)], name="mine", judge=lambda r: silence(r, *half).rewards)
+    assert judged.judge_reward.mean == pytest.approx((rollout.rewards[0, [2, 3]].mean() + rollout.rewards[1, 1]) / 2)
     assert "8 responses of mine have no reward and count nowhere" in comparison_markdown([found], title="")
 
 

@@ -168,10 +168,30 @@ def test_a_rank_counts_for_the_responses_that_it_keeps(others: float, share: flo
     torch.testing.assert_close(updates(module, [forget(scored, LEFT)], [1.0])[0], alone * share)
 
 
+def test_rows_that_even_out_the_ranks_are_not_counted_missing(files: Path) -> None:
+    module, scored = scored_by(files)
+    logged = attach(module, FakeTrainer())
+    rollout = module.loaded.statistics(forget(scored, LEFT))[0]
+    rollout.prompts.valid[2] = False
+    module.log_missing(rollout, "val")
+    value, options = logged["val/reward/missing"]
+    assert value == 1
+    assert options["sync_dist"] and options["reduce_fx"] == "sum"
+
+
+def test_a_target_never_sees_a_missing_reward(files: Path) -> None:
+    module, scored = scored_by(files)
+    target, seen = module.target, []
+    module.target = lambda rollout: seen.append(rollout.rewards) or target(rollout)
+    updates(module, [forget(scored, LEFT)], [1.0])
+    assert seen and all(rewards.isfinite().all() for rewards in seen)
+
+
 def fit(files: Path, directory: Path, reward: Any, **changes: Any) -> tuple[Any, Any]:
     data = make_data(files, reward=reward, **({"reward_calls": SKIP} | changes))
     module = prepared("klrl", data, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), lr_scheduler=None)
-    monitors = [RewardMonitor(), KLMonitor(), BestOfNWinRate(), SampleTable(directory=str(directory / "samples"))]
+    samples = SampleTable(directory=str(directory / "samples"), samples=4)
+    monitors = [RewardMonitor(), KLMonitor(), BestOfNWinRate(), samples]
     before = weights(module)
     trainer = make_trainer(directory, *monitors, steps=2, log_every_n_steps=1)
     trainer.fit(module, data)
@@ -189,6 +209,8 @@ def test_a_run_counts_what_is_missing_and_goes_on(files: Path, tmp_path: Path) -
     assert all(math.isfinite(value) for value in metrics.values())
     rows = [json.loads(line) for path in sorted((tmp_path / "samples").glob("val-*")) for line in path.open()]
     shown = [one for row in rows for one in row["responses"]]
+    assert len(shown) == 12
+    assert metrics["val/reward/missing"] == sum(one["reward"] is None for one in shown), "over all batches"
     assert {one["reward"] is None for one in shown if one["text"][:1] in tuple("abcd")} == {True}
     assert {one["reward"] is None for one in shown if one["text"][:1] not in tuple("abcd")} == {False}
 

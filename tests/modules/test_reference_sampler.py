@@ -279,16 +279,18 @@ def test_several_workers_make_the_same_table(per_call: Any, files: Path, tmp_pat
 
 def test_several_workers_score_a_group_while_the_next_is_sampled(files: Path, tmp_path: Path, monkeypatch: Any) -> None:
     sampled = [threading.Event() for _ in range(7)]
-    scored = threading.Event()
+    scoring, scored = threading.Event(), threading.Event()
     sample = ReferenceSampler._sample
 
     def noting(self: Any, prompts: Any) -> Any:
         next(event for event in sampled if not event.is_set()).set()
+        assert not sampled[1].is_set() or scoring.wait(30), "the second group is sampled before the first is scored"
         assert not sampled[2].is_set() or scored.is_set(), "one group ahead, not more"
         return sample(self, prompts)
 
     class Waiting(VowelReward):
         def __call__(self, *arguments: Any) -> Tensor:
+            scoring.set()
             assert sampled[1].wait(30), "the first group is scored before the second is sampled"
             scored.set()
             return super().__call__(*arguments)

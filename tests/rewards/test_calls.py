@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import itertools
 import math
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -328,6 +330,27 @@ def test_what_is_finished_is_known_after_an_error() -> None:
         assert [row for row, _ in pending.finished_rows()] == [1, 2]
 
 
+def test_after_an_error_no_further_call_begins() -> None:
+    go, begun = threading.Event(), threading.Event()
+
+    def holding(prompt: str, response: str) -> float:
+        if prompt == "p":
+            raise ConnectionError("out")
+        begun.set()
+        assert go.wait(SOON)
+        return 1.0
+
+    reward = Telling(holding)
+    with RewardCaller(reward, RewardCalls(per_call="prompt"), CallRecord(), ahead=True) as caller:
+        pending = caller.start(PROMPTS, RESPONSES, TOKENS)
+        with pytest.raises(RewardFailure, match="row 0"):
+            pending.result()
+        assert begun.wait(SOON)
+        threading.Timer(0.1, go.set).start()
+        assert [row for row, _ in pending.finished_rows()] == [1], "what runs is waited for"
+    assert len(reward.got) == 2
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_no_thread_is_left(broken: bool) -> None:
     reward = Telling(failing(99 if broken else 0))
@@ -342,16 +365,26 @@ def test_no_thread_is_left(broken: bool) -> None:
 
 
 def test_an_interrupt_ends_the_waiting_and_begins_no_further_call() -> None:
-    go = threading.Event()
+    waiting, go, calls_made = threading.Event(), threading.Event(), itertools.count()
 
     def interrupting(prompt: str, response: str) -> float:
-        _thread.interrupt_main()
+        assert waiting.wait(SOON)
+        if next(calls_made) == 0:
+            _thread.interrupt_main()
         go.wait(SOON)
         return 0.0
 
     reward = Telling(interrupting)
+    calls = RewardCalls(workers=2, per_call="response")
+
+    def run() -> None:
+        with RewardCaller(reward, calls, CallRecord(), ahead=False) as caller:
+            pending = caller.start(PROMPTS, RESPONSES, TOKENS)
+            waiting.set()
+            pending.result()
+
     with pytest.raises(KeyboardInterrupt):
-        ask(reward, workers=2, per_call="response")
+        run()
     go.set()
     for thread in reward.threads:
         thread.join(SOON)
@@ -375,6 +408,26 @@ def test_rewards_are_made_in_single_precision(calls: dict[str, Any]) -> None:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
     assert found[0, 0] > 1
+
+
+def test_calls_that_run_ahead_are_made_in_single_precision_too() -> None:
+    done = threading.Event()
+
+    class Late(Telling):
+        def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Any:
+            time.sleep(0.05)  # until `start` has returned, if it does not wait
+            found = torch.tensor([[1 + 1e-5] * len(row) for row in responses])
+            done.set()
+            return found
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with RewardCaller(Late(length), RewardCalls(per_call="batch"), CallRecord(), ahead=True) as caller:
+            pending = caller.start(PROMPTS, RESPONSES, TOKENS)
+            assert done.wait(SOON)
+            assert pending.result().rewards[0, 0] > 1
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_missing_rewards_are_told_once_and_counted() -> None:

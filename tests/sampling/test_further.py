@@ -40,7 +40,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert together[0] == alone[0]
 
 
-@pytest.mark.parametrize("size", [2, 40])
+@pytest.mark.parametrize("size", [2, 3, 40])
 def test_there_is_an_end(size: int) -> None:
     asked: list[tuple[int, int, int]] = []
     with pytest.raises(TooManyMissingError, match=rf"row 0: {size} of its {size} responses have no reward"):

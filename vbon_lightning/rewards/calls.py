@@ -284,7 +284,6 @@ class PendingRewards:
         """Return the rows that have all of their rewards, with these, after an error; no new call is begun."""
         for one in self._futures:
             one.cancel()
-        wait(self._futures)
         for place, one in enumerate(self._futures):
             if not one.cancelled() and one.exception() is None:
                 self._found[place] = one.result()
