@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import itertools
 import math
+import signal
 import threading
 import time
 import warnings
@@ -366,11 +366,12 @@ def test_no_thread_is_left(broken: bool) -> None:
 
 def test_an_interrupt_ends_the_waiting_and_begins_no_further_call() -> None:
     waiting, go, calls_made = threading.Event(), threading.Event(), itertools.count()
+    main = threading.get_ident()
 
     def interrupting(prompt: str, response: str) -> float:
         assert waiting.wait(SOON)
         if next(calls_made) == 0:
-            _thread.interrupt_main()
+            signal.pthread_kill(main, signal.SIGINT)
         go.wait(SOON)
         return 0.0
 
