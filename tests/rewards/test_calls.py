@@ -371,6 +371,7 @@ def test_an_interrupt_ends_the_waiting_and_begins_no_further_call() -> None:
     def interrupting(prompt: str, response: str) -> float:
         assert waiting.wait(SOON)
         if next(calls_made) == 0:
+            time.sleep(0.3)  # until it waits
             signal.pthread_kill(main, signal.SIGINT)
         go.wait(SOON)
         return 0.0
