@@ -25,7 +25,7 @@ from vbon_lightning.rewards import (
     WeightedReward,
     ask_reward,
 )
-from vbon_lightning.rewards.calls import CallRecord, RewardCaller, Scored, within
+from vbon_lightning.rewards.calls import CallRecord, RewardCaller, Scored, in_these_modes, within
 
 PROMPTS = ["p", "qq", "rrr"]
 RESPONSES = [["a", "bb", "ccc"], ["dd", "", "e"], ["ffff", "g", "hh"]]
@@ -410,6 +410,20 @@ def test_rewards_are_made_in_single_precision(calls: dict[str, Any]) -> None:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
     assert found[0, 0] > 1
+
+
+def test_work_elsewhere_has_the_modes_of_here() -> None:
+    def modes() -> Any:
+        casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *casts
+
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.float16):
+        there = in_these_modes(modes)
+    with torch.no_grad():
+        without = in_these_modes(modes)
+    assert there() == (True, False, True, torch.float16)
+    assert without()[:3] == (False, False, False)
+    assert in_these_modes(modes)()[:3] == (False, True, False)
 
 
 def test_calls_that_run_ahead_are_made_in_single_precision_too() -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -386,12 +386,13 @@ def in_these_modes(work: Callable[..., _T]) -> Callable[..., _T]:
 
     def there(*arguments: Any) -> _T:
         with ExitStack() as modes:
-            entered: list[AbstractContextManager[Any]] = [torch.inference_mode(inference), torch.set_grad_enabled(grad)]
+            # One after the other: to make some of these is to enter them.
+            modes.enter_context(torch.inference_mode(inference))
+            modes.enter_context(torch.set_grad_enabled(grad))
             if device is not None:
-                entered.append(torch.cuda.device(device))
-            entered += [torch.autocast(kind, dtype=dtype) for kind, dtype in casts.items()]
-            for mode in entered:
-                modes.enter_context(mode)
+                modes.enter_context(torch.cuda.device(device))
+            for kind, dtype in casts.items():
+                modes.enter_context(torch.autocast(kind, dtype=dtype))
             return work(*arguments)
 
     return there
