@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vbon_lightning.types import Completions, PromptBatch, Rollout
+from vbon_lightning.types import Completions, PromptBatch, Rollout, select_prompts
 
 
 def make_rollout(
@@ -66,3 +66,28 @@ def make_rollout(
         token_kl=token_kl,
         reference_rewards=reference,
     )
+
+
+def silence(rollout: Rollout, *places: tuple[int, int]) -> Rollout:
+    """Take the rewards of some responses, each a row and a place in it."""
+    rewards = rollout.rewards.clone()
+    for row, place in places:
+        rewards[row, place] = torch.nan
+    return rollout._replace(rewards=rewards)
+
+
+def one_prompt(rollout: Rollout, row: int, kept: list[int]) -> Rollout:
+    """Return a prompt with some of its responses only."""
+    one: Rollout = select_prompts(rollout, [row])
+    named = ("rewards", "log_probs", "reference_log_probs", "token_kl")
+    return one._replace(
+        completions=Completions(*(part[:, kept] for part in one.completions)),
+        responses=[[one.responses[0][place] for place in kept]],
+        **{name: getattr(one, name)[:, kept] for name in named},
+    )
+
+
+MISSING = ((0, 1), (1, 0), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3))
+"""Of three prompts with four responses: the first keeps three, the second one, the third none."""
+LEFT = ((0, [0, 2, 3]), (1, [1]))
+"""What is left, by row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from tests.helpers import EOS, save_tiny_model, tiny_tokenizer
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.functional import kl_k1, sequence_log_prob
 from vbon_lightning.models import ModelError, ModelSpec
-from vbon_lightning.rewards import RewardModel
+from vbon_lightning.rewards import RewardCalls, RewardError, RewardFailure, RewardModel, WeightedReward
+from vbon_lightning.sampling import sample_completions
 from vbon_lightning.types import Completions, PromptBatch
 
 ALPHABET = "abcdefgh"
@@ -427,3 +429,130 @@ def test_a_rollout_in_half_precision(models):
         assert values.dtype == torch.float32
         assert values.isfinite().all()
     assert (rollout.token_kl >= 0).all()
+
+
+class Texts(RewardModel):
+    """Rewards a response by a function of its text."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Any:
+        return [[self.of(text) for text in row] for row in responses]
+
+    def identity(self) -> dict[str, str]:
+        return {"name": "texts"}
+
+
+HOW = {"num_samples": 4, "seed": 3, "stream": "train", "step": 0}
+
+
+def test_several_workers_give_the_same_rollout(models: dict[str, str]) -> None:
+    def parts(**settings: Any) -> Any:
+        reward = WeightedReward({"length": Texts(len), "a": Texts(lambda text: float(text.count("a")))})
+        actors = load(models, reward=reward, **settings)
+        return actors.scored_responses(prompts(), reference_samples=5, **HOW)
+
+    plain = parts()
+    for settings in ({"max_rows": 4}, {"max_rows": 3}, {"max_rows": 100}, {}):
+        found = parts(reward_calls=RewardCalls(workers=3), **settings)
+        assert found.responses == plain.responses
+        assert torch.equal(found.completions.tokens, plain.completions.tokens)
+        assert torch.equal(found.rewards, plain.rewards)
+        assert torch.equal(found.reference_rewards, plain.reference_rewards)
+        assert {name: part.tolist() for name, part in found.reward_parts.items()} == {
+            name: part.tolist() for name, part in plain.reward_parts.items()
+        }
+
+
+def test_a_pass_is_scored_while_the_next_is_sampled(models: dict[str, str]) -> None:
+    begun, scoring = [threading.Event() for _ in range(4)], threading.Event()
+
+    def after_the_next_pass_began(text: str) -> float:
+        scoring.set()
+        assert begun[1].wait(30), "the first pass is scored before the second is sampled"
+        return float(len(text))
+
+    def noting(*arguments: Any, **settings: Any) -> Completions:
+        next(event for event in begun if not event.is_set()).set()
+        assert not begun[1].is_set() or scoring.wait(30), "the second pass is sampled before the first is scored"
+        return sample_completions(*arguments, **settings)
+
+    for reference_samples, max_rows in ((0, 4), (5, 20)):
+        for event in (*begun, scoring):
+            event.clear()
+        reward = Texts(after_the_next_pass_began)
+        actors = load(models, reward=reward, max_rows=max_rows, reward_calls=RewardCalls(workers=2))
+        actors.sampler.sampler = noting
+        found = actors.scored_responses(prompts(), reference_samples=reference_samples, **HOW)
+        assert found.rewards.tolist() == [[len(text) for text in row] for row in found.responses]
+
+
+def test_a_failing_reward_ends_a_rollout_and_its_threads(models: dict[str, str]) -> None:
+    threads: set[threading.Thread] = set()
+
+    def failing(text: str) -> float:
+        threads.add(threading.current_thread())
+        raise ConnectionError("out")
+
+    actors = load(models, reward=Texts(failing), max_rows=4, reward_calls=RewardCalls(workers=2))
+    with pytest.raises(RewardFailure, match="ConnectionError: out"):
+        actors.scored_responses(prompts(), **HOW)
+    for thread in threads:
+        thread.join(30)
+    assert threads and not any(thread.is_alive() for thread in threads)
+
+
+def silent_on_a(text: str) -> float | None:
+    return None if text.startswith("a") else float(len(text))
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_missing_rewards_of_the_reference_are_drawn_again(models: dict[str, str]) -> None:
+    how = HOW | {"num_samples": 40}
+    some = load(models, reward=Texts(silent_on_a), reward_calls=RewardCalls(on_missing="skip"))
+    found = some.reference_rewards(prompts(), **how)
+    all_of_them = load(models, reward=Texts(len)).reference_rewards(prompts(), **how)
+    assert found.shape == (3, 40)
+    assert found.isfinite().all(), "M stays M"
+    missing = (found != all_of_them).sum()
+    assert some.record.missing > 0
+    assert missing <= some.record.missing
+    noise, streams = Actors._noise, []
+
+    def noting(self: Actors, some: PromptBatch, **how: Any) -> Tensor:
+        streams.append((int(some.index[0]), len(some.index), how["stream"]))
+        return noise(self, some, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Actors, "_noise", noting)
+        load(models, reward=Texts(silent_on_a), reward_calls=some.reward_calls).reference_rewards(prompts(), **how)
+    assert streams[:2] == [(0, 3, "train"), (0, 1, "train/further1")]
+    assert len(set(streams)) == len(streams), "no noise twice"
+    again = load(models, reward=Texts(silent_on_a), reward_calls=RewardCalls(on_missing="skip", workers=2))
+    assert torch.equal(again.reference_rewards(prompts((2, 0)), **how), found[[2, 0]]), "a prompt's own matter"
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_a_prompt_whose_responses_have_no_reward_is_named(models: dict[str, str]) -> None:
+    actors = load(models, reward=Texts(lambda text: None), reward_calls=RewardCalls(on_missing="skip"))
+    with pytest.raises(RewardError, match=r"row 0, prompt '.*': 4 of its 4 responses have no reward, .* 16 further"):
+        actors.reference_rewards(prompts(), **HOW)
+
+
+def test_missing_rewards_are_counted_where_rows_count(models: dict[str, str]) -> None:
+    actors = load(models, reward=Texts(lambda text: None), reward_calls=RewardCalls(on_missing="skip"))
+    batch = prompts()
+    batch.valid[1] = False
+    with pytest.warns(UserWarning, match="the reward says None or NaN of response .* to prompt"):
+        rollout = actors.rollout(batch, **HOW)
+    assert actors.record.missing == 8
+    assert not rollout.judged.any()
+    with pytest.raises(RewardError, match="row 0, response 0 is nan"):
+        load(models, reward=Texts(lambda text: None)).rollout(batch, **HOW)
+
+
+def test_the_table_says_that_missing_rewards_are_skipped(models: dict[str, str]) -> None:
+    stop = ActorSpec(models["policy"], reward=Lengths())
+    skip = stop.replaced(reward_calls=RewardCalls(on_missing="skip"))
+    assert skip.table_fingerprint(seed=0) == stop.table_fingerprint(seed=0) | {"on_missing": "skip"}

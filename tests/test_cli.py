@@ -531,3 +531,17 @@ def test_defaults_are_replaced_by_their_short_names(vbon: Run, files: Path, tmp_
     assert "train/win_rate_vs_bon3" in header and "train/win_rate_vs_bon4" not in header
     assert {"train/kl", "train/reward", "val/kl"} <= set(header)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_how_the_reward_is_called_is_a_line_of_yaml(
+    vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = {"workers": 2, "retries": 1, "timeout_s": 60, "on_missing": "skip"}
+    path = config(files, tmp_path, data__reward_calls=calls)
+    with pytest.raises(SystemExit):
+        vbon("fit", "--config", path, "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["data"]["reward_calls"]
+    assert printed == calls | {"backoff_s": 1.0, "per_call": None}
+    vbon("fit", "--config", path)
+    found = failure(capsys, lambda: vbon("fit", "--config", path, "--data.reward_calls.workers", "0"))
+    assert "data.reward_calls.workers must be an integer >= 1, got 0" in found

@@ -13,7 +13,7 @@ import torch.multiprocessing
 from torchmetrics.classification import BinaryCalibrationError
 
 from tests.ranks import leave
-from tests.rollouts import make_rollout
+from tests.rollouts import LEFT, MISSING, make_rollout, one_prompt, silence
 from vbon_lightning.metrics import (
     PREFIX_PLACES,
     PrefixForecast,
@@ -334,3 +334,31 @@ def test_what_lies_behind_the_end_is_no_forecast() -> None:
     assert behind.any()
     assert torch.equal(dirty.sums, clean.sums)
     assert not dirty.compute().nll.requires_grad
+
+
+def test_responses_without_a_reward_are_left_out() -> None:
+    rollout = make_rollout()
+    silent, left = silence(rollout, *MISSING), [one_prompt(rollout, row, kept) for row, kept in LEFT]
+
+    def statistics(part: Rollout) -> RewardStatistics:
+        metric = RewardStatistics()
+        metric.update(part.rewards, part.completions.mask, part.completions.finished, part.prompts.valid)
+        return metric
+
+    def kl(part: Rollout) -> SequenceKL:
+        metric = SequenceKL()
+        mask = part.completions.mask & part.judged.unsqueeze(-1)
+        metric.update(part.token_kl, part.log_probs, part.reference_log_probs, mask, part.prompts.valid)
+        return metric
+
+    def win_rate(part: Rollout) -> WinRate:
+        metric = WinRate(2)
+        assert part.reference_rewards is not None
+        metric.update(part.rewards, part.reference_rewards, part.prompts.valid)
+        return metric
+
+    for make, count in ((statistics, 4), (kl, 4), (win_rate, 2)):
+        found, whole = make(silent), make(left[0])
+        whole.sums += make(left[1]).sums
+        assert found.compute()[-1] == count
+        torch.testing.assert_close(found.sums, whole.sums)

@@ -21,6 +21,11 @@ def markdown_code(text: str) -> str:
     return f"{fence} {line} {fence}" if len(fence) > 1 else f"`{line}`"
 
 
+def reward_cell(reward: float | None) -> str:
+    """Format a reward for a Markdown table; a dash where a response has none."""
+    return "-" if reward is None else f"{reward:.3f}"
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
     """Format a Markdown table of escaped cells; ``align`` has a letter ``l`` or ``r`` a column."""
     if len(align) != len(header) or any(len(row) != len(header) for row in rows):

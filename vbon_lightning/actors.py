@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ from vbon_lightning.models import (
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
 from vbon_lightning.reference_table.fingerprint import check as check_fingerprint
-from vbon_lightning.rewards import RewardModel, ask_reward
+from vbon_lightning.rewards import RewardCalls, RewardError, RewardModel
+from vbon_lightning.rewards.base import shorten
+from vbon_lightning.rewards.calls import CallRecord, PendingRewards, RewardCaller, Scored
 from vbon_lightning.sampling import (
     Sampler,
     check_sampler,
@@ -38,7 +40,9 @@ from vbon_lightning.sampling import (
     response_statistics,
     sample_completions,
 )
-from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses
+from vbon_lightning.sampling.further import TooManyMissingError, replace_missing
+from vbon_lightning.sampling.passes import InPasses, join_completions
+from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses, select_prompts
 
 
 class _Tokens(Protocol):
@@ -74,6 +78,8 @@ class ActorSpec:
         chat: How conversations are rendered: ``template`` (Jinja) in place of the tokenizer's own, which exports then
             carry, ``system`` for those without a system message, and anything else for the template itself, such as
             ``enable_thinking``.
+        reward_calls: How the reward is called, and what is done with a response that it says nothing of: ``workers``,
+            ``retries``, ``timeout_s``, ``on_missing`` and so on (docs/rewards.md).
     """
 
     # Not a dataclass: jsonargparse would spread its fields over every module's options.
@@ -91,6 +97,7 @@ class ActorSpec:
         value_model: str | ModelSpec | None = None,
         end_tokens: list[str] = [],  # noqa: B006 (never mutated)
         chat: dict[str, Any] | None = None,
+        reward_calls: RewardCalls = RewardCalls(),  # noqa: B008 (frozen)
     ) -> None:
         check_sampler(sampler, max_rows=max_rows, engine_options=engine_options)
         if not 0 < temperature < math.inf:
@@ -107,6 +114,7 @@ class ActorSpec:
         self.sampler, self.max_rows, self.engine_options = sampler, max_rows, engine_options
         self.value_model, self.end_tokens = value_model, list(end_tokens)
         self.chat = dict(chat or {})
+        self.reward_calls = reward_calls
 
     def replaced(self, **changes: Any) -> ActorSpec:
         """Return a copy with other values of some arguments."""
@@ -149,6 +157,7 @@ class ActorSpec:
             "temperature": self.temperature,
             "missing_eos_penalty": self.missing_eos_penalty,
             **self._ends(),
+            **self._skips(),
             # The other samplers draw the same samples.
             **({"sampler": "vllm"} if self.sampler == "vllm" else {}),
             **({} if self.value_model is None else {"value_model": model_identity(as_spec(self.value_model))}),
@@ -156,6 +165,9 @@ class ActorSpec:
 
     def _ends(self) -> dict[str, Any]:
         return {"end_tokens": self.end_tokens} if self.end_tokens else {}
+
+    def _skips(self) -> dict[str, Any]:
+        return {"on_missing": "skip"} if self.reward_calls.skips else {}
 
     def table_fingerprint(self, *, seed: int, model_seed: int = 0) -> dict[str, Any]:
         """Describe what the reference table's responses and rewards depend on, in plain values.
@@ -173,8 +185,24 @@ class ActorSpec:
             "max_new_tokens": self.max_new_tokens,
             "eos_rule": "first end token, kept; none added to a cut response",
             **self._ends(),
+            **self._skips(),
             "seed": seed,
         }
+
+
+class _Drawn(NamedTuple):
+    """Responses whose rewards are being found."""
+
+    completions: Completions
+    responses: list[list[str]]
+    asked: list[PendingRewards]
+    """One for each pass, in their order."""
+
+    def scored(self) -> Scored:
+        """Wait for the rewards of all passes."""
+        found = [one.result() for one in self.asked]
+        parts = {name: torch.cat([one.parts[name] for one in found]) for name in found[0].parts}
+        return Scored(torch.cat([one.rewards for one in found]), parts)
 
 
 @dataclass
@@ -199,6 +227,10 @@ class Actors:
     """What prefixes of responses are worth, where a value model is named."""
     sampler: Sampler = field(default_factory=lambda: sample_completions, repr=False)
     """What samples responses."""
+    reward_calls: RewardCalls = field(default_factory=RewardCalls)
+    """How the reward is called."""
+    record: CallRecord = field(default_factory=CallRecord, repr=False)
+    """What calling it has come to."""
     sampler_mismatch: float | None = None
     """Mean absolute difference between the sampler's log-probabilities and the policy's in the last rollout, where
     the sampler is another program than the policy."""
@@ -257,6 +289,7 @@ class Actors:
             shares_base=reference and spec.shares_base,
             value=scorer,
             sampler=sampler,
+            reward_calls=spec.reward_calls,
         )
 
     @contextmanager
@@ -296,7 +329,11 @@ class Actors:
         step: int,
     ) -> Completions:
         """Sample G responses a prompt; :func:`~vbon_lightning.sampling.prompt_noise` says how."""
-        noise = prompt_noise(
+        noise = self._noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        return self.sampler(model, prompts.tokens, prompts.mask, noise, **self._sampling())
+
+    def _noise(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
+        return prompt_noise(
             prompts.index.tolist(),
             num_samples=num_samples,
             length=self.max_new_tokens,
@@ -304,16 +341,14 @@ class Actors:
             stream=stream,
             step=step,
         )
+
+    def _sampling(self) -> dict[str, Any]:
+        return {"end_ids": self.end_ids, "pad_id": self._pad_id, "temperature": self.temperature}
+
+    @property
+    def _pad_id(self) -> int:
         pad_id = self.tokenizer.pad_token_id
-        return self.sampler(
-            model,
-            prompts.tokens,
-            prompts.mask,
-            noise,
-            end_ids=self.end_ids,
-            pad_id=self.end_ids[0] if pad_id is None else pad_id,
-            temperature=self.temperature,
-        )
+        return self.end_ids[0] if pad_id is None else int(pad_id)
 
     def token_ids(self, completions: _Tokens) -> list[list[list[int]]]:
         """Return the responses' token ids without padding, the EOS included where there is one: ``[B][G][...]``."""
@@ -358,16 +393,44 @@ class Actors:
     def score(
         self, prompts: PromptBatch, responses: list[list[str]], token_ids: list[list[list[int]]], finished: Tensor
     ) -> Tensor:
-        """Return rewards ``[B, G]``, the missing-EOS penalty included, on the device of ``finished``."""
+        """Return rewards ``[B, G]``, the missing-EOS penalty included, on the device of ``finished``.
+
+        A response without a reward has NaN, where these are to be left out (``data.reward_calls.on_missing``).
+        """
+        with self.asking() as caller:
+            asked = caller.start(prompts.text, responses, token_ids, prompts.beside)
+            raw = asked.result().rewards
+        self.count_missing(raw, prompts, responses)
+        return self._penalised(raw, finished)
+
+    def asking(self, *, ahead: bool = False) -> RewardCaller:
+        """Return what calls the reward, a context.
+
+        Args:
+            ahead: Whether it begins before it is asked for the answers, in a thread, with one worker too.
+
+        Raises:
+            ValueError: If there is no reward.
+        """
         if self.reward is None:
             raise ValueError("this needs a reward: set `data.reward`")
-        # Lightning's bf16-true makes bfloat16 the default type within a step, in which near rewards would tie.
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            raw = ask_reward(self.reward, prompts.text, responses, token_ids, prompts.beside)
-        finally:
-            torch.set_default_dtype(before)
+        return RewardCaller(self.reward, self.reward_calls, self.record, ahead=ahead)
+
+    def count_missing(self, rewards: Tensor, prompts: PromptBatch, responses: list[list[str]]) -> None:
+        """Count the responses that have no reward, and warn of the first.
+
+        Args:
+            rewards: ``[B, G]``.
+            prompts: B prompts; those that only even out the ranks do not count.
+            responses: B lists of G responses.
+        """
+        if self.reward_calls.skips:
+            missing = (rewards.isnan() & prompts.valid.to(rewards.device)[:, None]).nonzero().tolist()
+            for row, column in missing[:1]:
+                example = f"response {shorten(responses[row][column])} to prompt {shorten(prompts.text[row])}"
+                self.record.left_out(len(missing), example)
+
+    def _penalised(self, raw: Tensor, finished: Tensor) -> Tensor:
         raw = raw.to(device=finished.device, dtype=torch.float32)
         return raw - self.missing_eos_penalty * (~finished).float()
 
@@ -408,36 +471,110 @@ class Actors:
             predict_rewards: Predict the distribution of the reward also where there are reference rewards.
         """
         self.place()
-        completions = self.sample(self.policy, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
-        self.sampler_mismatch = getattr(self.sampler, "mismatch", None)
-        token_ids = self.token_ids(completions)
-        responses = self.decode(token_ids, prompts)
-        rewards = self.score(prompts, responses, token_ids, completions.finished)
-        parts = getattr(self.reward, "parts", None)
         reference_rewards = prompts.reference_rewards
-        if reference_rewards is None and reference_samples > 0:
-            reference_rewards = self.reference_rewards(
-                prompts, num_samples=reference_samples, seed=seed, stream=f"{stream}/reference", step=step
-            )
+        with self.asking() as caller:
+            how: dict[str, Any] = {"seed": seed, "step": step}
+            drawn = self._draw(caller, self.policy, prompts, num_samples=num_samples, stream=stream, **how)
+            self.sampler_mismatch = getattr(self.sampler, "mismatch", None)
+            if self.reward_calls.workers == 1:
+                drawn.scored()  # nothing is won by leaving it for later
+            if reference_rewards is None and reference_samples > 0:
+                reference_rewards = self.reference_rewards(
+                    prompts, num_samples=reference_samples, stream=f"{stream}/reference", caller=caller, **how
+                )
+            scored = drawn.scored()
+        self.count_missing(scored.rewards, prompts, drawn.responses)
         predicted = None
         if (reference_rewards is None or predict_rewards) and self.value is not None:
             predicted = self.value.log_cdf(prompts)
+        rewards = self._penalised(scored.rewards, drawn.completions.finished)
         return ScoredResponses(
             prompts=prompts,
-            completions=completions,
-            responses=responses,
+            completions=drawn.completions,
+            responses=drawn.responses,
             rewards=rewards,
             reference_rewards=reference_rewards,
             reference_log_cdf=predicted,
-            reward_parts=None if not parts else {name: part.to(rewards.device) for name, part in parts.items()},
+            reward_parts={name: part.to(rewards.device) for name, part in scored.parts.items()} or None,
         )
 
-    def reference_rewards(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
-        """Sample M responses a prompt from the reference and return their rewards ``[B, M]``."""
-        with self.as_reference() as reference:
-            completions = self.sample(reference, prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
-        token_ids = self.token_ids(completions)
-        return self.score(prompts, self.decode(token_ids, prompts), token_ids, completions.finished)
+    def reference_rewards(
+        self,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        caller: RewardCaller | None = None,
+    ) -> Tensor:
+        """Sample M responses a prompt from the reference and return their rewards ``[B, M]``.
+
+        Where responses without a reward are left out, further ones are drawn in their place: M stays M.
+
+        Args:
+            prompts: B prompts.
+            num_samples: M.
+            seed: The run's seed.
+            stream: The noise's stream.
+            step: The call's number within the stream.
+            caller: What calls the reward already; one of its own by default.
+
+        Raises:
+            RewardError: If a prompt's responses have no reward, however many are drawn.
+        """
+
+        def draw(some: PromptBatch, count: int, stream: str) -> Tensor:
+            with self.asking() if caller is None else nullcontext(caller) as asking, self.as_reference() as reference:
+                drawn = self._draw(asking, reference, some, num_samples=count, seed=seed, stream=stream, step=step)
+                raw = drawn.scored().rewards
+            self.count_missing(raw, some, drawn.responses)
+            return self._penalised(raw, drawn.completions.finished)
+
+        def again(row: int, count: int, number: int) -> list[float]:
+            found: list[float] = draw(select_prompts(prompts, [row]), count, f"{stream}/further{number}")[0].tolist()
+            return found
+
+        rewards = draw(prompts, num_samples, stream)
+        if not self.reward_calls.skips:
+            return rewards
+        try:
+            filled, _ = replace_missing(
+                rewards.tolist(), math.isnan, again, lambda row: f"row {row}, prompt {shorten(prompts.text[row])}"
+            )
+        except TooManyMissingError as problem:
+            raise RewardError(str(problem)) from problem
+        return torch.tensor(filled, dtype=rewards.dtype, device=rewards.device)
+
+    def _draw(
+        self,
+        caller: RewardCaller,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+    ) -> _Drawn:
+        """Sample responses and have them scored: with several workers, a pass while the next is sampled."""
+        noise = self._noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        if caller.calls.workers > 1 and isinstance(self.sampler, InPasses):
+            passes = self.sampler.by_prompts(model, prompts.tokens, prompts.mask, noise, **self._sampling())
+        else:
+            found = self.sampler(model, prompts.tokens, prompts.mask, noise, **self._sampling())
+            passes = iter([(list(range(len(prompts.text))), found)])
+        parts: list[Completions] = []
+        responses: list[list[str]] = []
+        asked: list[PendingRewards] = []
+        for rows, part in passes:
+            some = prompts if len(rows) == len(prompts.text) else select_prompts(prompts, rows)
+            ids = self.token_ids(part)
+            texts = self.decode(ids, some)
+            asked.append(caller.start(some.text, texts, ids, some.beside))
+            parts.append(part)
+            responses += texts
+        return _Drawn(join_completions(parts, dim=0, pad_id=self._pad_id), responses, asked)
 
     def statistics(self, rollout: ScoredResponses | Rollout, *, hidden: bool = False) -> tuple[Rollout, Tensor | None]:
         """Find log-probabilities and the exact KL of given responses, differentiable in the policy.

@@ -184,8 +184,11 @@ class _PromptSums(_Sums):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(3, **kwargs)
 
-    def _add_prompts(self, values: Tensor, valid: Tensor | None) -> None:
+    def _add_prompts(self, values: Tensor, valid: Tensor | None, counted: Tensor | None = None) -> None:
         values, rows = values.double(), _rows(values, valid)
+        if counted is not None:
+            values = torch.where(counted, values, 0.0).sum(-1) / counted.sum(-1)
+            rows = rows & counted.any(-1)
         values = _kept(values.mean(-1) if values.ndim == 2 else values, rows)
         self._add(values.sum(), values.square().sum(), rows.sum())
 
@@ -230,11 +233,13 @@ class WinRate(_PromptSums):
         """Add prompts.
 
         Args:
-            rewards: ``[B, G]`` rewards of the policy's responses.
+            rewards: ``[B, G]`` rewards of the policy's responses; NaN where a response has none: it is left out of the
+                mean over its prompt's, and with it a prompt that keeps none.
             reference_rewards: ``[B, M]`` rewards of reference responses to the same prompts, ``M >= n``.
             valid: ``[B]`` bool: rows to count; all by default.
         """
-        self._add_prompts(bon_win_rate(rewards.double(), reference_rewards.double(), n=self.n), valid)
+        rates = bon_win_rate(rewards.double(), reference_rewards.double(), n=self.n)
+        self._add_prompts(rates, valid, ~rewards.isnan())
 
 
 class SequenceKL(_Sums):
@@ -262,7 +267,7 @@ class SequenceKL(_Sums):
             token_kl: ``[B, G, T]`` KL over the vocabulary at each position.
             log_probs: ``[B, G, T]`` log-probabilities of the sampled tokens under the policy.
             reference_log_probs: ``[B, G, T]`` the same under the reference.
-            mask: ``[B, G, T]`` bool: True on response tokens.
+            mask: ``[B, G, T]`` bool: True on response tokens; a response without any is left out.
             valid: ``[B]`` bool: rows to count; all by default.
         """
         rows = _rows(mask, valid)
@@ -273,7 +278,7 @@ class SequenceKL(_Sums):
             log_ratio.sum(),
             log_ratio.square().sum(),
             mask.sum(),
-            rows.sum() * mask.shape[1],
+            mask.any(-1).sum(),
         )
 
     def compute(self) -> KLSummary:
@@ -298,20 +303,16 @@ class RewardStatistics(_Sums):
         """Add responses.
 
         Args:
-            rewards: ``[B, G]``.
+            rewards: ``[B, G]``; NaN where a response has none: it is left out.
             mask: ``[B, G, T]`` bool: True on response tokens.
             finished: ``[B, G]`` bool: True where an EOS was sampled.
             valid: ``[B]`` bool: rows to count; all by default.
         """
-        rows = _rows(rewards, valid)
-        kept = _kept(rewards, rows)
-        self._add(
-            kept.sum(),
-            kept.square().sum(),
-            _kept(mask.sum(-1), rows).sum(),
-            _kept(finished, rows).sum(),
-            rows.sum() * rewards.shape[1],
+        counted = _rows(rewards, valid)[:, None] & ~rewards.isnan()
+        kept, tokens, ended = (
+            torch.where(counted, values.double(), 0.0) for values in (rewards, mask.sum(-1), finished)
         )
+        self._add(kept.sum(), kept.square().sum(), tokens.sum(), ended.sum(), counted.sum())
 
     def compute(self) -> RewardSummary:
         """Return the means over all responses of all processes."""

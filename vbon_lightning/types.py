@@ -103,7 +103,7 @@ class ScoredResponses(NamedTuple):
     responses: list[list[str]]
     """B lists of G decoded responses, special tokens left out."""
     rewards: Tensor
-    """``[B, G]`` float32: rewards, the missing-EOS penalty included."""
+    """``[B, G]`` float32: rewards, the missing-EOS penalty included; NaN where a response has none and is left out."""
     reference_rewards: Tensor | None
     """``[B, M]`` float32: rewards of reference responses, from the table or sampled on the spot."""
     reference_log_cdf: Tensor | None = None
@@ -111,6 +111,11 @@ class ScoredResponses(NamedTuple):
     prompt; only where there are no reference rewards and a value model is named."""
     reward_parts: dict[str, Tensor] | None = None
     """``[B, G]`` of each part of a reward that has several, by name; NaN where one does not apply."""
+
+    @property
+    def judged(self) -> Tensor:
+        """Return ``[B, G]`` bool: False where a response has no reward and is left out of its group."""
+        return ~self.rewards.isnan()
 
 
 class Rollout(NamedTuple):
@@ -121,7 +126,7 @@ class Rollout(NamedTuple):
     responses: list[list[str]]
     """B lists of G decoded responses, special tokens left out."""
     rewards: Tensor
-    """``[B, G]`` float32: rewards, the missing-EOS penalty included."""
+    """``[B, G]`` float32: rewards, the missing-EOS penalty included; NaN where a response has none and is left out."""
     log_probs: Tensor
     """``[B, G, T]`` float32: policy log-probabilities at the sampling temperature, 0 outside the mask."""
     reference_log_probs: Tensor
@@ -135,6 +140,16 @@ class Rollout(NamedTuple):
     prompt; only where there are no reference rewards and a value model is named."""
     reward_parts: dict[str, Tensor] | None = None
     """``[B, G]`` of each part of a reward that has several, by name; NaN where one does not apply."""
+
+    @property
+    def judged(self) -> Tensor:
+        """Return ``[B, G]`` bool: False where a response has no reward and is left out of its group."""
+        return ~self.rewards.isnan()
+
+
+def known_rewards(rewards: Tensor) -> list[list[float | None]]:
+    """Return rewards ``[B, G]`` as lists, with None where a response has none."""
+    return [[None if value != value else value for value in row] for row in rewards.tolist()]
 
 
 def select_prompts(value: Any, rows: list[int]) -> Any:

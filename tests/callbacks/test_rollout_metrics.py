@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.callbacks.replay import Replay, logged, make_trainer, pooled, stream
 from tests.ranks import run_two
+from tests.rollouts import LEFT, MISSING, make_rollout, one_prompt, silence
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, RewardMonitor
 from vbon_lightning.types import Rollout
 
@@ -99,3 +100,17 @@ def test_two_processes_log_over_all_of_their_prompts(tmp_path: Path) -> None:
         for rank in range(2):
             value = torch.load(tmp_path / f"rank{rank}.pt")[f"val/{name}"]
             assert value == pytest.approx(expected(val)[name], rel=1e-5, abs=1e-6)
+
+
+def test_what_has_no_reward_is_in_no_number(tmp_path: Path) -> None:
+    whole = make_rollout(levels=2, seed=3)
+    left = [one_prompt(whole, row, kept) for row, kept in LEFT]
+    trainer = make_trainer(tmp_path, *all_monitors(), limit_train_batches=0)
+    trainer.validate(Replay([], val=[silence(whole, *MISSING)]))
+    found = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
+    for name in ("reward", "kl", "kl_sampled", "response_length", "finished"):
+        values = [expected([part])[name] for part in left]
+        assert found[name] == pytest.approx((3 * values[0] + values[1]) / 4, rel=1e-5), name
+    assert found["win_rate"] == pytest.approx(sum(expected([part])["win_rate"] for part in left) / 2, rel=1e-5)
+    first = left[0].rewards[0]
+    assert found["tied_groups"] == float(bool((first == first[0]).all())), "of the one prompt that keeps several"

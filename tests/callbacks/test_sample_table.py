@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.callbacks.replay import Replay, make_trainer
-from tests.rollouts import make_rollout
+from tests.rollouts import make_rollout, silence
 from vbon_lightning.callbacks import SampleTable
 from vbon_lightning.callbacks.sample_table import sample_markdown
 from vbon_lightning.types import Rollout
@@ -190,3 +190,13 @@ def test_any_text_fits_a_cell() -> None:
 def test_sizes_are_checked(arguments: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         SampleTable(**arguments)
+
+
+def test_a_response_without_a_reward_has_none(tmp_path: Path) -> None:
+    rollout = silence(make_rollout(), (0, 1))
+    trainer = make_trainer(tmp_path, SampleTable(prompts=1, samples=2, directory=str(tmp_path / "own")))
+    trainer.validate(Replay([], val=[rollout]))
+    (path,) = (tmp_path / "own").iterdir()
+    row = json.loads(path.read_text())
+    assert [one["reward"] for one in row["responses"]] == [float(rollout.rewards[0, 0]), None]
+    assert "*reward -, " in sample_markdown({1: [row]})

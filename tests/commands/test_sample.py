@@ -12,13 +12,17 @@ import pytest
 
 from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET
-from vbon_lightning import cli
+from vbon_lightning import cli, sample
+from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.commands import sample as command
-from vbon_lightning.decoding import sample
+from vbon_lightning.rewards import CallableReward, RewardCalls, RewardError
 
 REWARD = """
 def vowels(prompts, responses):
     return [[float(sum(char in "ae" for char in text)) for text in texts] for texts in responses]
+
+def picky(prompts, completions):
+    return [None if text[:1] in ("a", "b", "c", "") else 1.0 for text in completions]
 
 def letters(prompts, completions, letter):
     return [float(text.count(one)) for text, one in zip(completions, letter)]
@@ -191,3 +195,35 @@ def test_conversations_are_answered_through_the_chat_template(
         capsys.readouterr()
         vbon(*said)
         assert capsys.readouterr().out.splitlines() == [read("plain.out")[0]["response"]]
+
+
+PICKY = ("--reward", "CallableReward", "--reward.function", "sample_rewards.picky")
+SKIP = ("--data.reward_calls.on_missing", "skip", "--data.reward_calls.workers", "2")
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_a_response_without_a_reward_is_written_with_null(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = ("--prompts", "prompts.txt", "--samples", "8")
+    with pytest.raises(RewardError, match="is nan .*on_missing: skip"):
+        vbon(*some, "--output", "stop.jsonl", *PICKY)
+    vbon(*some, "--output", "skip.jsonl", *PICKY, *SKIP)
+    lines = read("skip.jsonl")
+    assert [line["reward"] is None for line in lines] == [line["response"][:1] in ("a", "b", "c", "") for line in lines]
+    missing = sum(line["reward"] is None for line in lines)
+    assert 0 < missing < len(lines) == 24
+    assert f"{missing} responses were left without a reward" in capsys.readouterr().err
+    with pytest.raises(ConfigMismatchError, match="on_missing"):
+        vbon(*some, "--output", "skip.jsonl", *PICKY)
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_in_python_too(files: Path) -> None:
+    found = sample(
+        "./policy",
+        ["ab"],
+        reward=CallableReward("sample_rewards.picky"),
+        samples=8,
+        device="cpu",
+        reward_calls=RewardCalls(on_missing="skip"),
+    )
+    assert {one.reward is None for one in found} == {True, False}

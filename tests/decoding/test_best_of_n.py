@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.modules.setting import VowelReward, make_files
+from tests.modules.setting import Picky, VowelReward, make_files
 from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.decoding import BestOfN, Decoded
 from vbon_lightning.functional import sequence_log_prob
+from vbon_lightning.rewards import RewardCalls
 from vbon_lightning.types import Completions
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 3, 4]]
@@ -117,3 +118,24 @@ def test_an_n_that_makes_no_sense(n: Any) -> None:
 def test_it_needs_a_reward(files: Path) -> None:
     with pytest.raises(ValueError, match="this needs a reward"):
         BestOfN(n=2)(load(files, reward=None), batch_of(PROMPTS), num_samples=1, **OPTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_a_response_without_a_reward_is_not_the_best(files: Path) -> None:
+    skip = RewardCalls(on_missing="skip")
+    actors = load(files, reward=Picky("abcd"), reward_calls=skip)
+    found = BestOfN(3)(actors, batch_of(PROMPTS), num_samples=8, **OPTIONS)
+    _, rewards = drawn_by(load(files), 24)
+    texts = actors.decode(actors.token_ids(drawn_by(load(files), 24)[0]), batch_of(PROMPTS))
+    assert found.rewards is not None
+    missing = 0
+    for row in range(len(PROMPTS)):
+        for place in range(8):
+            group = range(3 * place, 3 * place + 3)
+            left = [float(rewards[row, i]) for i in group if not texts[row][i].startswith(("a", "b", "c", "d"))]
+            missing += not left
+            said = float(found.rewards[row, place])
+            assert said == pytest.approx(max(left)) if left else said != said
+    assert missing < 24
+    silent = BestOfN(3)(load(files, reward=Picky([""]), reward_calls=skip), batch_of(PROMPTS), num_samples=2, **OPTIONS)
+    assert silent.rewards is not None and silent.rewards.isnan().all()

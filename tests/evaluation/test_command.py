@@ -21,6 +21,7 @@ from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.evaluation import PolicyReport, command
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
+from vbon_lightning.rewards import RewardCalls
 
 
 class Counting(Lengths):
@@ -306,3 +307,41 @@ def test_a_logger_on_the_command_line(arguments: list[str], kind: type) -> None:
     found = parser.instantiate_classes(parser.parse_args(["--data.policy", "x", *arguments])).logger
     assert isinstance(found, kind)
     assert found is not False or "false" in arguments
+
+
+class PickyLengths(Lengths):
+    """Says nothing of responses that begin with one of some letters; as many calls at once as were seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+        self.sizes.add(len(prompts))
+        silent = torch.tensor([[text.startswith(("a", "b", "c")) for text in row] for row in responses])
+        return super().__call__(prompts, responses, token_ids).masked_fill(silent, torch.nan)
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_responses_without_a_reward_are_counted(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", alphabet=ALPHABET)
+    prompts = ["ab", "cde", "f"]
+    (tmp_path / "test.txt").write_text("".join(f"{text}\n" for text in prompts))
+    reward, judge = PickyLengths(), PickyLengths()
+    data = AlignmentDataModule(
+        policy=model,
+        reward=reward,
+        reward_calls=RewardCalls(on_missing="skip", workers=2),
+        test=TextSource(path=str(tmp_path / "test.txt")),
+        reference_table=str(tmp_path / "table"),
+        max_new_tokens=4,
+    )
+    write_table(data, prompts, samples=6)
+    settings: dict[str, Any] = {"n": [2], "samples": 24, "device": "cpu", "judge": judge, "temperatures": [1.5]}
+    mine = compare(data, {"mine": model}, {"Best-of-2 drawn": BestOfN(2)}, output=str(tmp_path / "out"), **settings)[-1]
+    assert 0 < mine.missing < 72
+    assert mine.judge_reward is not None
+    assert mine.judge_reward.mean == pytest.approx(mine.reward.mean), "of the same responses"
+    assert reward.sizes == judge.sizes == {1}, "each prompt by itself"
+    plain = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert plain["reports"][-1]["missing"] == mine.missing

@@ -12,9 +12,13 @@ import torch
 from scipy import stats
 
 from tests.evaluation.setting import best_of
-from tests.rollouts import make_rollout
+from tests.rollouts import LEFT, MISSING, make_rollout, one_prompt, silence
+from vbon_lightning.decoding import Decoded, DecodingCost
 from vbon_lightning.evaluation import PolicyReport, bon_reports, evaluate_policy
+from vbon_lightning.evaluation.reports import DecodedBatch, evaluate_decoder
+from vbon_lightning.evaluation.writing import comparison_markdown
 from vbon_lightning.functional import bon_expected_reward
+from vbon_lightning.types import Rollout
 
 
 def test_bon_reports(table: torch.Tensor) -> None:
@@ -123,3 +127,48 @@ def test_evaluate_policy_checks_its_arguments() -> None:
 def test_reports_survive_json(reports: list[PolicyReport]) -> None:
     for report in reports:
         assert PolicyReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_responses_without_a_reward_are_left_out_of_a_report_and_counted() -> None:
+    rollout = make_rollout()
+    found = evaluate_policy(
+        [silence(rollout, *MISSING)], name="mine", n_values=[3], judge=lambda r: 2 * r.rewards.nan_to_num(100.0)
+    )
+    left = [evaluate_policy([one_prompt(rollout, row, kept)], name="mine", n_values=[3]) for row, kept in LEFT]
+    assert (found.prompts, found.missing) == (2, 8)
+    for name in ("reward", "kl", "kl_check", "win_rate", "length", "finished"):
+        values = [getattr(report, name).mean for report in left]
+        assert getattr(found, name).mean == pytest.approx(np.mean(values)), name
+    assert found.win_rate_vs_bon[3].mean == pytest.approx(np.mean([report.win_rate_vs_bon[3].mean for report in left]))
+    assert found.judge_reward.mean == pytest.approx(2 * found.reward.mean)
+    half = [*MISSING, (0, 0)]
+    judged = evaluate_policy([silence(rollout, *MISSING)], name="mine", judge=lambda r: silence(r, *half).rewards)
+    assert judged.judge_reward.mean == pytest.approx((rollout.rewards[0, [2, 3]].mean() + rollout.rewards[1, 1]) / 2)
+    assert "8 responses of mine have no reward and count nowhere" in comparison_markdown([found], title="")
+
+
+def test_what_the_judge_says_nothing_of_is_left_out() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    judge = torch.tensor([[5.0, torch.nan, 7.0], [torch.nan] * 3])
+    reference, _ = bon_reports(rewards, n_values=[2], judge_rewards=judge)
+    assert reference.judge_reward.mean == pytest.approx(6.0)
+
+
+def test_a_decoders_choice_without_a_reward_is_left_out() -> None:
+    rollout = make_rollout()
+    silent = silence(rollout, *MISSING)
+
+    def batch(part: Rollout) -> DecodedBatch:
+        tokens, mask, finished, _ = part.completions
+        decoded = Decoded(tokens, mask, finished, part.token_kl, DecodingCost(1, 1, 1))
+        return DecodedBatch(part.prompts, decoded, part.responses, part.rewards, 1.0)
+
+    found = evaluate_decoder([batch(silent)], name="mine", method="mine", n=2, n_values=[3])
+    left = [
+        evaluate_decoder([batch(one_prompt(rollout, row, kept))], name="mine", method="mine", n=2, n_values=[3])
+        for row, kept in LEFT
+    ]
+    assert (found.prompts, found.missing) == (2, 8)
+    for name in ("reward", "kl", "win_rate", "length", "finished"):
+        values = [getattr(report, name).mean for report in left]
+        assert getattr(found, name).mean == pytest.approx(np.mean(values)), name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rollouts import make_rollout
+from tests.rollouts import LEFT, MISSING, make_rollout, one_prompt, silence
 from vbon_lightning.evaluation.drawing import BON_COLOUR, STYLES
 from vbon_lightning.evaluation.temperatures import (
     evaluate_temperature,
@@ -85,3 +85,11 @@ def test_the_reference_looks_as_in_the_pareto_figure() -> None:
     reference, policy = (container.lines[0] for container in figure.axes[0].containers)
     assert (reference.get_color(), reference.get_marker()) == (BON_COLOUR, "*")
     assert (policy.get_color(), policy.get_marker()) == STYLES[0]
+
+
+def test_responses_without_a_reward_are_left_out() -> None:
+    rollout = make_rollout()
+    found = evaluate_temperature([silence(rollout, *MISSING)], name="policy", temperature=0.5)
+    left = [evaluate_temperature([one_prompt(rollout, *part)], name="policy", temperature=0.5) for part in LEFT]
+    for name in ("reward", "win_rate", "length", "finished"):
+        assert getattr(found, name).mean == pytest.approx(sum(getattr(one, name).mean for one in left) / 2), name

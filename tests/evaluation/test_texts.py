@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tests.rollouts import make_rollout
+from tests.rollouts import make_rollout, silence
 from vbon_lightning.evaluation import ScoredText, text_samples
 from vbon_lightning.evaluation.texts import samples_markdown
 
@@ -33,3 +33,9 @@ def test_conversations_are_shown_turn_by_turn() -> None:
     assert [sample.prompt for sample in samples] == ["user: Hello", "user: Hi"]
     assert [list(sample.responses) for sample in samples] == [["reference", "vBoN"]] * 2
     assert "## 1. user: Hello\n" in samples_markdown(samples)
+
+
+def test_a_response_without_a_reward_is_shown_with_a_dash() -> None:
+    found = text_samples({"mine": [silence(make_rollout(), (0, 0))]}, prompts=1, samples=2)
+    assert [one.reward is None for one in found[0].responses["mine"]] == [True, False]
+    assert samples_markdown(found).splitlines()[4].endswith("| - |")

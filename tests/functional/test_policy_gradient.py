@@ -255,3 +255,35 @@ def test_diagnostics_of_the_surrogate_are_means_over_tokens() -> None:
     assert got.loss.item() == pytest.approx(-((1.2 + 1 + 0.5) + (-2.0 - 1.0)) / 2)
     nothing = clipped_surrogate_loss(ratios.log(), torch.zeros_like(ratios), advantages, torch.zeros_like(mask))
     assert [value.item() for value in nothing] == [0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5)])
+def test_leave_one_out_of_what_is_kept(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = torch.tensor([[True, False, True, True], [True, True, True, True], [False, False, True, False]])
+    values[~kept] = torch.nan
+    found = leave_one_out(values, kept)
+    torch.testing.assert_close(found[0, [0, 2, 3]], leave_one_out(values[:1, [0, 2, 3]])[0])
+    torch.testing.assert_close(found[1], leave_one_out(values[1:2])[0])
+    assert not found[~kept].any()
+    assert not found[2].any(), "one alone has no baseline"
+
+
+def test_leave_one_out_refuses_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"kept must have shape \[B, G\]"):
+        leave_one_out(torch.zeros(2, 3), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_response_without_tokens_counts_in_no_mean() -> None:
+    noise = torch.Generator().manual_seed(0)
+    log_probs, old, advantages, values = torch.randn(4, 2, 3, 4, generator=noise)
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[:, 1] = False
+    left = [0, 2]
+    for loss in (
+        lambda keep: reinforce_loss(log_probs[:, keep], advantages[:, keep], mask[:, keep]),
+        lambda keep: clipped_surrogate_loss(log_probs[:, keep], old[:, keep], advantages[:, keep], mask[:, keep]).loss,
+        lambda keep: clipped_value_loss(values[:, keep], old[:, keep], advantages[:, keep], mask[:, keep]),
+    ):
+        torch.testing.assert_close(loss([0, 1, 2]), loss(left))
+        assert loss([1]) == 0

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.modules.setting import make_data, make_module, make_trainer, weights
+from tests.modules.setting import Picky, make_data, make_module, make_trainer, weights
 from tests.ranks import leave
 from vbon_lightning import AlignmentDataModule, ReferenceSampler, TextSource
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, RewardMonitor
 from vbon_lightning.models import ModelSpec
+from vbon_lightning.rewards import RewardCalls
 
 CASES: dict[str, dict[str, Any]] = {
     "vbon": {},
@@ -37,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"dropout": False},
         "trainer": {"accumulate_grad_batches": 2},
     },
+    "skipping": {"kind": "klrl", "skip": True},
     "bonbon": {"kind": "dpo", "table": True, "model": {"loss": "bonbon"}},
 }
 """Whose weights are compared."""
@@ -65,6 +67,8 @@ def fit(kind: str, files: Path, directory: Path, *, ranks: int) -> dict[str, Any
         options["policy"] = ModelSpec(str(files / "llama"), tilt=str(files / changes["tilt"]))
     if changes.get("table"):
         options["reference_table"] = str(files / "table")
+    if changes.get("skip"):
+        options |= {"reward": Picky("fgh"), "reward_calls": RewardCalls(on_missing="skip")}
     # The batch is the same in all; three validation rows fill no two ranks evenly.
     data = make_data(files, batch_size=4 // ranks, eval_batch_size=1, **options)
     module = make_module(changes.get("kind", kind), data, **changes.get("model", {}))

@@ -60,6 +60,21 @@ class VowelReward(RewardModel):
         return {"class": "VowelReward", "scale": str(self.scale)}
 
 
+class Picky(VowelReward):
+    """Says nothing of responses that begin with one of some letters (or texts: all do with an empty one)."""
+
+    def __init__(self, letters: Sequence[str] = "h", scale: float = 1.0) -> None:
+        super().__init__(scale)
+        self.letters = letters
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+        silent = torch.tensor([[text.startswith(tuple(self.letters)) for text in row] for row in responses])
+        return super().__call__(prompts, responses, token_ids).masked_fill(silent, torch.nan)
+
+    def identity(self) -> dict[str, str]:
+        return super().identity() | {"class": "Picky", "letters": "".join(self.letters)}
+
+
 def make_files(directory: Path) -> Path:
     """Write two models, one with dropout, and prompts to a directory."""
     directory.mkdir(parents=True, exist_ok=True)

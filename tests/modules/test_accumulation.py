@@ -11,13 +11,26 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from tests.models.setting import make_valued_files
-from tests.modules.setting import make_data, make_module, make_trainer, weights
+from tests.modules.setting import Picky, make_data, make_module, make_trainer, weights
 from vbon_lightning import RewardModelling, TextSource
 from vbon_lightning.modules import value_modelling
 from vbon_lightning.modules.offline import OfflineBestOfN
 from vbon_lightning.modules.policy_gradient import PolicyGradient
+from vbon_lightning.rewards import RewardCalls
 
-KINDS = ("vbon", "klrl", "sampled", "valuecritic", "bonsft", "dpo", "distillation", "valuemodelling", "sft", "pairs")
+KINDS = (
+    "vbon",
+    "klrl",
+    "sampled",
+    "valuecritic",
+    "bonsft",
+    "dpo",
+    "distillation",
+    "valuemodelling",
+    "sft",
+    "pairs",
+    "skipping",
+)
 JUDGED: dict[str, tuple[dict[str, Any], Any]] = {
     "labelled": ({"label_column": "label"}, "classification"),
     "preferred": ({"response_column": "response", "rejected_column": "worse"}, "preference"),
@@ -54,6 +67,9 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
         options |= {"reference_table": str(files / "table")}
         if kind != "valuemodelling":
             options |= {"value_model": str(files / "value")}
+    if kind == "skipping":
+        options = {"val": None, "batch_size": batch_size, "reward": Picky("fgh")}
+        options["reward_calls"] = RewardCalls(on_missing="skip")
     if kind == "sampled":
         model |= {"kl_estimator": "sampled"}
     if kind == "valuemodelling":
@@ -61,7 +77,7 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
     if kind in ("sft", "pairs"):
         model |= {"dropout": False}
     data = make_data(files, **options)
-    return data, make_module({"sampled": "klrl", "pairs": "sft"}.get(kind, kind), data, **model)
+    return data, make_module({"sampled": "klrl", "skipping": "klrl", "pairs": "sft"}.get(kind, kind), data, **model)
 
 
 def updated(

@@ -14,9 +14,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor
 
-from tests.modules.setting import Killed, VowelReward, make_data, make_files, make_trainer
+from tests.modules.setting import Killed, Picky, VowelReward, make_data, make_files, make_trainer
 from vbon_lightning import AlignmentDataModule, ReferenceSampler, TextSource
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError, TableRow
+from vbon_lightning.rewards import RewardCalls, RewardError, RewardFailure
 
 PROMPTS = 10
 
@@ -64,7 +65,7 @@ def predict(
     module_data = data_of(files, table, reward, **changes)
     sampler = ReferenceSampler(module_data.actors, samples=4, rows_per_pass=8, overlap_scoring=overlap)
     found = make_trainer(table.parent, *callbacks, **trainer).predict(sampler, module_data)
-    assert sampler._scorer is None
+    assert sampler._caller is None
     return found
 
 
@@ -254,3 +255,165 @@ def test_a_table_in_double_precision(files: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callbacks=[], enable_checkpointing=False, precision="64-true")
     trainer.predict(ReferenceSampler(data.actors, samples=3), data, return_predictions=False)
     assert data.table().samples == 3
+
+
+# -- several workers, failures, responses without a reward -----------------------------------------
+
+
+def fill(files: Path, table: Path, reward: Any, *callbacks: Any, samples: int = 4, **changes: Any) -> ReferenceSampler:
+    data = data_of(files, table, reward, **changes)
+    sampler = ReferenceSampler(data.actors, samples=samples, rows_per_pass=2 * samples)
+    make_trainer(table.parent, *callbacks).predict(sampler, data, return_predictions=False)
+    return sampler
+
+
+@pytest.mark.parametrize("per_call", ["batch", "prompt", "response"])
+def test_several_workers_make_the_same_table(per_call: Any, files: Path, tmp_path: Path) -> None:
+    plain, several = tmp_path / "plain" / "table", tmp_path / "several" / "table"
+    fill(files, plain, VowelReward())
+    fill(files, several, VowelReward(), reward_calls=RewardCalls(workers=3, per_call=per_call))
+    assert rows_of(several) == rows_of(plain)
+    # What made it is the same: either run may use either table, and go on with it.
+    assert data_of(files, several, VowelReward()).table().samples == 4
+
+
+def test_several_workers_score_a_group_while_the_next_is_sampled(files: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    sampled = [threading.Event() for _ in range(7)]
+    scoring, scored = threading.Event(), threading.Event()
+    sample = ReferenceSampler._sample
+
+    def noting(self: Any, prompts: Any) -> Any:
+        next(event for event in sampled if not event.is_set()).set()
+        assert not sampled[1].is_set() or scoring.wait(30), "the second group is sampled before the first is scored"
+        assert not sampled[2].is_set() or scored.is_set(), "one group ahead, not more"
+        return sample(self, prompts)
+
+    class Waiting(VowelReward):
+        def __call__(self, *arguments: Any) -> Tensor:
+            scoring.set()
+            assert sampled[1].wait(30), "the first group is scored before the second is sampled"
+            scored.set()
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(ReferenceSampler, "_sample", noting)
+    fill(files, tmp_path / "table", Waiting(), reward_calls=RewardCalls(workers=2))
+    assert len(rows_of(tmp_path / "table")) == PROMPTS
+
+
+class FailsAt(VowelReward):
+    """Raise at one prompt, so often; then only once the others of its group are scored."""
+
+    def __init__(self, prompt: str, other: str, times: int = 99) -> None:
+        super().__init__()
+        self.prompt, self.other, self.left, self.seen = prompt, other, times, list[str]()
+        self.scored = threading.Event()
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+        self.seen += prompts
+        if self.prompt in prompts and self.left:
+            self.left -= 1
+            assert self.scored.wait(30)
+            raise ConnectionError("the judge is out")
+        if self.other in prompts:
+            self.scored.set()
+        return super().__call__(prompts, responses, token_ids)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*asked again")
+def test_a_failing_reward_names_the_prompt_and_keeps_what_is_done(workers: int, files: Path, tmp_path: Path) -> None:
+    """Groups of two and one: `bcd` and `cde` are one."""
+    table, calls = tmp_path / "table", RewardCalls(workers=workers, retries=1, backoff_s=0.0)
+    with pytest.raises(RewardFailure, match="the judge is out.*; row 1: prompt 'cde', first response .*asked 2 times"):
+        fill(files, table, FailsAt("cde", "bcd"), reward_calls=calls)
+    kept = {"a", "ab", "abc", "bcd"}
+    assert {row.prompt for row in rows_of(table)} == kept
+    reward = FailsAt("d", "cde", times=1)
+    fill(files, table, reward, reward_calls=calls)
+    assert not kept & set(reward.seen), "they are not asked for again"
+    assert reward.seen.count("d") == 2
+    fill(files, tmp_path / "whole" / "table", VowelReward())
+    assert_same_rows(table, tmp_path / "whole" / "table")
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_response_without_a_reward_is_replaced_by_a_further_draw(workers: int, files: Path, tmp_path: Path) -> None:
+    calls = RewardCalls(workers=workers, on_missing="skip")
+    sampler = fill(files, tmp_path / "one" / "table", Picky("abc"), samples=12, reward_calls=calls)
+    found = rows_of(tmp_path / "one" / "table")
+    assert len(found) == PROMPTS
+    assert sampler.loaded.record.missing > 20
+    fill(files, tmp_path / "all" / "table", VowelReward(), samples=12)
+    kept = 0
+    for row, whole in zip(sorted(found), sorted(rows_of(tmp_path / "all" / "table")), strict=True):
+        assert len(row.responses) == 12, "M stays M"
+        assert not any(text.startswith(("a", "b", "c")) for text in row.responses)
+        for place, text in enumerate(whole.responses):
+            if not text.startswith(("a", "b", "c")):
+                kept += 1
+                assert row.responses[place] == text
+                assert row.rewards[place] == whole.rewards[place]
+                assert row.log_probs[place] == whole.log_probs[place]  # type: ignore[index]
+        scored = VowelReward()([row.prompt], [row.responses], [row.response_tokens])
+        assert row.rewards == pytest.approx(scored[0].tolist())
+    assert 0 < kept < 12 * PROMPTS
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_further_draws_do_not_depend_on_the_run(files: Path, tmp_path: Path) -> None:
+    """Other groups, a kill and several workers: the same table."""
+    skip = RewardCalls(on_missing="skip")
+    fill(files, tmp_path / "one" / "table", Picky("abc"), reward_calls=skip)
+    other = tmp_path / "other" / "table"
+    with pytest.raises(Killed):
+        fill(files, other, Picky("abc"), KillAfter(2), reward_calls=skip)
+    fill(files, other, Picky("abc"), reward_calls=RewardCalls(on_missing="skip", workers=2), eval_batch_size=5)
+    assert_same_rows(tmp_path / "one" / "table", other)
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_a_prompt_without_any_reward_is_named_and_what_is_finished_is_kept(files: Path, tmp_path: Path) -> None:
+    class Refusing(VowelReward):
+        def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+            silent = torch.tensor([[prompt == "cde"] for prompt in prompts])
+            return super().__call__(prompts, responses, token_ids).masked_fill(silent, torch.nan)
+
+    table = tmp_path / "table"
+    with pytest.raises(RewardError, match="the prompt 'cde' of the reference table: 4 of its 4 .* 16 further"):
+        fill(files, table, Refusing(), reward_calls=RewardCalls(on_missing="skip"))
+    assert {row.prompt for row in rows_of(table)} == {"a", "ab", "abc", "bcd"}
+    with pytest.raises(RewardError, match=r"the reward of row 1, response 0 is nan .*prompt 'cde'"):
+        fill(files, tmp_path / "stop" / "table", Refusing())
+    assert {row.prompt for row in rows_of(tmp_path / "stop" / "table")} == {"a", "ab", "abc", "bcd"}
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_a_table_that_stopped_goes_on_with_what_is_missing_skipped(files: Path, tmp_path: Path) -> None:
+    class Late(Picky):
+        def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+            late = torch.tensor([[prompt == "d"] for prompt in prompts])
+            full = VowelReward()(prompts, responses, token_ids)
+            return torch.where(late, super().__call__(prompts, responses, token_ids), full)
+
+    table, skip, reward = tmp_path / "table", RewardCalls(on_missing="skip"), Late("abcd")
+    with pytest.raises(RewardError, match="is nan .*prompt 'd'"):
+        fill(files, table, reward, samples=8)
+    stopped = rows_of(table)
+    assert len(stopped) == 5
+    assert data_of(files, table, reward, reward_calls=skip).table().samples == 8
+    fill(files, table, reward, samples=8, reward_calls=skip)
+    assert {str(row) for row in stopped} <= {str(row) for row in rows_of(table)}
+    assert len(rows_of(table)) == PROMPTS
+    assert data_of(files, table, reward, reward_calls=skip).table().samples == 8
+    with pytest.raises(ReferenceTableError, match="on_missing: the table has 'skip', this run has '.absent.'"):
+        data_of(files, table, reward).table()
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_responses_of_another_table_are_replaced_too(files: Path, tmp_path: Path) -> None:
+    predict(files, tmp_path / "first", VowelReward(), overlap=False)
+    skip = RewardCalls(on_missing="skip")
+    rescore(files, tmp_path / "second", tmp_path / "first", Picky("abc"), reward_calls=skip)
+    fill(files, tmp_path / "third" / "table", Picky("abc"), reward_calls=skip)
+    assert_same_rows(tmp_path / "second", tmp_path / "third" / "table")

@@ -83,3 +83,19 @@ def test_shards_without_a_usable_fingerprint_are_refused(tmp_path: Path) -> None
     for attempt in (ReferenceTable.open, lambda path: ReferenceTableWriter(path, FINGERPRINT, shard="rank1")):
         with pytest.raises(ReferenceTableError, match=r"holds shards .* but no fingerprint\.json"):
             attempt(tmp_path)
+
+
+def test_a_table_without_missing_rewards_serves_a_run_that_skips_them(tmp_path: Path) -> None:
+    write(tmp_path, make_row(1))
+    skips = FINGERPRINT | {"on_missing": "skip"}
+    ReferenceTable.open(tmp_path, fingerprint=skips)
+    assert json.loads((tmp_path / "fingerprint.json").read_text()) == FINGERPRINT, "reading changes nothing"
+    with pytest.raises(FingerprintMismatch, match="reward"):
+        ReferenceTableWriter(tmp_path, skips | {"reward": "other"}, shard="rank0")
+    assert json.loads((tmp_path / "fingerprint.json").read_text()) == FINGERPRINT
+    writer = ReferenceTableWriter(tmp_path, skips, shard="rank0")
+    assert writer.fingerprint == skips == json.loads((tmp_path / "fingerprint.json").read_text())
+    ReferenceTableWriter(tmp_path, skips, shard="rank1")
+    with pytest.raises(FingerprintMismatch, match="on_missing: the table has 'skip', this run has '.absent.'"):
+        ReferenceTableWriter(tmp_path, FINGERPRINT, shard="rank2")
+    assert not list(tmp_path.glob(".*"))

@@ -36,7 +36,7 @@ def test_parts_add_up_by_their_weights() -> None:
     reward = WeightedReward({"length": Saying(len), "b": RegexReward("b")}, {"length": -0.5})
     found = ask_reward(reward, PROMPTS, RESPONSES, [])
     assert found.tolist() == [[-1 + 1, -0.5 + 1], [-0.5, -1.5]]
-    assert {name: part.tolist() for name, part in reward.parts.items()} == {
+    assert {name: part.tolist() for name, part in reward.with_parts(PROMPTS, RESPONSES)[1].items()} == {
         "length": [[2, 1], [1, 3]],
         "b": [[1, 1], [0, 0]],
     }
@@ -50,8 +50,8 @@ def test_a_part_that_does_not_apply_adds_nothing(nothing: Any) -> None:
     always = Saying(lambda text: 1.0)
     reward = WeightedReward({"sometimes": sometimes, "always": always})
     assert ask_reward(reward, PROMPTS, RESPONSES, []).tolist() == [[1, 3], [1, 3]]
-    assert reward.parts["sometimes"].isnan().tolist() == [[True, False], [True, False]]
-    with pytest.raises(RewardError, match=r"row 0, response 0 is nan \(2 such .* \(only a part of a Weighted"):
+    assert reward.with_parts(PROMPTS, RESPONSES, [])[1]["sometimes"].isnan().tolist() == [[True, False], [True, False]]
+    with pytest.raises(RewardError, match=r"row 0, response 0 is nan \(2 such .* \(data.reward_calls.on_missing"):
         ask_reward(WeightedReward({"sometimes": sometimes}), PROMPTS, RESPONSES, [])
     infinite = WeightedReward({"always": always, "broken": Saying(lambda text: math.inf)})
     with pytest.raises(RewardError, match="the reward of row 0, response 0 is inf"):

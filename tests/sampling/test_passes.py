@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.sampling.test_static import compare, model_of
 from vbon_lightning.sampling import sample_completions
@@ -26,3 +27,26 @@ def test_samples_do_not_depend_on_the_passes(max_rows, base):
     compare(InPasses(counting, max_rows), model)
     assert max(seen) <= max_rows
     assert sum(seen) == 24
+
+
+def test_passes_come_one_by_one_with_all_responses_of_their_prompts():
+    model = model_of("gpt2")
+    tokens, mask = torch.full((5, 3), 4), torch.ones(5, 3, dtype=torch.bool)
+    noise = torch.rand(5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    settings = {"end_ids": (2,), "pad_id": 0, "temperature": 1.0}
+    whole = sample_completions(model, tokens, mask, noise, **settings)
+    for max_rows, sizes in ((8, [2, 2, 1]), (3, [1] * 5), (100, [5])):
+        begun = []
+
+        def counting(*arguments: Any, begun: list[int] = begun, **settings: Any) -> Completions:
+            begun.append(1)
+            return sample_completions(*arguments, **settings)
+
+        passes = InPasses(counting, max_rows).by_prompts(model, tokens, mask, noise, **settings)
+        rows, first = next(passes)
+        assert rows == list(range(sizes[0]))
+        assert len(begun) == (2 if max_rows == 3 else 1), "nothing of the next pass yet"
+        assert first.tokens.shape[:2] == (sizes[0], 4)
+        width = first.tokens.shape[-1]
+        assert torch.equal(first.tokens, whole.tokens[: sizes[0], :, :width])
+        assert [len(rows) for rows, _ in passes] == sizes[1:]

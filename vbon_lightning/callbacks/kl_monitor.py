@@ -37,7 +37,7 @@ class KLMonitor(RolloutMetrics):
             rollout.token_kl,
             rollout.log_probs,
             rollout.reference_log_probs,
-            rollout.completions.mask,
+            rollout.completions.mask & rollout.judged.unsqueeze(-1),
             rollout.prompts.valid,
         )
 

@@ -56,7 +56,14 @@ class ReferenceTableWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one batch's rows."""
-        rows: list[TableRow] = prediction
+        self.write(prediction)
+
+    def write(self, rows: list[TableRow]) -> None:
+        """Write rows to the table.
+
+        Args:
+            rows: The rows.
+        """
         if self._files is not None and rows:
             self._files.write(rows)
 

@@ -10,12 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._markdown import markdown_cell, markdown_table, reward_cell
 from vbon_lightning.callbacks.rollout_metrics import rollout_of
 from vbon_lightning.data.conversations import shown_prompts
 from vbon_lightning.loggers import log_table
 from vbon_lightning.reference_table.shards import atomic_file
-from vbon_lightning.types import Rollout
+from vbon_lightning.types import Rollout, known_rewards
 
 _COLUMNS = ("step", "prompt", "response", "reward", "tokens", "finished")
 _SHOWN_STEPS = 5
@@ -178,7 +178,7 @@ def _first_and_last(by_step: dict[int, list[dict[str, Any]]]) -> dict[int, list[
 def _rows(rollout: Rollout, prompts: int, samples: int) -> list[dict[str, Any]]:
     valid = rollout.prompts.valid.tolist()
     chosen = [row for row, counts in enumerate(valid) if counts][:prompts]
-    index, rewards = rollout.prompts.index.tolist(), rollout.rewards.tolist()
+    index, rewards = rollout.prompts.index.tolist(), known_rewards(rollout.rewards)
     lengths, finished = rollout.completions.mask.sum(-1).tolist(), rollout.completions.finished.tolist()
     texts = shown_prompts(rollout.prompts.text, rollout.prompts.messages)
     return [
@@ -228,4 +228,4 @@ def _at(rows: list[dict[str, Any]], place: int, prompt: str) -> list[dict[str, A
 
 def _cell(response: dict[str, Any]) -> str:
     text = markdown_cell(response["text"] + ("" if response["finished"] else " […]"))
-    return f"{text}<br>*reward {response['reward']:.3f}, {response['tokens']} tokens*"
+    return f"{text}<br>*reward {reward_cell(response['reward'])}, {response['tokens']} tokens*"

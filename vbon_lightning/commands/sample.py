@@ -57,8 +57,8 @@ def sample_command(
     of the data; without any, at a terminal, they are asked for one by one.
 
     Each line of the output has the prompt and its row, the response and its place among those to the prompt, the
-    reward, the log-probability under the policy, the token ids, and whether the response finished. A run that was
-    interrupted goes on where its output ends.
+    reward (null where it says nothing of it and `data.reward_calls.on_missing` is skip), the log-probability under the
+    policy, the token ids, and whether the response finished. A run that was interrupted goes on where its output ends.
 
     Args:
         policy: The model to sample from: a hub name or a directory; `data.policy` by default.
@@ -98,7 +98,9 @@ def sample_command(
         )
     else:
         assert policy is not None
-        spec = sampling_spec(policy, reward, max_new_tokens, temperature)
+        said = ("end_tokens", "chat", "reward_calls")
+        more = {} if data is None else {name: getattr(data.actors, name) for name in said}
+        spec = sampling_spec(policy, reward, max_new_tokens, temperature, **more)
     settings = {
         "policy": model_identity(spec.policy_spec),
         "decoder": "policy" if chosen is None else {"class": type(chosen).__name__, **plain(vars(chosen))},
@@ -107,6 +109,7 @@ def sample_command(
         "temperature": spec.temperature,
         "samples": samples,
         "seed": seed,
+        **({"on_missing": "skip"} if spec.reward_calls.skips else {}),
     }
     drawing: dict[str, Any] = {"decoder": chosen, "samples": samples, "seed": seed}
     if prompts is None and split is None and sys.stdin.isatty():
@@ -127,10 +130,12 @@ def sample_command(
     shown = tqdm(drawn, total=len(left) * samples, unit="response", disable=None, file=sys.stderr)
     if output is None:
         _write(shown, sys.stdout)
-        return
-    with Path(output).open("a", encoding="utf-8") as stream:
-        _write(shown, stream)
-    print(f"wrote {output}", file=sys.stderr)
+    else:
+        with Path(output).open("a", encoding="utf-8") as stream:
+            _write(shown, stream)
+        print(f"wrote {output}", file=sys.stderr)
+    if actors.record.missing:
+        print(f"{actors.record.missing} responses were left without a reward", file=sys.stderr)
 
 
 def _decoder(decoder: str | Decoder, n: int) -> Decoder | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vbon_lightning.actors import Actors
@@ -37,7 +39,9 @@ class BestOfN(Decoder):
         ids = actors.token_ids(drawn)
         rewards = actors.score(prompts, actors.decode(ids, prompts), ids, drawn.finished)
         batch = len(ids)
-        found = rewards.view(batch, num_samples, self.n).max(-1)
+        # One without a reward is never the best, unless all are: then the choice has none either.
+        known = rewards.nan_to_num(nan=-math.inf)
+        found = known.view(batch, num_samples, self.n).max(-1)
         best = found.indices.unsqueeze(-1)
         index = (torch.arange(num_samples, device=best.device)[:, None] * self.n + best).squeeze(-1)
         rows = torch.arange(batch, device=best.device)[:, None]
@@ -47,5 +51,5 @@ class BestOfN(Decoder):
             finished=drawn.finished[rows, index],
             token_kl=None,
             cost=DecodingCost(int(drawn.mask.sum()), 0, rewards.numel()),
-            rewards=found.values,
+            rewards=found.values.masked_fill(found.values.isinf(), math.nan),
         )

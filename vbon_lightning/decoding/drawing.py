@@ -18,9 +18,9 @@ from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import as_row
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.models import ModelSpec, as_spec
-from vbon_lightning.rewards import RewardModel
+from vbon_lightning.rewards import RewardCalls, RewardModel
 from vbon_lightning.sampling.scoring import response_log_probs
-from vbon_lightning.types import Completions, PromptBatch, Responses
+from vbon_lightning.types import Completions, PromptBatch, Responses, known_rewards
 
 STREAM = "sample"
 """The noise of drawn responses: neither that of training nor that of evaluation."""
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
     response: str
     """The response as text, special tokens left out."""
     reward: float | None
-    """Its reward; None without a reward."""
+    """Its reward; None without a reward, or where that says nothing of it and is not to stop for that."""
     log_prob: float
     """Its log-probability under the policy at the sampling temperature, in nats."""
     tokens: list[int]
@@ -61,6 +61,7 @@ def sample(
     batch_size: int = 8,
     seed: int = 0,
     device: str = "auto",
+    reward_calls: RewardCalls | None = None,
 ) -> Iterator[Drawn]:
     """Draw responses from a policy, or the best of several.
 
@@ -81,6 +82,8 @@ def sample(
         batch_size: Prompts that are answered together.
         seed: Seeds the noise.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        reward_calls: How the reward is called; a response that it says nothing of has the reward None, if these are to
+            be skipped.
 
     Yields:
         One record a response, prompt by prompt.
@@ -90,7 +93,7 @@ def sample(
             policy without a chat template.
         ModelError: If the policy cannot be loaded.
     """
-    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens, chat)
+    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens, chat, reward_calls)
     rows = [as_row(prompt, place) for place, prompt in enumerate(prompts, start=1)]
     encoded = prepare_rows(rows, "prompts", spec.load_tokenizer(), chat=spec.chat)
     actors = load_actors(spec, decoder, device)
@@ -104,6 +107,7 @@ def sampling_spec(
     temperature: float | None,
     end_tokens: Sequence[str] = (),
     chat: Mapping[str, Any] | None = None,
+    reward_calls: RewardCalls | None = None,
 ) -> ActorSpec:
     """Say what to sample with: what is not given is as the policy's generation config has it."""
     found = generation_settings(policy)
@@ -114,6 +118,7 @@ def sampling_spec(
         temperature=temperature or found.get("temperature") or 1.0,
         end_tokens=list(end_tokens),
         chat=dict(chat or {}),
+        reward_calls=reward_calls or RewardCalls(),
     )
 
 
@@ -199,7 +204,7 @@ def _drawn(
     texts = actors.decode(ids, batch)
     if rewards is None and actors.reward is not None:
         rewards = actors.score(batch, texts, ids, found.finished)
-    scores = None if rewards is None else rewards.tolist()
+    scores = None if rewards is None else known_rewards(rewards)
     sums = torch.where(found.mask, log_probs, 0.0).sum(-1).tolist()
     for row, place in enumerate(batch.index.tolist()):
         for number in range(samples):

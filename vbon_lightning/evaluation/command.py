@@ -40,7 +40,8 @@ from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer, locate
 from vbon_lightning.reference_table import ReferenceTableError
-from vbon_lightning.rewards import RewardModel, ask_reward
+from vbon_lightning.rewards import RewardModel
+from vbon_lightning.rewards.calls import CallRecord, RewardCaller
 from vbon_lightning.types import PromptBatch, Rollout
 
 Split = Literal["train", "val", "test"]
@@ -282,14 +283,17 @@ def _best_of_n(
     if judge is not None:
         responses = [list(row.responses[used]) for row in rows]
         ids = [[list(tokens) for tokens in row.response_tokens[used]] for row in rows]
-        judged = ask_reward(judge, texts, responses, ids, data.prompt_batch(prompts).beside)
+        with RewardCaller(judge, data.actors.reward_calls, CallRecord(), ahead=False) as caller:
+            judged = caller.start(texts, responses, ids, data.prompt_batch(prompts).beside).result().rewards
     return bon_reports(rewards, n_values=n, lengths=lengths, finished=finished, judge_rewards=judged)
 
 
 def _judge(actors: Actors, judge: RewardModel) -> Judge:
     def score(rollout: Rollout) -> Tensor:
         ids = actors.token_ids(rollout.completions)
-        return ask_reward(judge, rollout.prompts.text, rollout.responses, ids, rollout.prompts.beside)
+        with RewardCaller(judge, actors.reward_calls, actors.record, ahead=False) as caller:
+            asked = caller.start(rollout.prompts.text, rollout.responses, ids, rollout.prompts.beside)
+            return asked.result().rewards
 
     return score
 

@@ -78,6 +78,8 @@ class PolicyReport:
     cost: dict[str, float] | None = None
     """What a response takes to make, for decoders: tokens generated, tokens the value model reads, reward calls, and
     seconds, of a batch shared by its responses."""
+    missing: int = 0
+    """Responses that have no reward and are left out of all of the above."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
@@ -102,13 +104,17 @@ class _Columns:
     def __init__(self) -> None:
         self._parts: dict[str, list[Tensor]] = {}
 
-    def add(self, name: str, values: Tensor, valid: Tensor) -> None:
-        values = values.detach().double().cpu()
-        values = values.mean(-1) if values.ndim == 2 else values
-        self._parts.setdefault(name, []).append(values[valid.cpu()])
+    def add(self, name: str, values: Tensor, valid: Tensor, judged: Tensor | None = None) -> None:
+        """Add prompts: ``[B]``, or ``[B, G]`` to be averaged over the responses that have a reward."""
+        values, valid = values.detach().double().cpu(), valid.cpu()
+        judged = torch.ones_like(values, dtype=torch.bool) if judged is None else judged.cpu()
+        if values.ndim == 2:
+            values = mean_of(values, judged)
+        self._parts.setdefault(name, []).append(values[valid & judged.view(len(valid), -1).any(1)])
 
     def estimate(self, name: str) -> Estimate | None:
-        return estimate_mean(torch.cat(self._parts[name])) if name in self._parts else None
+        found = torch.cat(self._parts.get(name, [torch.empty(0)]))
+        return estimate_mean(found) if len(found) else None
 
     def need(self, name: str) -> Estimate:
         return estimate_mean(torch.cat(self._parts[name]))
@@ -147,28 +153,32 @@ def evaluate_policy(
     Raises:
         ValueError: If there is nothing to average, or reference rewards are missing where needed.
     """
-    columns, samples, estimator = _Columns(), 0, None
+    columns, samples, estimator, missing = _Columns(), 0, None, 0
     for rollout in rollouts:
         valid, mask, samples = rollout.prompts.valid, rollout.completions.mask, rollout.rewards.shape[1]
         log_ratio = rollout.log_probs.double() - rollout.reference_log_probs.double()
-        columns.add("reward", rollout.rewards, valid)
-        columns.add("kl", torch.where(mask, rollout.token_kl.double(), 0.0).sum(-1), valid)
-        columns.add("kl_check", torch.where(mask, log_ratio, 0.0).sum(-1), valid)
-        columns.add("length", mask.sum(-1), valid)
-        columns.add("finished", rollout.completions.finished, valid)
+        judged = rollout.judged
+        missing += int((~judged & valid[:, None]).sum())
+        columns.add("reward", rollout.rewards, valid, judged)
+        columns.add("kl", torch.where(mask, rollout.token_kl.double(), 0.0).sum(-1), valid, judged)
+        columns.add("kl_check", torch.where(mask, log_ratio, 0.0).sum(-1), valid, judged)
+        columns.add("length", mask.sum(-1), valid, judged)
+        columns.add("finished", rollout.completions.finished, valid, judged)
         cdf = None
         if scorer is not None and rollout.reference_log_cdf is not None:
-            cdf, estimator = scorer.reward_cdf(rollout.rewards.double(), rollout.reference_log_cdf), PREDICTED_WIN_RATE
+            known = rollout.rewards.double().nan_to_num(0.0)  # of one that is left out any number does
+            cdf, estimator = scorer.reward_cdf(known, rollout.reference_log_cdf), PREDICTED_WIN_RATE
         won = win_rates(rollout.rewards, rollout.reference_rewards, cdf, n_values=n_values)
         for opponent, rates in won.items():
-            columns.add(f"win_rate_{opponent}", rates, valid)
+            columns.add(f"win_rate_{opponent}", rates, valid, judged)
         if n_values and not won:
             raise ValueError(
                 f"win rates against Best-of-{max(n_values)} need reference rewards, but the rollouts of "
                 f"{name!r} bring none: name a reference table, or a value model to predict them"
             )
         if judge is not None:
-            columns.add("judge", judge(rollout), valid)
+            scores = judge(rollout)
+            columns.add("judge", scores, valid, judged & ~scores.isnan())
     if len(columns) == 0:
         raise ValueError(f"there are no prompts to evaluate {name!r} on")
     return PolicyReport(
@@ -190,7 +200,18 @@ def evaluate_policy(
         finished=columns.need("finished"),
         judge_reward=columns.estimate("judge"),
         n=n,
+        missing=missing,
     )
+
+
+def mean_of(values: Tensor, judged: Tensor) -> Tensor:
+    """Average each prompt's responses that have a reward: ``[B, G]`` to ``[B]``; NaN for a prompt without any.
+
+    Args:
+        values: ``[B, G]``.
+        judged: ``[B, G]`` bool: which responses have one.
+    """
+    return torch.where(judged, values, 0.0).sum(-1) / judged.sum(-1)
 
 
 def win_rates(
@@ -260,11 +281,13 @@ def evaluate_decoder(
         ValueError: If there is nothing to average, or reference rewards are missing.
     """
     columns, samples, responses, estimator = _Columns(), 0, 0, None
-    cost, seconds = [0, 0, 0], 0.0
+    cost, seconds, missing = [0, 0, 0], 0.0, 0
     own = True
     for batch in batches:
         valid, decoded, reference = batch.prompts.valid, batch.decoded, batch.prompts.reference_rewards
-        samples, rewards, own = batch.rewards.shape[1], batch.rewards.double(), decoded.token_kl is not None
+        samples, own = batch.rewards.shape[1], decoded.token_kl is not None
+        judged, rewards = ~batch.rewards.isnan(), batch.rewards.double().nan_to_num(0.0)
+        missing += int((~judged & valid[:, None]).sum())
         cdf = log_cdf = None
         if reference is None:
             if scorer is None:
@@ -278,12 +301,12 @@ def evaluate_decoder(
         else:
             assert reference is not None
             kl = bon_kl(reference.double(), n=n)
-        columns.add("reward", rewards, valid)
-        columns.add("kl", kl, valid)
-        columns.add("length", decoded.mask.sum(-1), valid)
-        columns.add("finished", decoded.finished, valid)
+        columns.add("reward", rewards, valid, judged)
+        columns.add("kl", kl, valid, judged if kl.ndim == 2 else None)
+        columns.add("length", decoded.mask.sum(-1), valid, judged)
+        columns.add("finished", decoded.finished, valid, judged)
         for opponent, rates in win_rates(rewards, reference, cdf, n_values=n_values).items():
-            columns.add(f"win_rate_{opponent}", rates, valid)
+            columns.add(f"win_rate_{opponent}", rates, valid, judged)
         cost = [total + part for total, part in zip(cost, decoded.cost, strict=True)]
         seconds, responses = seconds + batch.seconds, responses + rewards.numel()
     if len(columns) == 0:
@@ -305,6 +328,7 @@ def evaluate_decoder(
         finished=columns.need("finished"),
         cost={field: total / responses for field, total in zip(DecodingCost._fields, cost, strict=True)}
         | {"seconds": seconds / responses},
+        missing=missing,
     )
 
 
@@ -354,7 +378,13 @@ def _bon_report(
     weights, samples = selection_weights(rewards, n=n), rewards.shape[1]
 
     def selected(values: Tensor | None) -> Estimate | None:
-        return None if values is None else estimate_mean((weights * values.double()).sum(-1))
+        if values is None:
+            return None
+        # What the judge says nothing of is left out.
+        known, values = ~values.isnan(), values.double().nan_to_num(0.0)
+        shares = torch.where(known, weights, 0.0)
+        means = (shares * values).sum(-1) / torch.where(known.all(-1), 1.0, shares.sum(-1))
+        return estimate_mean(means[known.any(-1)]) if known.any() else None
 
     def against(opponent: int) -> Estimate | None:
         if n + opponent > samples:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, policy_styles, style_axes
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
-from vbon_lightning.evaluation.reports import REFERENCE, win_rates
+from vbon_lightning.evaluation.reports import REFERENCE, mean_of, win_rates
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.types import ScoredResponses
@@ -58,7 +58,8 @@ def evaluate_temperature(
     """
     columns: dict[str, list[Tensor]] = {"reward": [], "win_rate": [], "length": [], "finished": []}
     for rollout in rollouts:
-        valid, rewards, cdf = rollout.prompts.valid, rollout.rewards.double(), None
+        judged, rewards, cdf = rollout.judged, rollout.rewards.double().nan_to_num(0.0), None
+        valid = rollout.prompts.valid & judged.any(-1)
         if scorer is not None and rollout.reference_log_cdf is not None:
             cdf = scorer.reward_cdf(rewards, rollout.reference_log_cdf)
         won = win_rates(rewards, rollout.reference_rewards, cdf, n_values=())
@@ -71,7 +72,7 @@ def evaluate_temperature(
             "finished": rollout.completions.finished.double(),
         }
         for column, values in found.items():
-            columns[column].append(values.mean(-1)[valid].cpu())
+            columns[column].append(mean_of(values, judged)[valid].cpu())
     if not columns["reward"]:
         raise ValueError(f"there are no prompts to evaluate {name!r} on")
     estimates = {column: estimate_mean(torch.cat(parts)) for column, parts in columns.items()}

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._markdown import markdown_cell, markdown_table, reward_cell
 from vbon_lightning.data.conversations import shown_prompts
-from vbon_lightning.types import Rollout
+from vbon_lightning.types import Rollout, known_rewards
 
 
 class ScoredText(NamedTuple):
     """A response and its reward."""
 
     text: str
-    reward: float
+    reward: float | None
+    """None where it has none."""
     finished: bool = True
     """False where the length limit cut it."""
 
@@ -59,7 +60,7 @@ def samples_markdown(samples: Sequence[TextSample]) -> str:
             [
                 markdown_cell(name),
                 markdown_cell(response.text + ("" if response.finished else " […]")),
-                f"{response.reward:.3f}",
+                reward_cell(response.reward),
             ]
             for name, responses in sample.responses.items()
             for response in responses
@@ -81,7 +82,7 @@ def _responses(
     found: dict[_Prompt, list[ScoredText]] = {}
     wanted = prompts if chosen is None else len(chosen)
     for rollout in rollouts:
-        rewards, finished = rollout.rewards.tolist(), rollout.completions.finished.tolist()
+        rewards, finished = known_rewards(rollout.rewards), rollout.completions.finished.tolist()
         index, valid = rollout.prompts.index.tolist(), rollout.prompts.valid.tolist()
         readable = shown_prompts(rollout.prompts.text, rollout.prompts.messages)
         for row, text in enumerate(rollout.prompts.text):

@@ -133,6 +133,9 @@ def _notes(reports: Sequence[PolicyReport]) -> str:
     for check in dict.fromkeys(report.kl_check_estimator for report in reports if report.kl_check is not None):
         values = [f"{report.name} {report.kl_check}" for report in reports if report.kl_check_estimator == check]
         lines.append(f"KL checked by the {check}: {', '.join(values)}.")
+    for report in reports:
+        if report.missing:
+            lines.append(f"{report.missing} responses of {report.name} have no reward and count nowhere.")
     if any(report.judge_reward is not None for report in reports):
         lines.append("The judge is a second scorer: where it disagrees with the reward, suspect reward hacking.")
     return "".join(f"- {markdown_cell(line)}\n" for line in lines)

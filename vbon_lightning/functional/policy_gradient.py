@@ -1,7 +1,8 @@
 """Baselines and surrogate losses of policy gradients.
 
 Every loss sums over the tokens of a response and averages over responses, so that equal shares of a batch on
-several processes average to the loss of the whole batch. A token mean would not.
+several processes average to the loss of the whole batch. A token mean would not. A response without a token in the
+mask is left out: no loss or mean counts it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from vbon_lightning.functional._validate import (
     check_mask,
     check_real,
     check_same_shape,
+    check_shape,
 )
 
 
-def leave_one_out(values: Tensor) -> Tensor:
+def leave_one_out(values: Tensor, kept: Tensor | None = None) -> Tensor:
     """Subtract from each sample's value the mean of its siblings', ``v_i - mean_{j != i} v_j``.
 
     The baseline does not depend on sample i, so the policy gradient stays unbiased; RLOO,
@@ -29,20 +31,28 @@ def leave_one_out(values: Tensor) -> Tensor:
 
     Args:
         values: ``[B, G, ...]`` with G samples a prompt.
+        kept: ``[B, G]`` bool: False for samples that are left out of their group, whatever their values; None for none.
 
     Returns:
-        The same shape.
+        The same shape; 0 for samples that are left out, and where a group keeps fewer than 2.
 
     Raises:
         TypeError: on a wrong dtype.
-        ValueError: if ``G < 2``.
+        ValueError: if ``G < 2`` or the shapes do not fit.
     """
     check_float("values", values)
     check_dims("values", values, 2, "[B, G, ...]", at_least=True)
     group = values.shape[1]
     if group < 2:
         raise ValueError(f"leave-one-out needs G >= 2 samples a prompt, got G = {group} in {list(values.shape)}")
-    return (values - values.mean(1, keepdim=True)) * (group / (group - 1))
+    if kept is None:
+        return (values - values.mean(1, keepdim=True)) * (group / (group - 1))
+    check_mask("kept", kept)
+    check_shape("kept", kept, values.shape[:2], "[B, G]")
+    kept = kept.view(*kept.shape, *[1] * (values.dim() - 2))
+    count = kept.sum(1, keepdim=True).to(values.dtype)
+    mean = _masked(values, kept.expand_as(values)).sum(1, keepdim=True) / count.clamp(min=1)
+    return _masked((values - mean) * (count / (count - 1).clamp(min=1)), (kept & (count > 1)).expand_as(values))
 
 
 def normalise_advantages(
@@ -108,8 +118,8 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _per_response(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over tokens, mean over responses."""
-    return _masked(values, mask).sum(-1).mean()
+    """Sum over tokens, mean over the responses that have any."""
+    return _masked(values, mask).sum() / mask.any(-1).sum().clamp(min=1)
 
 
 def _token_advantages(advantages: Tensor, mask: Tensor) -> Tensor:

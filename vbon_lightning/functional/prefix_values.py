@@ -93,7 +93,7 @@ def value_advantages(
         mask: ``[B, G, T]`` bool, True on response tokens.
         lam: lambda, in [0, 1].
         siblings: also subtract the mean of the siblings' advantages at the same position, a further baseline;
-            needs ``G >= 2``.
+            needs ``G >= 2``. A response without a token in the mask is nobody's sibling.
 
     Returns:
         ``[B, G, T]`` without gradient, 0 outside the mask.
@@ -112,7 +112,9 @@ def value_advantages(
     rewards = (values[..., 1:] - values[..., :-1]).to(kl.dtype) - kl
     found = generalized_advantage_estimation(rewards, torch.zeros_like(kl), mask, lam=lam).advantages
     if siblings:
-        found = leave_one_out(found)
+        kept = mask.any(-1)
+        several = kept.sum(1, keepdim=True) > 1  # one that is left alone has the values for a baseline
+        found = torch.where(several.unsqueeze(-1), leave_one_out(found, kept), found)
     return torch.where(mask, target.kl_coef * found, torch.zeros_like(found))
 
 

@@ -1,6 +1,7 @@
 """What each method maximises, and the advantages that follow from it.
 
-Every method here maximises ``E[score] - kl_coef KL(policy || reference)``; they differ in the score.
+Every method here maximises ``E[score] - kl_coef KL(policy || reference)``; they differ in the score. A response without
+a token in the mask is left out of its group: no baseline or mean counts it, whatever its score.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def sampled_kl_advantages(target: Target, log_probs: Tensor, reference_log_probs
     """
     _check(target, mask, log_probs=log_probs, reference_log_probs=reference_log_probs)
     log_ratio = _masked(log_probs - reference_log_probs, mask).sum(-1)
-    advantages = leave_one_out(target.score - target.kl_coef * log_ratio)
+    advantages = leave_one_out(target.score - target.kl_coef * log_ratio, mask.any(-1))
     return _masked(advantages.unsqueeze(-1).expand(mask.shape), mask)
 
 
@@ -215,10 +216,10 @@ def rao_blackwell_advantages(
     _check(target, mask, token_kl=token_kl)
     later_kl = cost_to_go(_masked(token_kl, mask))
     if log_ratio is None:
-        return _masked(leave_one_out(target.score.unsqueeze(-1) - target.kl_coef * later_kl), mask)
+        return _masked(leave_one_out(target.score.unsqueeze(-1) - target.kl_coef * later_kl, mask.any(-1)), mask)
     _check(target, mask, log_ratio=log_ratio)
     kept = _masked(log_ratio, mask)
-    sampled = leave_one_out(target.score - target.kl_coef * kept.sum(-1)).unsqueeze(-1)
+    sampled = leave_one_out(target.score - target.kl_coef * kept.sum(-1), mask.any(-1)).unsqueeze(-1)
     return _masked(sampled + target.kl_coef * (kept + cost_to_go(kept) - later_kl), mask)
 
 
@@ -230,7 +231,7 @@ def kl_penalty(token_kl: Tensor, mask: Tensor) -> Tensor:
         mask: ``[..., T]`` bool, True on response tokens.
 
     Returns:
-        A scalar: summed over tokens, averaged over responses.
+        A scalar: summed over tokens, averaged over the responses that have any.
 
     Raises:
         TypeError: on a wrong dtype.
@@ -239,4 +240,4 @@ def kl_penalty(token_kl: Tensor, mask: Tensor) -> Tensor:
     check_float("token_kl", token_kl)
     check_mask("mask", mask)
     check_same_shape("mask", mask, "token_kl", token_kl)
-    return _masked(token_kl, mask).sum(-1).mean()
+    return _masked(token_kl, mask).sum() / mask.any(-1).sum().clamp(min=1)

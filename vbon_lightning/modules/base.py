@@ -21,6 +21,7 @@ from vbon_lightning.callbacks.defaults import missing_callbacks
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.decode import check_context
+from vbon_lightning.types import Rollout
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -214,6 +215,43 @@ class AlignmentModule(LightningModule):
         self._weights[-1] = weight.detach()
         return weight / self._weights[0]
 
+    def reward_logs(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Return what calling the reward came to, to be logged: responses without one, calls made again.
+
+        Args:
+            rollout: The rollout of a training step, all ranks'.
+        """
+        calls, logs = self.actor_spec.reward_calls, {}
+        if calls.skips:
+            logs["reward/missing"] = self._over_ranks(_missing(rollout))
+        if calls.retries:
+            logs["reward/retries"] = torch.tensor(float(self.loaded.record.retries))
+        return logs
+
+    def log_missing(self, rollout: Rollout, stage: str) -> None:
+        """Log how many of an evaluation's responses have no reward, where these are left out.
+
+        Args:
+            rollout: The rollout of a step.
+            stage: ``val`` or ``test``.
+        """
+        if self.actor_spec.reward_calls.skips:
+            self.log(
+                f"{stage}/reward/missing",
+                _missing(rollout),
+                on_step=False,
+                on_epoch=True,
+                reduce_fx="sum",
+                sync_dist=True,
+                batch_size=1,
+            )
+
+    def _over_ranks(self, part: Tensor) -> Tensor:
+        if self._trainer is None:
+            return part
+        reduced: Tensor = self.trainer.strategy.reduce(part.clone(), reduce_op="sum")
+        return reduced
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the mean of accumulated gradients the gradient of the mean over all their rows.
 
@@ -312,6 +350,10 @@ class AlignmentModule(LightningModule):
             return nn.Module.load_state_dict(self, state_dict, strict=True, assign=assign)
         except RuntimeError as problem:
             raise ValueError(f"the checkpoint does not hold this policy's weights: {problem}") from problem
+
+
+def _missing(rollout: Rollout) -> Tensor:
+    return (~rollout.judged & rollout.prompts.valid[:, None]).sum().float()
 
 
 def check_log_ratio_floor(log_ratio_floor: float | None) -> None:

@@ -127,7 +127,9 @@ class OfflineBestOfN(AlignmentModule):
         return {"rollout": self._evaluate(batch, "test")}
 
     def _evaluate(self, batch: PromptBatch, stage: str) -> Rollout:
-        return self.loaded.rollout(batch, num_samples=self.eval_samples, seed=self.seed, stream=stage, step=0)
+        rollout = self.loaded.rollout(batch, num_samples=self.eval_samples, seed=self.seed, stream=stage, step=0)
+        self.log_missing(rollout, stage)
+        return rollout
 
 
 def select_responses(responses: Responses, index: Tensor) -> Responses:

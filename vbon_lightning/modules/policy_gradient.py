@@ -220,6 +220,8 @@ class PolicyGradient(AlignmentModule):
             loss, rollout, logs = self._minibatch_update(self._next_minibatch(number, update))
         if update == 0 and self.loaded.sampler_mismatch is not None:
             logs["sampler_mismatch"] = torch.tensor(self.loaded.sampler_mismatch)
+        if update == 0:
+            logs |= self.reward_logs(rollout)
         for name in ("cut_prompts", "cut_responses"):
             if count := getattr(self.loaded.reward, name, 0):
                 logs[f"reward_{name}"] = torch.tensor(float(count))
@@ -235,7 +237,7 @@ class PolicyGradient(AlignmentModule):
         return {"rollout": self._evaluate(batch, "test")}
 
     def _evaluate(self, batch: PromptBatch, stage: str) -> Rollout:
-        return self.loaded.rollout(
+        rollout = self.loaded.rollout(
             batch,
             num_samples=self.eval_samples,
             seed=self.seed,
@@ -243,6 +245,8 @@ class PolicyGradient(AlignmentModule):
             step=0,
             reference_samples=self.reference_samples,
         )
+        self.log_missing(rollout, stage)
+        return rollout
 
     def _sample(self, batch: PromptBatch, number: int) -> ScoredResponses:
         return self.loaded.scored_responses(
@@ -298,15 +302,15 @@ class PolicyGradient(AlignmentModule):
         return evaluated, torch.where(rollout.completions.mask, values, 0.0)
 
     def _experience_of(self, rollout: Rollout, values: Tensor | None) -> Experience:
-        advantages, returns = self._advantages(self.target(rollout), rollout, values)
+        advantages, returns = self._advantages(self._target(rollout), rollout, values)
         return Experience(rollout, advantages, values, returns)
 
     def _loss(
         self, experience: Experience, live: Rollout, values: Tensor | None
     ) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
         """Return the loss of one update on a minibatch, as evaluated by the policy that learns (``live``)."""
-        rollout, mask = experience.rollout, experience.rollout.completions.mask
-        target = self.target(rollout)
+        rollout, target = experience.rollout, self._target(experience.rollout)
+        mask = self._learnt(rollout)
         logs: dict[str, Tensor] = {}
         if self.estimator == "reinforce":
             loss = reinforce_loss(live.log_probs, experience.advantages, mask)
@@ -326,23 +330,47 @@ class PolicyGradient(AlignmentModule):
             value_loss = clipped_value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip)
             loss, logs["value_loss"] = loss + self.value_coef * value_loss, value_loss.detach()
         # The estimate of what is maximised, with the exact KL: the one that the loss has.
-        logs["objective"] = (target.score - target.kl_coef * rollout.token_kl.sum(-1)).mean()
-        return loss, rollout, logs
+        objective = target.score - target.kl_coef * rollout.token_kl.sum(-1)
+        logs["objective"] = objective[mask.any(-1)].mean() if self._skips else objective.mean()
+        return loss * self._share(mask) if self._skips else loss, rollout, logs
 
-    def _over_ranks(self, part: Tensor) -> Tensor:
+    @property
+    def _skips(self) -> bool:
+        return self.actor_spec.reward_calls.skips
+
+    def _learnt(self, rollout: Rollout) -> Tensor:
+        """Return the tokens ``[B, G, T]`` that count in the update.
+
+        A response without a reward is left out of its group, and with it a group that keeps fewer than its baseline
+        needs.
+        """
+        mask = rollout.completions.mask
+        if not self._skips:
+            return mask
+        needed = 1 if self.estimator == "ppo" or self.uses_value_model else 2
+        kept = rollout.judged & (rollout.judged.sum(1, keepdim=True) >= needed)
+        return mask & kept.unsqueeze(-1)
+
+    def _target(self, rollout: Rollout) -> Target:
+        """Return the target; of a response that is left out any score does."""
+        return self.target(rollout._replace(rewards=rollout.rewards.nan_to_num(0.0)) if self._skips else rollout)
+
+    def _share(self, mask: Tensor) -> Tensor:
+        """Return what makes the mean over this rank's responses its part of the mean over all that are left."""
+        mine = mask.any(-1).sum().float()
         if self._trainer is None:
-            return part
-        reduced: Tensor = self.trainer.strategy.reduce(part.clone(), reduce_op="sum")
-        return reduced
+            return torch.ones_like(mine)
+        total = self._over_ranks(mine).clamp(min=1)
+        return mine * self.trainer.world_size / total * self.weigh_batch(total)
 
     # -- advantages --------------------------------------------------------------------------------
 
     def _advantages(self, target: Target, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        mask, returns = rollout.completions.mask, None
+        mask, returns = self._learnt(rollout), None
         log_ratio = rollout.log_probs - rollout.reference_log_probs
         if values is not None:
             advantages, returns = generalized_advantage_estimation(
-                _token_rewards(target, rollout, sampled=self.kl_estimator == "sampled"),
+                _token_rewards(target, rollout, mask, sampled=self.kl_estimator == "sampled"),
                 values,
                 mask,
                 lam=self.gae_lambda,
@@ -394,9 +422,8 @@ class PolicyGradient(AlignmentModule):
             self._experience = [_from_plain(part) for part in experience[self.trainer.global_rank]]
 
 
-def _token_rewards(target: Target, rollout: Rollout, *, sampled: bool) -> Tensor:
+def _token_rewards(target: Target, rollout: Rollout, mask: Tensor, *, sampled: bool) -> Tensor:
     """Return per-token rewards for the critic: the KL as it is paid, and the score on the last real token."""
-    mask = rollout.completions.mask
     if sampled:
         return token_rewards(target, rollout.log_probs, rollout.reference_log_probs, mask)
     # The KL of a position has a gradient of its own; an action answers for that of the position after it.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
@@ -16,7 +17,11 @@ from vbon_lightning.data.collating import batch_keys
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, TableRow
+from vbon_lightning.rewards import RewardError
+from vbon_lightning.rewards.base import shorten
+from vbon_lightning.rewards.calls import PendingRewards, RewardCaller
 from vbon_lightning.sampling import prompt_noise
+from vbon_lightning.sampling.further import TooManyMissingError, replace_missing
 from vbon_lightning.types import PromptBatch, select_prompts
 
 
@@ -27,8 +32,32 @@ class _Sampled(NamedTuple):
     prompts: PromptBatch
     prompt_ids: list[list[int]]
     token_ids: list[list[list[int]]]
-    finished: torch.Tensor
+    responses: list[list[str]]
+    finished: list[list[bool]]
     log_probs: list[list[float]]
+
+    def rows(self, rewards: dict[int, list[float]]) -> list[TableRow]:
+        """Return the table's rows of the prompts whose rewards are given, by their place in the group."""
+        return [
+            TableRow(
+                self.keys[row],
+                self.prompts.text[row],
+                self.prompt_ids[row],
+                self.responses[row],
+                self.token_ids[row],
+                values,
+                self.log_probs[row],
+                self.finished[row],
+            )
+            for row, values in rewards.items()
+        ]
+
+
+class _Asked(NamedTuple):
+    """A group whose rewards are being found."""
+
+    sampled: _Sampled
+    rewards: PendingRewards
 
 
 class ReferenceSampler(AlignmentModule):
@@ -41,9 +70,9 @@ class ReferenceSampler(AlignmentModule):
         actors: The policy, reference and reward, as the data module names them.
         samples: M, responses a prompt.
         rows_per_pass: Most responses decoded at once; bounds the memory.
-        overlap_scoring: Score a group of prompts in a thread of its own while the next is sampled; by default on
-            CUDA only, since on the CPU both want the same cores. The table is the same. A reward must then not touch
-            what sampling uses (its model, the tokenizer's settings).
+        overlap_scoring: Score a group of prompts in threads of its own while the next is sampled; by default on CUDA
+            and with several ``data.reward_calls.workers``, since on the CPU both may want the same cores. The table is
+            the same. A reward must then not touch what sampling uses (its model, the tokenizer's settings).
         responses_from: Directory of a table of the same reference and sampling settings under another reward: its
             responses are scored, and nothing is sampled.
         seed: Initialises a reference made from a config; the responses come from ``data.table_seed``.
@@ -67,8 +96,8 @@ class ReferenceSampler(AlignmentModule):
         self.samples, self.rows_per_pass, self.overlap_scoring = samples, rows_per_pass, overlap_scoring
         self.responses_from = responses_from
         self._source: ReferenceTable | None = None
-        self._scorer: ThreadPoolExecutor | None = None
-        self._pending: Future[list[TableRow]] | None = None
+        self._caller: RewardCaller | None = None
+        self._pending: _Asked | None = None
         self.writer = ReferenceTableWriter()
         self.record_settings(samples=samples)
 
@@ -92,7 +121,7 @@ class ReferenceSampler(AlignmentModule):
 
     def on_predict_start(self) -> None:
         """Check that prompts and responses fit the model's context, and that a table to take responses from fits."""
-        self._stop_scoring()  # of a run that was interrupted
+        self._stop_scoring(wait=False)  # of a run that was interrupted
         if self.responses_from is not None:
             self._source = self._open_source(resolve_path(self.responses_from))
         self.check_lengths(self.response_room)
@@ -120,43 +149,98 @@ class ReferenceSampler(AlignmentModule):
 
         The next batch returns that group, the last one all that is left. What is not returned is not in the table.
         """
-        overlap = self.device.type == "cuda" if self.overlap_scoring is None else self.overlap_scoring
         rows: list[TableRow] = []
         try:
             for group in self._groups(batch):
                 sampled = self._sample(group)
                 rows += self._finish_scoring()
-                if overlap:
-                    self._start_scoring(sampled)
-                else:
-                    rows += self._score(sampled)
+                self._pending = _Asked(sampled, self._ask(sampled))
+                if not self._overlaps:
+                    rows += self._finish_scoring()
             progress: Any = self.trainer.predict_loop.batch_progress
             if progress.is_last_batch:
                 rows += self._finish_scoring()
+        except RewardError:
+            self.writer.write(rows + self._finished_rows())
+            self._stop_scoring(wait=True)
+            raise
         except BaseException:
-            self._stop_scoring()
+            self._stop_scoring(wait=False)
             raise
         return rows
 
-    def _start_scoring(self, sampled: _Sampled) -> None:
-        if self._scorer is None:
-            self._scorer = ThreadPoolExecutor(1, thread_name_prefix="scoring")
-        self._pending = self._scorer.submit(_as_here(self._score, self.device), sampled)
+    @property
+    def _overlaps(self) -> bool:
+        if self.overlap_scoring is not None:
+            return self.overlap_scoring
+        return self.device.type == "cuda" or self.actor_spec.reward_calls.workers > 1
+
+    def _ask(self, sampled: _Sampled) -> PendingRewards:
+        """Have a group scored: at once where scoring overlaps, otherwise when the rewards are asked for."""
+        if self._caller is None:
+            self._caller = self.loaded.asking(ahead=self._overlaps)
+        prompts = sampled.prompts
+        return self._caller.start(prompts.text, sampled.responses, sampled.token_ids, prompts.beside)
 
     def _finish_scoring(self) -> list[TableRow]:
         """Return the rows of the group that is being scored, or raise what its reward raised."""
-        pending, self._pending = self._pending, None
-        return [] if pending is None else pending.result()
+        if self._pending is None:
+            return []
+        sampled, pending = self._pending
+        rewards = pending.result().rewards
+        self.loaded.count_missing(rewards, sampled.prompts, sampled.responses)
+        rows = self._filled(sampled, rewards.tolist())
+        self._pending = None
+        return rows
 
-    def _stop_scoring(self) -> None:
-        """Let the thread go, and forget what it has not finished."""
-        scorer, self._scorer, self._pending = self._scorer, None, None
-        if scorer is not None:
-            scorer.shutdown(wait=False, cancel_futures=True)
+    def _filled(self, sampled: _Sampled, rewards: list[list[float]]) -> list[TableRow]:
+        """Return the table's rows, each response without a reward replaced by a further draw.
+
+        Raises:
+            RewardError: If a prompt's responses have no reward, however many are drawn.
+        """
+        rows = sampled.rows(dict(enumerate(rewards)))
+
+        def again(row: int, count: int, number: int) -> list[_Response]:
+            prompt = _one_prompt(sampled.prompts, row, self.device)
+            drawn = self._draw(prompt, sampled.keys[row : row + 1], count, stream="table/further", step=number)
+            with self.loaded.asking() as caller:
+                asked = caller.start(prompt.text, drawn.responses, drawn.token_ids, prompt.beside)
+                found = asked.result().rewards
+            self.loaded.count_missing(found, prompt, drawn.responses)
+            return _responses_of(drawn.rows(dict(enumerate(found.tolist())))[0])
+
+        def named(row: int) -> str:
+            return f"the prompt {shorten(sampled.prompts.text[row])} of the reference table"
+
+        try:
+            filled, _ = replace_missing(
+                [_responses_of(row) for row in rows], lambda one: math.isnan(one.reward), again, named
+            )
+        except TooManyMissingError as problem:
+            raise RewardError(str(problem)) from problem
+        return [_with_responses(row, group) for row, group in zip(rows, filled, strict=True)]
+
+    def _finished_rows(self) -> list[TableRow]:
+        """Return the rows of a group that broke off which have all of their rewards."""
+        asked, self._pending = self._pending, None
+        return [] if asked is None else asked.sampled.rows(dict(asked.rewards.finished_rows()))
+
+    def _stop_scoring(self, *, wait: bool) -> None:
+        """Let the threads go, and forget what they have not finished."""
+        caller, self._caller, self._pending = self._caller, None, None
+        if caller is not None:
+            caller.close(wait_for_calls=wait)
 
     def on_predict_end(self) -> None:
-        """Let the scoring thread go."""
-        self._stop_scoring()
+        """Let the scoring threads go, and say what calling the reward came to."""
+        self._stop_scoring(wait=True)
+        record = self.loaded.record
+        if record.retries or record.missing:
+            rank_zero_info(
+                f"reward: {record.retries} calls made again; {record.missing} responses without a reward, replaced by "
+                "further draws"
+            )
 
     def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
         """Split a batch so that its samples fit a pass, leaving out rows that even out the ranks and those done."""
@@ -172,19 +256,21 @@ class ReferenceSampler(AlignmentModule):
             yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
 
     def _sample(self, prompts: PromptBatch) -> _Sampled:
-        actors = self.loaded
-        actors.place()
-        ids = [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)]
+        self.loaded.place()
         keys = batch_keys(prompts)
         if self._source is not None:
-            return self._cached(self._source, prompts, keys, ids)
+            return self._cached(self._source, prompts, keys)
+        return self._draw(prompts, keys, self.samples, stream="table", step=0)
+
+    def _draw(self, prompts: PromptBatch, keys: list[str], samples: int, *, stream: str, step: int) -> _Sampled:
+        actors = self.loaded
         noise = prompt_noise(
             keys,
-            num_samples=self.samples,
+            num_samples=samples,
             length=actors.max_new_tokens,
             seed=self._table_seed,
-            stream="table",
-            step=0,
+            stream=stream,
+            step=step,
         )
         passes = [
             actors.sampler(
@@ -199,46 +285,45 @@ class ReferenceSampler(AlignmentModule):
             for part in noise.split(self.rows_per_pass, dim=1)
         ]
         by_pass = [actors.token_ids(part) for part in passes]
-        return _Sampled(
-            keys=keys,
-            prompts=prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu()),
-            prompt_ids=ids,
+        return self._sampled(
+            prompts,
+            keys,
             token_ids=[[ids for part in by_pass for ids in part[row]] for row in range(len(keys))],
-            finished=torch.cat([part.finished for part in passes], dim=1).cpu(),
-            log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1).tolist(),
+            finished=torch.cat([part.finished for part in passes], dim=1),
+            log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1),
         )
 
-    def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], ids: list[list[int]]) -> _Sampled:
+    def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str]) -> _Sampled:
         found = [table.response_tokens(key, text) for key, text in zip(keys, prompts.text, strict=True)]
-        return _Sampled(
-            keys=keys,
-            prompts=prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu()),
-            prompt_ids=ids,
+        return self._sampled(
+            prompts,
+            keys,
             token_ids=[
                 [ids.tolist() for ids in row.tokens.split(row.lengths.tolist())[: self.samples]] for row in found
             ],
             finished=table.finished_matrix(keys, prompts.text)[:, : self.samples],
-            log_probs=table.log_probs_matrix(keys, prompts.text)[:, : self.samples].tolist(),
+            log_probs=table.log_probs_matrix(keys, prompts.text)[:, : self.samples],
         )
 
-    def _score(self, sampled: _Sampled) -> list[TableRow]:
-        actors, prompts = self.loaded, sampled.prompts
-        responses = actors.decode(sampled.token_ids, prompts)
-        rewards = actors.score(prompts, responses, sampled.token_ids, sampled.finished)
-        return [
-            TableRow(*fields)
-            for fields in zip(
-                sampled.keys,
-                prompts.text,
-                sampled.prompt_ids,
-                responses,
-                sampled.token_ids,
-                rewards.tolist(),
-                sampled.log_probs,
-                sampled.finished.tolist(),
-                strict=True,
-            )
-        ]
+    def _sampled(
+        self,
+        prompts: PromptBatch,
+        keys: list[str],
+        *,
+        token_ids: list[list[list[int]]],
+        finished: Tensor,
+        log_probs: Tensor,
+    ) -> _Sampled:
+        prompts = prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu(), valid=prompts.valid.cpu())
+        return _Sampled(
+            keys=keys,
+            prompts=prompts,
+            prompt_ids=[row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)],
+            token_ids=token_ids,
+            responses=self.loaded.decode(token_ids, prompts),
+            finished=finished.tolist(),
+            log_probs=log_probs.tolist(),
+        )
 
     @property
     def _table_seed(self) -> int:
@@ -249,20 +334,30 @@ class ReferenceSampler(AlignmentModule):
         raise ValueError("`vbon predict` samples from data.reference and takes no --ckpt_path")
 
 
-def _as_here(work: Callable[[_Sampled], list[TableRow]], device: torch.device) -> Callable[[_Sampled], list[TableRow]]:
-    """Return work that, in another thread, computes as it would in this one: torch keeps these modes a thread."""
-    inference, kind = torch.is_inference_mode_enabled(), device.type
-    casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+class _Response(NamedTuple):
+    """One response of a row of the table."""
 
-    def there(sampled: _Sampled) -> list[TableRow]:
-        with ExitStack() as modes:
-            entered: list[AbstractContextManager[Any]] = [torch.inference_mode(inference)]
-            if kind == "cuda":
-                entered.append(torch.cuda.device(device))
-            if casts is not None:
-                entered.append(torch.autocast(kind, dtype=casts))
-            for mode in entered:
-                modes.enter_context(mode)
-            return work(sampled)
+    text: str
+    tokens: list[int]
+    reward: float
+    log_prob: float
+    finished: bool
 
-    return there
+
+def _responses_of(row: TableRow) -> list[_Response]:
+    columns = (row.responses, row.response_tokens, row.rewards, row.log_probs or [], row.finished or [])
+    return [_Response(*values) for values in zip(*columns, strict=True)]
+
+
+def _with_responses(row: TableRow, responses: list[_Response]) -> TableRow:
+    texts, tokens, rewards, log_probs, finished = (list(values) for values in zip(*responses, strict=True))
+    return row._replace(
+        responses=texts, response_tokens=tokens, rewards=rewards, log_probs=log_probs, finished=finished
+    )
+
+
+def _one_prompt(prompts: PromptBatch, row: int, device: torch.device) -> PromptBatch:
+    """Return one of the prompts without padding, which would change the last digits."""
+    found = select_prompts(prompts, [row])
+    width = int(found.mask.sum())
+    return found._replace(tokens=found.tokens[:, -width:].to(device), mask=found.mask[:, -width:].to(device))

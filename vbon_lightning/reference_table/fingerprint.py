@@ -17,6 +17,8 @@ from vbon_lightning.reference_table.shards import (
 
 _FILE = "fingerprint.json"
 _ABSENT = "(absent)"
+_SKIPS = "on_missing"
+"""In the fingerprint where responses without a reward are replaced by further draws."""
 
 
 class FingerprintMismatch(ReferenceTableError):
@@ -70,10 +72,14 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 def check(path: Path, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Compare a table's fingerprint with a run's.
 
+    A table of a run that would have stopped at a missing reward has none, and is what one that skips would have made.
+
     Raises:
         FingerprintMismatch: naming each field that differs.
     """
     ours, theirs = _flat(plain(run)), _flat(dict(table))
+    if _SKIPS not in theirs:
+        ours.pop(_SKIPS, None)
     differences = {
         field: (theirs.get(field, _ABSENT), ours.get(field, _ABSENT))
         for field in sorted(theirs.keys() | ours.keys())
@@ -113,7 +119,8 @@ def read(directory: Path) -> dict[str, Any]:
 def claim(directory: Path, fingerprint: Mapping[str, Any], shard: str) -> dict[str, Any]:
     """Write the fingerprint of a new table, or check it against the one of an existing table.
 
-    Of several first writers exactly one puts its file there; the others compare with it.
+    Of several first writers exactly one puts its file there; the others compare with it. A table that goes on with
+    missing rewards skipped says so from then on.
 
     Raises:
         FingerprintMismatch: if the table was made under other settings.
@@ -121,9 +128,9 @@ def claim(directory: Path, fingerprint: Mapping[str, Any], shard: str) -> dict[s
     """
     path = directory / _FILE
     ours = plain(fingerprint)
+    content = (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode()
+    mine = directory / f".fingerprint-{shard}.json"
     if not path.exists() and not shard_files(directory):
-        content = (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode()
-        mine = directory / f".fingerprint-{shard}.json"
         with atomic_file(mine) as stream:
             stream.write(content)
         try:
@@ -137,4 +144,8 @@ def claim(directory: Path, fingerprint: Mapping[str, Any], shard: str) -> dict[s
         sync_directory(directory)
     theirs = read(directory)
     check(directory, theirs, ours)
+    if _SKIPS in ours and _SKIPS not in theirs:
+        with atomic_file(path, mine) as stream:
+            stream.write(content)
+        return ours
     return theirs

@@ -1,6 +1,14 @@
 """Reward models: from texts to numbers."""
 
-from vbon_lightning.rewards.base import RewardError, RewardModel, ask_reward, check_rewards, join_texts
+from vbon_lightning.rewards.base import (
+    RewardError,
+    RewardFailure,
+    RewardModel,
+    ask_reward,
+    check_rewards,
+    join_texts,
+)
+from vbon_lightning.rewards.calls import RewardCalls
 from vbon_lightning.rewards.classifier import ClassifierReward
 from vbon_lightning.rewards.exact_match import ExactMatchReward
 from vbon_lightning.rewards.function import CallableReward
@@ -20,7 +28,9 @@ __all__ = [
     "MathReward",
     "RegexReward",
     "ResponseReward",
+    "RewardCalls",
     "RewardError",
+    "RewardFailure",
     "RewardModel",
     "ThresholdReward",
     "VaderReward",

@@ -24,6 +24,10 @@ class RewardError(ValueError):
     """A reward that cannot be used, or a reward model that cannot be set up."""
 
 
+class RewardFailure(RewardError):
+    """A reward that raised something, or gave no answer in time: to ask again may help."""
+
+
 class RewardModel(ABC):
     """Base of the reward models here; any object with ``__call__`` and ``identity`` will do.
 
@@ -38,6 +42,8 @@ class RewardModel(ABC):
     """Columns of the data set that the reward cannot do without."""
     reads_columns: bool = False
     """Whether it is called with ``columns``, the values of the prompts' rows; so is one that names ``columns``."""
+    judges_alone: bool = False
+    """Whether a response's reward is the same in any company, so that each may be asked for by itself."""
 
     @abstractmethod
     def __call__(
@@ -97,17 +103,53 @@ def ask_reward(
         RewardError: If the reward raises anything: it names the function, its line and the first row that it fails on
             by itself, and has the error as its cause. Or if what it returns is refused.
     """
-    beside = _beside(reward, columns or {})
     try:
-        found = reward(prompts, responses, token_ids, **beside)
+        return call_reward(reward, prompts, responses, token_ids, columns, abstains=abstains)[0]
+    except RewardFailure as failure:
+        place = failing_row(reward, prompts, responses, token_ids, columns or {})
+        raise RewardFailure(f"{failure}{place}. VBON_TRACEBACK=1 shows the way there") from failure.__cause__
+
+
+def call_reward(
+    reward: Callable[..., Any],
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    token_ids: Sequence[Sequence[Sequence[int]]],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    abstains: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Call a reward once: :func:`ask_reward` without a word on which row is to blame.
+
+    Args:
+        reward: The reward.
+        prompts: B prompts.
+        responses: B lists of G responses.
+        token_ids: B lists of G lists of response token ids.
+        columns: B values of each column of the data set that came along.
+        abstains: Whether the reward may say None, or NaN.
+
+    Returns:
+        ``[B, G]`` float32, and the same of each part of a reward that has several, by name.
+
+    Raises:
+        RewardFailure: If the reward raises anything.
+        RewardError: If what it returns is refused.
+    """
+    beside = _beside(reward, columns or {})
+    parts: dict[str, Tensor] = {}
+    try:
+        if hasattr(reward, "with_parts"):
+            found, parts = reward.with_parts(prompts, responses, token_ids, **beside)
+        else:
+            found = reward(prompts, responses, token_ids, **beside)
     except RewardError:
         raise
     except Exception as error:  # whatever a user's function raises
-        raise RewardError(
+        raise RewardFailure(
             f"the reward {_name(reward)} raised {type(error).__name__}: {error}; in {_innermost(error)}"
-            f"{_failing_row(reward, prompts, responses, token_ids, beside)}. VBON_TRACEBACK=1 shows the way there"
         ) from error
-    return check_rewards(found, prompts, responses, abstains=abstains)
+    return check_rewards(found, prompts, responses, abstains=abstains), parts
 
 
 def _beside(reward: Any, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -142,25 +184,44 @@ def _innermost(error: BaseException) -> str:
     return f"{frame.name} ({frame.filename}, line {frame.lineno})"
 
 
-def _failing_row(
+def failing_row(
     reward: Callable[..., Any],
     prompts: Sequence[str],
     responses: Sequence[Sequence[str]],
     token_ids: Sequence[Sequence[Sequence[int]]],
-    beside: dict[str, Any],
+    columns: Mapping[str, Sequence[Any]],
 ) -> str:
-    """Say which row a reward fails on when it is asked for each by itself."""
+    """Say which row a reward fails on when it is asked for each by itself, for a message.
+
+    Args:
+        reward: The reward.
+        prompts: B prompts.
+        responses: B lists of G responses.
+        token_ids: B lists of G lists of response token ids.
+        columns: B values of each column.
+    """
     for row, (prompt, texts) in enumerate(zip(prompts, responses, strict=False)):
+        own = {name: values[row : row + 1] for name, values in columns.items()}
         try:
-            own = {
-                key: {name: values[row : row + 1] for name, values in columns.items()}
-                for key, columns in beside.items()
-            }
-            reward([prompt], [texts], list(token_ids)[row : row + 1], **own)
+            reward([prompt], [texts], list(token_ids)[row : row + 1], **_beside(reward, own))
         except Exception:
-            first = shorten(texts[0]) if texts else "none"
-            return f"; row {row}: prompt {shorten(prompt)}, first response {first}"
+            return place_of(row, prompt, texts)
     return "; no row fails by itself"
+
+
+def place_of(row: int, prompt: str, responses: Sequence[str], response: int | None = None) -> str:
+    """Name a row, or one response of it, for a message.
+
+    Args:
+        row: The row's place in the batch.
+        prompt: Its prompt.
+        responses: Its responses, or the one that is meant.
+        response: That one's place; None for the whole row.
+    """
+    first = shorten(responses[0]) if responses else "none"
+    if response is None:
+        return f"; row {row}: prompt {shorten(prompt)}, first response {first}"
+    return f"; row {row}, response {response}: prompt {shorten(prompt)}, response {first}"
 
 
 def check_rewards(
@@ -215,7 +276,7 @@ def check_rewards(
         raise RewardError(
             f"the reward of row {row}, response {column} is {float(rewards[row, column])} "
             f"({int((~finite).sum())} such rewards in this batch): a reward must be a finite number "
-            "(only a part of a WeightedReward may say None or NaN, where it does not apply); "
+            "(data.reward_calls.on_missing: skip leaves out responses of which it says None or NaN); "
             f"prompt {shorten(prompts[row])}, response {shorten(responses[row][column])}"
         )
     return rewards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ class ResponseReward(RewardModel):
     """
 
     reads_columns = True
+    judges_alone = True
 
     def __init__(self, column: str | None = None) -> None:
         self.column = column
@@ -31,8 +33,8 @@ class ResponseReward(RewardModel):
         return () if self.column is None else (self.column,)
 
     @abstractmethod
-    def score(self, response: str, answer: Any) -> float:
-        """Say what a response is worth.
+    def score(self, response: str, answer: Any) -> float | None:
+        """Say what a response is worth; None where that cannot be said.
 
         Args:
             response: The response.
@@ -51,7 +53,7 @@ class ResponseReward(RewardModel):
         check_columns(type(self).__name__, self.columns, columns or {})
         answers = [None] * len(prompts) if self.column is None else (columns or {})[self.column]
         rewards = [
-            [float(self.score(response, answer)) for response in row]
+            [math.nan if (value := self.score(response, answer)) is None else float(value) for response in row]
             for row, answer in zip(responses, answers, strict=True)
         ]
         return torch.tensor(rewards, dtype=torch.float32)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vbon_lightning.rewards.base import RewardModel, ask_reward
+from vbon_lightning.rewards.base import RewardModel, call_reward
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,6 +32,11 @@ class ThresholdReward(RewardModel):
     reads_columns = True
 
     @property
+    def judges_alone(self) -> bool:  # type: ignore[override]
+        """Return whether the other reward judges each response by itself."""
+        return getattr(self.reward, "judges_alone", False)
+
+    @property
     def columns(self) -> Sequence[str]:  # type: ignore[override]
         """Return the columns that the other reward reads."""
         return self.reward.columns
@@ -43,7 +49,8 @@ class ThresholdReward(RewardModel):
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
         """Score responses; see :meth:`RewardModel.__call__`."""
-        return (ask_reward(self.reward, prompts, responses, token_ids, columns) > self.threshold).float()
+        rewards, _ = call_reward(self.reward, prompts, responses, token_ids, columns, abstains=True)
+        return (rewards > self.threshold).float().masked_fill(rewards.isnan(), math.nan)
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by the other one and the threshold."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vbon_lightning.rewards.base import RewardError, RewardModel, ask_reward
+from vbon_lightning.rewards.base import RewardError, RewardModel, call_reward
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +20,7 @@ class WeightedReward(RewardModel):
     """The weighted sum of several rewards, each of which is logged by its name.
 
     A part may say None (or NaN) of a response that it does not apply to, such as a checker of code of a question about
-    history: it then adds nothing. A response that no part applies to has no reward, which is an error.
+    history: it then adds nothing. A response that no part applies to has no reward: ``data.reward_calls.on_missing``.
 
     Args:
         rewards: The parts by name.
@@ -39,12 +39,16 @@ class WeightedReward(RewardModel):
                 raise RewardError(f"`weights` has {weight!r} for {name!r}: it must be a finite number")
         self.rewards = dict(rewards)
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
-        self.parts: dict[str, Tensor] = {}
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """Return the names of the parts."""
         return tuple(self.rewards)
+
+    @property
+    def judges_alone(self) -> bool:  # type: ignore[override]
+        """Return whether all parts judge each response by itself."""
+        return all(getattr(reward, "judges_alone", False) for reward in self.rewards.values())
 
     @property
     def columns(self) -> Sequence[str]:  # type: ignore[override]
@@ -58,14 +62,24 @@ class WeightedReward(RewardModel):
         token_ids: Sequence[Sequence[Sequence[int]]] = (),
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
-        """Score responses, and keep what each part said in ``parts``; see :meth:`RewardModel.__call__`."""
-        self.parts = {
-            name: ask_reward(reward, prompts, responses, token_ids, columns, abstains=True)
+        """Score responses; see :meth:`RewardModel.__call__`."""
+        return self.with_parts(prompts, responses, token_ids, columns)[0]
+
+    def with_parts(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        token_ids: Sequence[Sequence[Sequence[int]]] = (),
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score responses, and also return what each part said, ``[B, G]`` by name; NaN where it does not apply."""
+        parts = {
+            name: call_reward(reward, prompts, responses, token_ids, columns, abstains=True)[0]
             for name, reward in self.rewards.items()
         }
-        weighted = torch.stack([self.weights[name] * part.cpu() for name, part in self.parts.items()])
+        weighted = torch.stack([self.weights[name] * part.cpu() for name, part in parts.items()])
         silent = weighted.isnan().all(0)
-        return weighted.nan_to_num(0.0).sum(0).masked_fill(silent, math.nan)
+        return weighted.nan_to_num(0.0).sum(0).masked_fill(silent, math.nan), parts
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by its parts and their weights."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,9 +59,32 @@ class InPasses:
     ) -> Completions:
         """Sample responses; the arguments are those of :func:`~vbon_lightning.sampling.sample_completions`."""
         settings: dict[str, Any] = {"end_ids": end_ids, "pad_id": pad_id, "temperature": temperature}
+        found = [part for _, part in self.by_prompts(model, prompt_tokens, prompt_mask, noise, **settings)]
+        return join_completions(found, dim=0, pad_id=pad_id)
+
+    def by_prompts(
+        self,
+        model: PreTrainedModel,
+        prompt_tokens: Tensor,
+        prompt_mask: Tensor,
+        noise: Tensor,
+        *,
+        end_ids: Sequence[int],
+        pad_id: int,
+        temperature: float = 1.0,
+    ) -> Iterator[tuple[list[int], Completions]]:
+        """Sample responses pass by pass, so that something can be done with one while the next is sampled.
+
+        The arguments are those of :func:`~vbon_lightning.sampling.sample_completions`.
+
+        Yields:
+            Some prompts' rows and all of their responses.
+        """
+        settings: dict[str, Any] = {"end_ids": end_ids, "pad_id": pad_id, "temperature": temperature}
         batch, samples, _ = noise.shape
         prompts, a_prompt = max(1, self.max_rows // samples), min(samples, self.max_rows)
-        rows, weighted, tokens = [], 0.0, 0
+        weighted, tokens = 0.0, 0
+        self.mismatch = None
         for some in torch.arange(batch, device=prompt_tokens.device).split(prompts):
             mask = prompt_mask[some]
             width = max(1, int(mask.sum(-1).max()))  # padding that only other passes need costs time
@@ -73,13 +96,18 @@ class InPasses:
                 if mismatch is not None:
                     count = int(found.mask.sum())
                     weighted, tokens = weighted + mismatch * count, tokens + count
-            rows.append(_join(parts, dim=1, pad_id=pad_id))
-        self.mismatch = weighted / tokens if tokens else None
-        return _join(rows, dim=0, pad_id=pad_id)
+            self.mismatch = weighted / tokens if tokens else None
+            yield some.tolist(), join_completions(parts, dim=1, pad_id=pad_id)
 
 
-def _join(parts: list[Completions], *, dim: int, pad_id: int) -> Completions:
-    """Put completions side by side, padded to the longest response."""
+def join_completions(parts: list[Completions], *, dim: int, pad_id: int) -> Completions:
+    """Put completions side by side, padded to the longest response.
+
+    Args:
+        parts: The completions.
+        dim: 0 for other prompts, 1 for further responses to the same.
+        pad_id: What to fill up with.
+    """
     if len(parts) == 1:
         return parts[0]
     longest = max(part.tokens.shape[-1] for part in parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.offline import table_data
-from tests.modules.setting import make_data
+from tests.modules.setting import VowelReward, make_data
 from vbon_lightning import ReferenceSampler
 from vbon_lightning.modules import (
     reference_sampler,
@@ -47,7 +46,7 @@ def test_what_a_table_is_sampled_with(files: Path, monkeypatch: pytest.MonkeyPat
         assert options == {"end_ids": actors.end_ids, "pad_id": actors.end_ids[0], "temperature": 0.7}
     whole = real(actors.policy, prompts.tokens, prompts.mask, noise, **calls[0][1])
     assert sampled.token_ids == actors.token_ids(whole)
-    assert torch.equal(sampled.finished, whole.finished)
+    assert sampled.finished == whole.finished.tolist()
     torch.testing.assert_close(torch.tensor(sampled.log_probs), whole.log_probs.sum(-1))
     assert sampled.prompt_ids == [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)]
     for trainer in (FakeTrainer(datamodule=None), FakeTrainer(datamodule=SimpleNamespace())):
@@ -94,7 +93,7 @@ def test_cached_responses_are_scored_anew(files: Path) -> None:
         for key, text, tokens in zip(keys, prompts.text, found.token_ids, strict=True):
             cached = table.response_tokens(key, text)
             assert tokens == [part.tolist() for part in cached.tokens.split(cached.lengths.tolist())[:samples]]
-        assert torch.equal(found.finished, table.finished_matrix(keys, prompts.text)[:, :samples])
+        assert found.finished == table.finished_matrix(keys, prompts.text)[:, :samples].tolist()
         assert found.log_probs == table.log_probs_matrix(keys, prompts.text)[:, :samples].tolist()
         assert torch.equal(found.prompts.tokens, prompts.tokens)
         assert torch.equal(found.prompts.mask, prompts.mask)
@@ -132,32 +131,29 @@ def test_a_table_is_never_resumed_by_checkpoint(files: Path) -> None:
         module.on_load_checkpoint({})
 
 
-def test_scoring_elsewhere_has_the_modes_of_here() -> None:
-    def modes(_: Any) -> Any:
-        return torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-
-    cpu = torch.device("cpu")
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.float16):
-        there = reference_sampler._as_here(modes, cpu)
-    plain = reference_sampler._as_here(modes, cpu)
-    assert there(None) == (True, True, torch.float16)  # type: ignore[arg-type]
-    assert plain(None)[:2] == (False, False)  # type: ignore[arg-type]
-
-
 def test_scoring_that_hangs_holds_nobody_up(files: Path) -> None:
-    module = ReferenceSampler(make_data(files).actors)
     release, begun = threading.Event(), threading.Event()
-    module._scorer = ThreadPoolExecutor(1)
-    running = module._scorer.submit(lambda: begun.set() or release.wait(30))
-    waiting = module._scorer.submit(lambda: None)
+
+    class Hanging(VowelReward):
+        def __call__(self, *arguments: Any) -> Any:
+            begun.set()
+            assert release.wait(30)
+            return super().__call__(*arguments)
+
+    data = make_data(files, reward=Hanging())
+    module = ReferenceSampler(data.actors, samples=3, overlap_scoring=True)
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=data))
+    sampled = module._sample(data.prompt_batch(data.prompts("train")[:2]))
+    running, waiting = module._ask(sampled), module._ask(sampled)
     assert begun.wait(30)
     started = time.monotonic()
-    module._stop_scoring()
+    module._stop_scoring(wait=False)
     assert time.monotonic() - started < 10
-    assert waiting.cancelled()
-    assert (module._scorer, module._pending) == (None, None)
+    assert waiting._futures[0].cancelled()
+    assert (module._caller, module._pending) == (None, None)
     release.set()
-    assert running.result(30)
+    assert running.result().rewards.shape == (2, 3)
 
 
 def test_responses_are_decoded_behind_their_prompts(files: Path, spy: Any) -> None:
@@ -166,13 +162,15 @@ def test_responses_are_decoded_behind_their_prompts(files: Path, spy: Any) -> No
     module.configure_model()
     attach(module, FakeTrainer(datamodule=data))
     prompts = data.prompt_batch(data.prompts("train")[:2])
+    decoded = spy(module.loaded, "decode")
     sampled = module._sample(prompts)
     assert torch.equal(sampled.prompts.mask, prompts.mask)
-    decoded, scored = spy(module.loaded, "decode"), spy(module.loaded, "score")
-    rows = module._score(sampled)
     assert decoded.calls == [((sampled.token_ids, sampled.prompts), {})]
+    module._pending = reference_sampler._Asked(sampled, module._ask(sampled))
+    rows = module._finish_scoring()
+    assert module._pending is None
     assert [row.key for row in rows] == sampled.keys
-    (given, texts, ids, finished), _ = scored.calls[0]
-    assert (given, texts, ids) == (sampled.prompts, [row.responses for row in rows], sampled.token_ids)
-    assert torch.equal(finished, sampled.finished)
-    assert [list(row.finished) for row in rows] == sampled.finished.tolist()
+    assert [row.responses for row in rows] == sampled.responses
+    expected = VowelReward()(prompts.text, sampled.responses, sampled.token_ids).tolist()
+    assert [row.rewards for row in rows] == expected
+    assert [row.finished for row in rows] == sampled.finished
