@@ -32,7 +32,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vbon_lightning.sampling import prompt_noise, sample_completions
+    from vbon_lightning.sampling import SamplingRequest, prompt_noise, sample_completions
 
     entries = {key: value for key, value in LLAMA_10M.items() if key != "model_type"}
     if job["size"] == "2M":
@@ -49,7 +49,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
     def ours(step: int) -> None:
         noise = prompt_noise(range(rows), num_samples=job["samples"], length=length, seed=0, stream="b", step=step)
-        found = sample_completions(model, tokens, mask, noise, end_ids=ends, pad_id=0)
+        found = sample_completions(model, SamplingRequest(tokens, mask, noise, end_ids=ends, pad_id=0))
         drawn["ours"].append(int(found.mask.sum()))
 
     def generate(step: int) -> None:

@@ -67,7 +67,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vbon_lightning.sampling import prompt_noise, sample_completions
+    from vbon_lightning.sampling import SamplingRequest, prompt_noise, sample_completions
     from vbon_lightning.sampling.static import GraphSampler
 
     device = torch.device(job["device"])
@@ -83,7 +83,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
     def sampled(sampler: Callable[..., Any], step: int) -> int:
         noise = prompt_noise(range(prompts), num_samples=samples, length=length, seed=0, stream="b", step=step)
-        return int(sampler(model, tokens, mask, noise, end_ids=[nothing], pad_id=0).mask.sum())
+        return int(sampler(model, SamplingRequest(tokens, mask, noise, end_ids=[nothing], pad_id=0)).mask.sum())
 
     def generate(step: int) -> int:
         found = model.generate(

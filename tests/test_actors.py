@@ -473,10 +473,10 @@ def test_a_pass_is_scored_while_the_next_is_sampled(models: dict[str, str]) -> N
         assert begun[1].wait(30), "the first pass is scored before the second is sampled"
         return float(len(text))
 
-    def noting(*arguments: Any, **settings: Any) -> Completions:
+    def noting(*asked: Any) -> Completions:
         next(event for event in begun if not event.is_set()).set()
         assert not begun[1].is_set() or scoring.wait(30), "the second pass is sampled before the first is scored"
-        return sample_completions(*arguments, **settings)
+        return sample_completions(*asked)
 
     for reference_samples, max_rows in ((0, 4), (5, 20)):
         for event in (*begun, scoring):

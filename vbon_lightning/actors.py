@@ -34,6 +34,7 @@ from vbon_lightning.rewards.base import shorten
 from vbon_lightning.rewards.calls import CallRecord, PendingRewards, RewardCaller, Scored
 from vbon_lightning.sampling import (
     Sampler,
+    SamplingRequest,
     check_sampler,
     make_sampler,
     prompt_noise,
@@ -330,7 +331,7 @@ class Actors:
     ) -> Completions:
         """Sample G responses a prompt; :func:`~vbon_lightning.sampling.prompt_noise` says how."""
         noise = self._noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
-        return self.sampler(model, prompts.tokens, prompts.mask, noise, **self._sampling())
+        return self.sampler(model, self.request(prompts, noise))
 
     def _noise(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
         return prompt_noise(
@@ -342,8 +343,14 @@ class Actors:
             step=step,
         )
 
-    def _sampling(self) -> dict[str, Any]:
-        return {"end_ids": self.end_ids, "pad_id": self._pad_id, "temperature": self.temperature}
+    def request(self, prompts: PromptBatch, noise: Tensor) -> SamplingRequest:
+        """Return what to ask a sampler for.
+
+        Args:
+            prompts: B prompts.
+            noise: ``[B, G, T]`` uniforms.
+        """
+        return SamplingRequest(prompts.tokens, prompts.mask, noise, self.end_ids, self._pad_id, self.temperature)
 
     @property
     def _pad_id(self) -> int:
@@ -560,9 +567,9 @@ class Actors:
         """Sample responses and have them scored: with several workers, a pass while the next is sampled."""
         noise = self._noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         if caller.calls.workers > 1 and isinstance(self.sampler, InPasses):
-            passes = self.sampler.by_prompts(model, prompts.tokens, prompts.mask, noise, **self._sampling())
+            passes = self.sampler.by_prompts(model, self.request(prompts, noise))
         else:
-            found = self.sampler(model, prompts.tokens, prompts.mask, noise, **self._sampling())
+            found = self.sampler(model, self.request(prompts, noise))
             passes = iter([(list(range(len(prompts.text))), found)])
         parts: list[Completions] = []
         responses: list[list[str]] = []

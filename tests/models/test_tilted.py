@@ -34,6 +34,7 @@ from vbon_lightning.models import (
     save_pretrained,
 )
 from vbon_lightning.sampling import prompt_noise, response_statistics, sample_completions
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.sampling.scoring import base_states, output_head, response_states
 from vbon_lightning.types import PromptBatch, Responses
 
@@ -161,7 +162,9 @@ def prompts() -> PromptBatch:
 def test_samples_and_their_scores_are_those_of_plain_passes(base: str, tower: str, files: Path) -> None:
     model, batch = tilted(files, base, tower), prompts()
     noise = prompt_noise([0, 1, 2], num_samples=3, length=4, seed=1, stream="test", step=0)
-    found = sample_completions(model, batch.tokens, batch.mask, noise, end_ids=[2], pad_id=0, temperature=0.7)
+    found = sample_completions(
+        model, SamplingRequest(batch.tokens, batch.mask, noise, end_ids=[2], pad_id=0, temperature=0.7)
+    )
     reference = load_causal_lm(str(files / base), trainable=False)
     scored = response_statistics(model, reference, batch, found, temperature=0.7)
     assert found.mask.sum() > 20

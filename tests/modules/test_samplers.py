@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from tests.modules.setting import make_data, make_files, make_module, make_trainer, weights
 from vbon_lightning.actors import Actors
-from vbon_lightning.sampling import SamplerError, sample_completions
+from vbon_lightning.sampling import SamplerError, SamplingRequest, sample_completions
 from vbon_lightning.sampling.static import GraphSampler
 from vbon_lightning.types import Completions
 
@@ -61,10 +61,10 @@ class Elsewhere:
         self.mismatch = 0.0
         self.calls = 0
 
-    def __call__(self, *arguments: Any, **settings: Any) -> Completions:
+    def __call__(self, model: Any, request: SamplingRequest) -> Completions:
         self.calls += 1
         self.mismatch = 0.125 * self.calls
-        return sample_completions(*arguments, **settings)
+        return sample_completions(model, request)
 
 
 @pytest.mark.parametrize(

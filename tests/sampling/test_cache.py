@@ -21,6 +21,7 @@ from vbon_lightning.sampling import decode as decode_module
 from vbon_lightning.sampling import sample_completions
 from vbon_lightning.sampling.cache import can_share_prompts, squashes_scores
 from vbon_lightning.sampling.lookahead import can_look_ahead
+from vbon_lightning.sampling.request import SamplingRequest
 
 
 @pytest.mark.parametrize(("kind", "shares"), [("gemma2", False), ("mistral", False), ("qwen2", True)])
@@ -29,7 +30,7 @@ def test_models_whose_attention_is_another_are_noticed_and_sampled_right(kind, s
     model = other_model(kind)
     assert can_share_prompts(model) == shares
     noise = noise_of([0, 1, 2, 3])
-    ours = sample_completions(model, *pad_left(PROMPTS), noise, end_ids=[2, 7, 20], pad_id=PAD)
+    ours = sample_completions(model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=[2, 7, 20], pad_id=PAD))
     for prompt, group, uniforms in zip(PROMPTS, rows_of(ours), noise, strict=True):
         for row, uniform in zip(group, uniforms, strict=True):
             assert_same(row, slow_decode(model, prompt, uniform, [2, 7, 20], 1.0))
@@ -49,7 +50,7 @@ def test_long_prompts_are_held_once(monkeypatch):
         model.config.max_position_embeddings = 2 * length
         prompt = [3 + i % 20 for i in range(length)]
         noise = noise_of([0, 1], samples=4, length=3)
-        sample_completions(model, *pad_left([prompt, prompt[::-1]]), noise, end_ids=[99], pad_id=PAD)
+        sample_completions(model, SamplingRequest(*pad_left([prompt, prompt[::-1]]), noise, end_ids=[99], pad_id=PAD))
     # Two prompts with four samples each: eight rows of prompt and response, or two of prompts and eight of responses.
     copied, shared = (cache.layers[0] for cache in made)
     assert copied._keys.shape[0] == 8

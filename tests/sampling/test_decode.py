@@ -15,6 +15,7 @@ from vbon_lightning.sampling import decode as decode_module
 from vbon_lightning.sampling import prompt_noise, response_logits, sample_completions
 from vbon_lightning.sampling.cache import can_share_prompts
 from vbon_lightning.sampling.plain import runs_plain
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.types import Completions, PromptBatch
 
 VOCABULARY, PAD = 24, 0
@@ -115,7 +116,9 @@ def test_equals_a_decode_without_cache(kind, ends, early, shared, monkeypatch):
 
     monkeypatch.setattr(decode_module.DynamicCache, "batch_select_indices", counting)
     noise = noise_of([0, 1, 2, 3])
-    ours = sample_completions(model, *pad_left(PROMPTS), noise, end_ids=ends, pad_id=PAD, temperature=0.7)
+    ours = sample_completions(
+        model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=ends, pad_id=PAD, temperature=0.7)
+    )
     finished = 0
     for prompt, group, uniforms in zip(PROMPTS, rows_of(ours), noise, strict=True):
         for row, uniform in zip(group, uniforms, strict=True):
@@ -132,7 +135,7 @@ def test_prompts_of_one_length_need_no_mask(kind, shared):
     model = MODELS[kind](VOCABULARY, seed=2)
     prompts = [[3, 4, 5], [6, 7, 8]]
     noise = noise_of([0, 1])
-    ours = sample_completions(model, *pad_left(prompts), noise, end_ids=[2, 4, 5], pad_id=PAD)
+    ours = sample_completions(model, SamplingRequest(*pad_left(prompts), noise, end_ids=[2, 4, 5], pad_id=PAD))
     for prompt, group, uniforms in zip(prompts, rows_of(ours), noise, strict=True):
         for row, uniform in zip(group, uniforms, strict=True):
             assert_same(row, slow_decode(model, prompt, uniform, [2, 4, 5], 1.0))
@@ -142,13 +145,21 @@ def test_prompts_of_one_length_need_no_mask(kind, shared):
 def test_a_row_depends_on_no_other(kind, shared):
     model = MODELS[kind](VOCABULARY, seed=3, spread=2.0)
     together = rows_of(
-        sample_completions(model, *pad_left(PROMPTS, 9), noise_of([0, 1, 2, 3]), end_ids=[2, 9], pad_id=PAD)
+        sample_completions(
+            model, SamplingRequest(*pad_left(PROMPTS, 9), noise_of([0, 1, 2, 3]), end_ids=[2, 9], pad_id=PAD)
+        )
     )
     for place, prompt in enumerate(PROMPTS):
-        alone = rows_of(sample_completions(model, *pad_left([prompt]), noise_of([place]), end_ids=[2, 9], pad_id=PAD))
+        alone = rows_of(
+            sample_completions(
+                model, SamplingRequest(*pad_left([prompt]), noise_of([place]), end_ids=[2, 9], pad_id=PAD)
+            )
+        )
         for ours, theirs in zip(alone[0], together[place], strict=True):
             assert_same(ours, theirs)
-    backwards = sample_completions(model, *pad_left(PROMPTS[::-1]), noise_of([3, 2, 1, 0]), end_ids=[2, 9], pad_id=PAD)
+    backwards = sample_completions(
+        model, SamplingRequest(*pad_left(PROMPTS[::-1]), noise_of([3, 2, 1, 0]), end_ids=[2, 9], pad_id=PAD)
+    )
     for group, other in zip(rows_of(backwards)[::-1], together, strict=True):
         for ours, theirs in zip(group, other, strict=True):
             assert_same(ours, theirs)
@@ -158,8 +169,10 @@ def test_what_stands_in_the_padding_changes_nothing():
     model = tiny_gpt2(VOCABULARY, seed=3)
     tokens, mask = pad_left(PROMPTS)
     noise = noise_of([0, 1, 2, 3])
-    one = sample_completions(model, tokens, mask, noise, end_ids=[2], pad_id=PAD)
-    other = sample_completions(model, torch.where(mask, tokens, 17), mask, noise, end_ids=[2], pad_id=PAD)
+    one = sample_completions(model, SamplingRequest(tokens, mask, noise, end_ids=[2], pad_id=PAD))
+    other = sample_completions(
+        model, SamplingRequest(torch.where(mask, tokens, 17), mask, noise, end_ids=[2], pad_id=PAD)
+    )
     assert torch.equal(one.tokens, other.tokens)
     assert torch.allclose(one.log_probs, other.log_probs, atol=1e-6)
 
@@ -183,7 +196,9 @@ def test_samples_follow_the_tempered_distribution(temperature):
     model = Unigram(probabilities.log(), tiny_llama(6))
     samples = 20_000
     noise = noise_of([0], samples=samples, length=1)
-    drawn = sample_completions(model, *pad_left([[3]]), noise, end_ids=[5], pad_id=PAD, temperature=temperature)
+    drawn = sample_completions(
+        model, SamplingRequest(*pad_left([[3]]), noise, end_ids=[5], pad_id=PAD, temperature=temperature)
+    )
     counts = torch.bincount(drawn.tokens.flatten(), minlength=6).double()
     tempered = probabilities.double() ** (1 / temperature)
     expected = samples * tempered / tempered.sum()
@@ -199,7 +214,7 @@ def test_samples_follow_the_tempered_distribution(temperature):
 def test_the_extreme_uniforms_draw_the_first_and_the_last_possible_token():
     model = Unigram(torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log(), tiny_llama(5))
     noise = torch.tensor([0.0, 0.49999, 0.50001, 1 - 2**-53], dtype=torch.float64).view(1, 4, 1)
-    drawn = sample_completions(model, *pad_left([[3]]), noise, end_ids=[2], pad_id=PAD)
+    drawn = sample_completions(model, SamplingRequest(*pad_left([[3]]), noise, end_ids=[2], pad_id=PAD))
     assert drawn.tokens.flatten().tolist() == [1, 1, 3, 3]
 
 
@@ -207,7 +222,7 @@ def test_two_tokens_follow_the_joint_distribution():
     model = tiny_llama(4, seed=4, spread=3.0)
     samples = 20_000
     drawn = sample_completions(
-        model, *pad_left([[3, 1]]), noise_of([0], samples=samples, length=2), end_ids=[2], pad_id=PAD
+        model, SamplingRequest(*pad_left([[3, 1]]), noise_of([0], samples=samples, length=2), end_ids=[2], pad_id=PAD)
     )
     counts: dict[tuple[int, ...], int] = {}
     for tokens, _, _ in rows_of(drawn)[0]:
@@ -236,12 +251,14 @@ def test_log_probs_equal_teacher_forced_ones(kind, temperature):
     prompts = batch_of(PROMPTS)
     drawn = sample_completions(
         model,
-        prompts.tokens,
-        prompts.mask,
-        noise_of([0, 1, 2, 3]),
-        end_ids=[2, 9, 15],
-        pad_id=PAD,
-        temperature=temperature,
+        SamplingRequest(
+            prompts.tokens,
+            prompts.mask,
+            noise_of([0, 1, 2, 3]),
+            end_ids=[2, 9, 15],
+            pad_id=PAD,
+            temperature=temperature,
+        ),
     )
     assert drawn.finished.any()
     assert not drawn.finished.all()
@@ -256,7 +273,7 @@ def test_log_probs_equal_teacher_forced_ones(kind, temperature):
 def test_masks_come_from_the_first_eos(pad_id):
     model = tiny_llama(VOCABULARY, seed=6)
     drawn = sample_completions(
-        model, *pad_left(PROMPTS), noise_of([0, 1, 2, 3], length=12), end_ids=[2, 5, 6], pad_id=pad_id
+        model, SamplingRequest(*pad_left(PROMPTS), noise_of([0, 1, 2, 3], length=12), end_ids=[2, 5, 6], pad_id=pad_id)
     )
     assert torch.equal(drawn.mask, response_mask(drawn.tokens, eos_id=[2, 5, 6]))
     lengths = drawn.mask.sum(-1)
@@ -273,7 +290,8 @@ def test_no_longer_than_the_longest_response():
     certain = torch.full((6,), -torch.inf)
     certain[2] = 0.0
     drawn = sample_completions(
-        Unigram(certain, tiny_llama(6)), *pad_left([[3], [4, 5]]), noise_of([0, 1]), end_ids=[2], pad_id=PAD
+        Unigram(certain, tiny_llama(6)),
+        SamplingRequest(*pad_left([[3], [4, 5]]), noise_of([0, 1]), end_ids=[2], pad_id=PAD),
     )
     assert drawn.tokens.shape == (2, 6, 1)
     assert (drawn.tokens == 2).all()
@@ -284,7 +302,9 @@ def test_no_longer_than_the_longest_response():
 def test_half_precision(shared):
     model = tiny_llama(VOCABULARY, seed=7).to(torch.bfloat16)
     prompts = batch_of(PROMPTS)
-    drawn = sample_completions(model, prompts.tokens, prompts.mask, noise_of([0, 1, 2, 3]), end_ids=[2, 3], pad_id=PAD)
+    drawn = sample_completions(
+        model, SamplingRequest(prompts.tokens, prompts.mask, noise_of([0, 1, 2, 3]), end_ids=[2, 3], pad_id=PAD)
+    )
     assert drawn.log_probs.dtype == torch.float32
     scored = token_log_probs(response_logits(model, prompts, drawn).logits, drawn.tokens.reshape(24, -1))
     assert scored.dtype == torch.float32
@@ -300,9 +320,9 @@ def test_autocast_and_a_gradient_after_it(kind, shared):
             module.p = 0.0
     prompts = batch_of(PROMPTS)
     noise = noise_of([0, 1, 2, 3], length=4)
-    plain = sample_completions(model, prompts.tokens, prompts.mask, noise, end_ids=[2], pad_id=PAD)
+    plain = sample_completions(model, SamplingRequest(prompts.tokens, prompts.mask, noise, end_ids=[2], pad_id=PAD))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        drawn = sample_completions(model, prompts.tokens, prompts.mask, noise, end_ids=[2], pad_id=PAD)
+        drawn = sample_completions(model, SamplingRequest(prompts.tokens, prompts.mask, noise, end_ids=[2], pad_id=PAD))
         assert drawn.log_probs.dtype == torch.float32
         scored = token_log_probs(response_logits(model, prompts, drawn).logits, drawn.tokens.reshape(24, -1))
     assert (scored.view(drawn.mask.shape) - drawn.log_probs)[drawn.mask].abs().max() < 0.1
@@ -315,7 +335,7 @@ def test_autocast_and_a_gradient_after_it(kind, shared):
 
 def test_nothing_is_recorded_for_a_gradient():
     model = tiny_llama(VOCABULARY)
-    drawn = sample_completions(model, *pad_left([[3]]), noise_of([0]), end_ids=[2], pad_id=PAD)
+    drawn = sample_completions(model, SamplingRequest(*pad_left([[3]]), noise_of([0]), end_ids=[2], pad_id=PAD))
     assert not drawn.log_probs.requires_grad
 
 
@@ -324,36 +344,17 @@ def test_prompt_and_response_must_fit_the_context(kind):
     sizes = {"llama": {"max_position_embeddings": 8}, "gpt2": {"n_positions": 8}}[kind]
     model = MODELS[kind](VOCABULARY, **sizes)
     tokens, mask = pad_left([[3, 4, 5], [6]])
-    drawn = sample_completions(model, tokens, mask, noise_of([0, 1], length=5), end_ids=[99], pad_id=PAD)
+    drawn = sample_completions(
+        model, SamplingRequest(tokens, mask, noise_of([0, 1], length=5), end_ids=[99], pad_id=PAD)
+    )
     assert drawn.tokens.shape[-1] == 5
     message = "a prompt of 3 tokens and a response of up to 6 exceed the model's context of 8 tokens: lower"
     with pytest.raises(ValueError, match=message):
-        sample_completions(model, tokens, mask, noise_of([0, 1], length=6), end_ids=[99], pad_id=PAD)
+        sample_completions(model, SamplingRequest(tokens, mask, noise_of([0, 1], length=6), end_ids=[99], pad_id=PAD))
     # Padding takes no room.
-    sample_completions(model, *pad_left([[3, 4, 5], [6]], 7), noise_of([0, 1], length=5), end_ids=[99], pad_id=PAD)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-        ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
-        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
-        ({"end_ids": []}, "end_ids must name at least one token"),
-        ({"noise": torch.zeros(2, 1, 0, dtype=torch.float64)}, r"at least one token a sample, got shape \(2, 1, 0\)"),
-        ({"prompt_mask": torch.tensor([[True], [False]])}, "every prompt needs at least one token"),
-    ],
-)
-def test_refuses_what_makes_no_sense(change, message):
-    arguments: dict = {
-        "prompt_tokens": torch.tensor([[3], [4]]),
-        "prompt_mask": torch.ones(2, 1, dtype=torch.bool),
-        "noise": noise_of([0, 1]),
-        "end_ids": [2],
-        "pad_id": PAD,
-    }
-    with pytest.raises(ValueError, match=message):
-        sample_completions(tiny_llama(VOCABULARY), **(arguments | change))
+    sample_completions(
+        model, SamplingRequest(*pad_left([[3, 4, 5], [6]], 7), noise_of([0, 1], length=5), end_ids=[99], pad_id=PAD)
+    )
 
 
 def other_model(kind: str) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from tests.sampling.test_static import compare, model_of
 from vbon_lightning.sampling import sample_completions
 from vbon_lightning.sampling.passes import InPasses
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.sampling.static import GraphSampler
 from vbon_lightning.types import Completions
 
@@ -20,9 +21,9 @@ def test_samples_do_not_depend_on_the_passes(max_rows, base):
     model = model_of("gpt2")
     seen = []
 
-    def counting(model: Any, tokens: Any, mask: Any, noise: Any, **settings: Any) -> Completions:
-        seen.append(noise.shape[0] * noise.shape[1])
-        return base(model, tokens, mask, noise, **settings)
+    def counting(model: Any, request: SamplingRequest) -> Completions:
+        seen.append(request.noise.shape[0] * request.noise.shape[1])
+        return base(model, request)
 
     compare(InPasses(counting, max_rows), model)
     assert max(seen) <= max_rows
@@ -33,16 +34,16 @@ def test_passes_come_one_by_one_with_all_responses_of_their_prompts():
     model = model_of("gpt2")
     tokens, mask = torch.full((5, 3), 4), torch.ones(5, 3, dtype=torch.bool)
     noise = torch.rand(5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    settings = {"end_ids": (2,), "pad_id": 0, "temperature": 1.0}
-    whole = sample_completions(model, tokens, mask, noise, **settings)
+    request = SamplingRequest(tokens, mask, noise, end_ids=(2,), pad_id=0)
+    whole = sample_completions(model, request)
     for max_rows, sizes in ((8, [2, 2, 1]), (3, [1] * 5), (100, [5])):
         begun = []
 
-        def counting(*arguments: Any, begun: list[int] = begun, **settings: Any) -> Completions:
+        def counting(*asked: Any, begun: list[int] = begun) -> Completions:
             begun.append(1)
-            return sample_completions(*arguments, **settings)
+            return sample_completions(*asked)
 
-        passes = InPasses(counting, max_rows).by_prompts(model, tokens, mask, noise, **settings)
+        passes = InPasses(counting, max_rows).by_prompts(model, request)
         rows, first = next(passes)
         assert rows == list(range(sizes[0]))
         assert len(begun) == (2 if max_rows == 3 else 1), "nothing of the next pass yet"

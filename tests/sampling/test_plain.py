@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
-from tests.helpers import tiny_llama
 from tests.modules.setting import make_data, make_files, make_module, make_trainer
 from tests.sampling.test_decode import (
     PAD,
@@ -25,8 +24,8 @@ from tests.sampling.test_decode import (
 )
 from vbon_lightning.models import ModelError, ModelSpec
 from vbon_lightning.sampling import response_log_probs, sample_completions
-from vbon_lightning.sampling.decode import check_context
 from vbon_lightning.sampling.plain import left_aligned, refuse_plain, runs_plain
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.sampling.scoring import output_head
 
 SMALL = {
@@ -63,7 +62,9 @@ def test_sampled_and_scored_as_a_plain_forward_pass_has_it(kind: str) -> None:
     with pytest.warns(UserWarning, match=f"(?i){kind}.*sampled and scored without one"):
         assert runs_plain(model)
     ends, noise = [2, 7, 20], noise_of([0, 1, 2, 3])
-    ours = sample_completions(model, *pad_left(PROMPTS), noise, end_ids=ends, pad_id=PAD, temperature=0.7)
+    ours = sample_completions(
+        model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=ends, pad_id=PAD, temperature=0.7)
+    )
     scored = response_log_probs(model, batch_of(PROMPTS), ours, temperature=0.7)
     torch.testing.assert_close(scored, ours.log_probs, atol=1e-5, rtol=1e-5)
     lengths = set()
@@ -78,7 +79,9 @@ def test_the_gradient_of_a_plain_score() -> None:
     model = make("roberta").train()
     runs_plain(model)
     batch = batch_of(PROMPTS)
-    drawn = sample_completions(model, batch.tokens, batch.mask, noise_of([0, 1, 2, 3]), end_ids=[2], pad_id=PAD)
+    drawn = sample_completions(
+        model, SamplingRequest(batch.tokens, batch.mask, noise_of([0, 1, 2, 3]), end_ids=[2], pad_id=PAD)
+    )
     assert model.training
     response_log_probs(model, batch, drawn).sum().backward()
     ours = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
@@ -149,7 +152,7 @@ def test_scores_of_a_model_that_grew_are_those_of_its_forward_pass() -> None:
     output_head(model)  # judged when its logits are small
     with torch.no_grad():
         model.model.norm.weight.add_(300.0)  # logits are now far beyond the cap
-    drawn = sample_completions(model, batch.tokens, batch.mask, noise, end_ids=[2], pad_id=PAD)
+    drawn = sample_completions(model, SamplingRequest(batch.tokens, batch.mask, noise, end_ids=[2], pad_id=PAD))
     with torch.no_grad():
         scored = response_log_probs(model, batch, drawn)
     for row, prompt in enumerate(PROMPTS):
@@ -158,13 +161,3 @@ def test_scores_of_a_model_that_grew_are_those_of_its_forward_pass() -> None:
             logits = model(input_ids=torch.cat([torch.tensor(prompt), response])[None]).logits[0]
         plain = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0]
         torch.testing.assert_close(scored[row, 0][drawn.mask[row, 0]], plain, atol=1e-4, rtol=1e-4)
-
-
-def test_a_context_without_end() -> None:
-    model = tiny_llama(VOCABULARY)
-    for limit in (-1, 0):  # what models without one say
-        model.config.max_position_embeddings = limit
-        check_context(model, 10_000, 10_000)
-    model.config.max_position_embeddings = 8
-    with pytest.raises(ValueError, match="exceed the model's context of 8 tokens"):
-        check_context(model, 6, 3)

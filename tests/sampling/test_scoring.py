@@ -16,6 +16,7 @@ from vbon_lightning.sampling import (
     sample_completions,
     scoring,
 )
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.types import Completions, Responses
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -28,7 +29,10 @@ def model(request):
 
 def sampled(model, prompts) -> Completions:
     return sample_completions(
-        model, prompts.tokens, prompts.mask, noise_of(prompts.index.tolist(), samples=3), end_ids=[2, 3], pad_id=PAD
+        model,
+        SamplingRequest(
+            prompts.tokens, prompts.mask, noise_of(prompts.index.tolist(), samples=3), end_ids=[2, 3], pad_id=PAD
+        ),
     )
 
 
@@ -151,7 +155,7 @@ def test_statistics_and_their_gradient_equal_those_of_each_row_alone(kind, max_l
     policy, reference = (BUILD[kind](VOCABULARY, seed=seed) for seed in (4, 5))
     prompts = batch_of(PROMPTS)
     noise = noise_of(prompts.index.tolist(), samples=3)
-    drawn = sample_completions(policy, prompts.tokens, prompts.mask, noise, end_ids=ends, pad_id=PAD)
+    drawn = sample_completions(policy, SamplingRequest(prompts.tokens, prompts.mask, noise, end_ids=ends, pad_id=PAD))
     assert drawn.mask.all() == (ends == [99])
     assert (scoring.output_head(policy) is None) == (kind == "gemma2")
     sizes = []
@@ -236,7 +240,7 @@ def test_gradient_checkpointing_gives_the_same(model):
 def test_responses_of_one_token(model):
     prompts = batch_of(PROMPTS)
     noise = noise_of(prompts.index.tolist(), samples=3, length=1)
-    drawn = sample_completions(model, prompts.tokens, prompts.mask, noise, end_ids=[2], pad_id=PAD)
+    drawn = sample_completions(model, SamplingRequest(prompts.tokens, prompts.mask, noise, end_ids=[2], pad_id=PAD))
     got = response_statistics(model, tiny_llama(VOCABULARY, seed=3), prompts, drawn)
     for ours, theirs in zip(got[:3], by_row(model, tiny_llama(VOCABULARY, seed=3), prompts, drawn, 1.0), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)

@@ -15,6 +15,7 @@ from tests.sampling.test_decode import DEEPER, MODELS, PAD, PROMPTS, VOCABULARY,
 from vbon_lightning.adapters import adapters_off, add_lora
 from vbon_lightning.sampling import sample_completions
 from vbon_lightning.sampling import static as static_module
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.sampling.static import GraphSampler, row_bucket, why_not_static
 from vbon_lightning.types import Completions
 
@@ -33,8 +34,8 @@ def assert_equal(ours: Completions, theirs: Completions, tolerance: float = 1e-5
 def compare(sampler: Any, model: Any, prompts: list[list[int]] = PROMPTS, **changes: Any) -> Completions:
     arguments: dict[str, Any] = {"samples": 6, "length": 10, "end_ids": [2, 7, 20], "temperature": 0.7} | changes
     noise = noise_of(list(range(len(prompts))), arguments.pop("samples"), arguments.pop("length"))
-    theirs = sample_completions(model, *pad_left(prompts), noise, pad_id=PAD, **arguments)
-    ours = sampler(model, *pad_left(prompts), noise, pad_id=PAD, **arguments)
+    theirs = sample_completions(model, SamplingRequest(*pad_left(prompts), noise, pad_id=PAD, **arguments))
+    ours = sampler(model, SamplingRequest(*pad_left(prompts), noise, pad_id=PAD, **arguments))
     assert_equal(ours, theirs)
     return ours
 
@@ -158,8 +159,8 @@ def test_autocast_and_a_gradient_after_it():
     sampler, model = GraphSampler(), model_of("llama")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         noise = noise_of([0, 1, 2, 3])
-        theirs = sample_completions(model, *pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD)
-        ours = sampler(model, *pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD)
+        theirs = sample_completions(model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD))
+        ours = sampler(model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD))
         # The two add up in other orders: half a bfloat16 digit turns a token here and there.
         same = (ours.tokens == theirs.tokens)[ours.mask & theirs.mask]
         assert same.float().mean() > 0.8
@@ -171,8 +172,8 @@ def test_autocast_and_a_gradient_after_it():
 def test_half_precision():
     model = model_of("llama").to(torch.bfloat16)
     noise = noise_of([0, 1, 2, 3])
-    theirs = sample_completions(model, *pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD)
-    ours = GraphSampler()(model, *pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD)
+    theirs = sample_completions(model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD))
+    ours = GraphSampler()(model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=[2], pad_id=PAD))
     assert ours.log_probs.dtype == torch.float32
     assert (ours.tokens == theirs.tokens)[ours.mask & theirs.mask].float().mean() > 0.8
 
@@ -239,7 +240,7 @@ def test_the_host_looks_every_so_many_steps(every, looks, monkeypatch):
     whole = torch.Tensor.all
     monkeypatch.setattr(torch.Tensor, "all", lambda t, *a: (seen.append(t is decoder.finished), whole(t, *a))[1])
     noise = noise_of([0, 1, 2, 3])
-    sampler(model, *pad_left(PROMPTS), noise, end_ids=[99], pad_id=PAD, temperature=0.7)
+    sampler(model, SamplingRequest(*pad_left(PROMPTS), noise, end_ids=[99], pad_id=PAD, temperature=0.7))
     assert sum(seen) == looks
 
 
@@ -295,14 +296,17 @@ def test_refuses_what_the_eager_loop_refuses():
     with pytest.raises(ValueError, match="exceed the model's context of 8 tokens"):
         sampler(
             tiny_llama(VOCABULARY, max_position_embeddings=8),
-            *pad_left(PROMPTS),
-            noise_of([0, 1, 2, 3]),
-            end_ids=[2],
-            pad_id=PAD,
+            SamplingRequest(
+                *pad_left(PROMPTS),
+                noise_of([0, 1, 2, 3]),
+                end_ids=[2],
+                pad_id=PAD,
+            ),
         )
     with pytest.raises(ValueError, match="temperature must be positive and finite"):
         sampler(
-            tiny_gpt2(VOCABULARY), *pad_left(PROMPTS), noise_of([0, 1, 2, 3]), end_ids=[2], pad_id=PAD, temperature=0.0
+            tiny_gpt2(VOCABULARY),
+            SamplingRequest(*pad_left(PROMPTS), noise_of([0, 1, 2, 3]), end_ids=[2], pad_id=PAD, temperature=0.0),
         )
 
 
@@ -317,8 +321,8 @@ def on_cuda(rows: list[list[int]], noise: torch.Tensor) -> tuple[torch.Tensor, t
 def compare_on_cuda(sampler: GraphSampler, model: Any, prompts: list[list[int]] = PROMPTS, **changes: Any) -> None:
     settings: dict[str, Any] = {"end_ids": [2, 7, 20], "pad_id": PAD, "temperature": 0.7} | changes
     arguments = on_cuda(prompts, noise_of(list(range(len(prompts))), 6, 10))
-    theirs = sample_completions(model, *arguments, **settings)
-    ours = sampler(model, *arguments, **settings)
+    theirs = sample_completions(model, SamplingRequest(*arguments, **settings))
+    ours = sampler(model, SamplingRequest(*arguments, **settings))
     # Other kernels: a rounding may turn a token at the edge of two, which ends the comparison of its row.
     longest = min(ours.tokens.shape[-1], theirs.tokens.shape[-1])
     same = (ours.tokens[..., :longest] == theirs.tokens[..., :longest]).cumprod(-1).bool()
@@ -361,8 +365,8 @@ def test_a_replay_sees_new_weights_under_autocast():
     arguments = on_cuda(PROMPTS, noise_of([0, 1, 2, 3], 6, 10))
     for _ in range(2):
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            theirs = sample_completions(model, *arguments, end_ids=[99], pad_id=PAD)
-            ours = sampler(model, *arguments, end_ids=[99], pad_id=PAD)
+            theirs = sample_completions(model, SamplingRequest(*arguments, end_ids=[99], pad_id=PAD))
+            ours = sampler(model, SamplingRequest(*arguments, end_ids=[99], pad_id=PAD))
         assert (ours.tokens == theirs.tokens).float().mean() > 0.7
         with torch.no_grad():
             for parameter in model.parameters():

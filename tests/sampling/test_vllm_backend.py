@@ -23,6 +23,7 @@ from tests.sampling.test_decode import PAD, PROMPTS, VOCABULARY, noise_of, pad_l
 from vbon_lightning.adapters import adapters_off, add_lora, merged_copy
 from vbon_lightning.functional import token_log_probs
 from vbon_lightning.sampling import make_sampler, response_logits
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.types import Completions, PromptBatch
 
 ENDS = [2, 7, 20]
@@ -116,7 +117,7 @@ def draw(
 ) -> Completions:
     arguments: dict[str, Any] = {"end_ids": ENDS, "pad_id": PAD, "temperature": 0.7} | settings
     noise = noise_of(list(range(len(prompts))), 3, 6) if noise is None else noise
-    return sampler(model, *pad_left(prompts), noise, **arguments)
+    return sampler(model, SamplingRequest(*pad_left(prompts), noise, **arguments))
 
 
 def scored(model: Any, drawn: Completions, temperature: float = 0.7) -> torch.Tensor:

@@ -22,8 +22,9 @@ from vbon_lightning.functional import (
 )
 from vbon_lightning.functional.sequences import scaled_logits
 from vbon_lightning.sampling import prompt_noise
-from vbon_lightning.sampling.decode import caching, check_request, choose_tokens, prefill
+from vbon_lightning.sampling.decode import caching, choose_tokens, prefill
 from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, prompt_trunk
+from vbon_lightning.sampling.request import check_request
 from vbon_lightning.types import PromptBatch
 
 
@@ -69,7 +70,7 @@ class ValueGuided(Decoder):
             step=step,
         ).view(len(prompts.text), num_samples, actors.max_new_tokens, 1 + self.draws)
         with actors.as_reference() as model:
-            check_request(model, prompts.mask, noise[..., 0], actors.end_ids, actors.temperature)
+            check_request(model, actors.request(prompts, noise[..., 0]))
             with caching(model):
                 return self._decode(actors, model, prompts, noise)
 

@@ -20,7 +20,7 @@ from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, RewardMonitor, S
 from vbon_lightning.callbacks.defaults import missing_callbacks
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
-from vbon_lightning.sampling.decode import check_context
+from vbon_lightning.sampling.request import check_context
 from vbon_lightning.types import Rollout
 
 OptimizerCallable = Callable[[Iterable], Optimizer]

@@ -273,15 +273,7 @@ class ReferenceSampler(AlignmentModule):
             step=step,
         )
         passes = [
-            actors.sampler(
-                actors.policy,
-                prompts.tokens,
-                prompts.mask,
-                part,
-                end_ids=actors.end_ids,
-                pad_id=actors.end_ids[0],
-                temperature=actors.temperature,
-            )
+            actors.sampler(actors.policy, actors.request(prompts, part))
             for part in noise.split(self.rows_per_pass, dim=1)
         ]
         by_pass = [actors.token_ids(part) for part in passes]

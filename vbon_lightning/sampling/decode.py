@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend, can_share_prompts, shared_prompts
 from vbon_lightning.sampling.plain import prompts_with_room, refuse_plain, runs_plain
+from vbon_lightning.sampling.request import SamplingRequest, check_request
 from vbon_lightning.types import Completions
 
 _COMPACT_BELOW = 0.875
@@ -30,16 +30,6 @@ def keep_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
     """Return the forward argument that limits logits to the last ``count`` positions, where there is one."""
     kind: Any = type(model)
     return {"logits_to_keep": count} if _takes_logits_to_keep(kind) else {}
-
-
-def check_context(model: PreTrainedModel, prompt_length: int, response_length: int) -> None:
-    """Refuse prompts and responses that together exceed the model's context."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and 0 < limit < prompt_length + response_length:
-        raise ValueError(
-            f"a prompt of {prompt_length} tokens and a response of up to {response_length} exceed the model's "
-            f"context of {limit} tokens: lower `max_prompt_tokens` or `max_new_tokens`"
-        )
 
 
 def forget_casts(device: torch.device) -> None:
@@ -66,16 +56,7 @@ def caching(model: PreTrainedModel) -> Iterator[None]:
             model.train()
 
 
-def sample_completions(
-    model: PreTrainedModel,
-    prompt_tokens: Tensor,
-    prompt_mask: Tensor,
-    noise: Tensor,
-    *,
-    end_ids: Sequence[int],
-    pad_id: int,
-    temperature: float = 1.0,
-) -> Completions:
+def sample_completions(model: PreTrainedModel, request: SamplingRequest) -> Completions:
     """Sample responses by inverting the cumulative distribution at given uniforms.
 
     Each prompt is run once and its key-value cache shared by its samples; finished rows leave the batch; the
@@ -84,38 +65,17 @@ def sample_completions(
 
     Args:
         model: A causal language model.
-        prompt_tokens: ``[B, P]`` long, padded on the left.
-        prompt_mask: ``[B, P]`` bool.
-        noise: ``[B, G, T]`` float64 uniforms (:func:`~vbon_lightning.sampling.prompt_noise`); T limits the length.
-        end_ids: Token ids that end a response.
-        pad_id: What stands behind the end in the returned tokens (never read: masks come from the first EOS).
-        temperature: Sampling temperature, > 0.
+        request: The prompts, the noise, and how responses end.
 
     Returns:
         :class:`~vbon_lightning.types.Completions`, as long as the longest response.
+
+    Raises:
+        ValueError: As :func:`~vbon_lightning.sampling.request.check_request`.
     """
-    check_request(model, prompt_mask, noise, end_ids, temperature)
+    check_request(model, request)
     with torch.no_grad(), caching(model):
-        decode = _decode_plain if runs_plain(model) else _decode
-        return decode(model, prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature)
-
-
-def check_request(
-    model: PreTrainedModel, prompt_mask: Tensor, noise: Tensor, end_ids: Sequence[int], temperature: float
-) -> None:
-    """Refuse what cannot be sampled; the arguments are those of :func:`sample_completions`."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if not end_ids:
-        raise ValueError("end_ids must name at least one token that ends a response, got none")
-    length = noise.shape[-1]
-    if length < 1:
-        raise ValueError(f"noise must hold at least one token a sample, got shape {tuple(noise.shape)}")
-    lengths = prompt_mask.sum(-1)
-    shortest, longest_prompt = lengths.aminmax()
-    if not shortest:
-        raise ValueError("every prompt needs at least one token, but a row of prompt_mask is all False")
-    check_context(model, int(longest_prompt), length)
+        return (_decode_plain if runs_plain(model) else _decode)(model, request)
 
 
 def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -158,15 +118,8 @@ def prefill(model: PreTrainedModel, prompt_tokens: Tensor, prompt_mask: Tensor, 
     return output.past_key_values, output.logits[:, -1]
 
 
-def _decode(
-    model: PreTrainedModel,
-    prompt_tokens: Tensor,
-    prompt_mask: Tensor,
-    noise: Tensor,
-    end_ids: Sequence[int],
-    pad_id: int,
-    temperature: float,
-) -> Completions:
+def _decode(model: PreTrainedModel, request: SamplingRequest) -> Completions:
+    prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature = request
     batch, samples, length = noise.shape
     lengths = prompt_mask.sum(-1)
     device = prompt_tokens.device
@@ -218,16 +171,9 @@ def _decode(
     return _completions((batch, samples, step + 1), tokens, log_probs, mask, finished)
 
 
-def _decode_plain(
-    model: PreTrainedModel,
-    prompt_tokens: Tensor,
-    prompt_mask: Tensor,
-    noise: Tensor,
-    end_ids: Sequence[int],
-    pad_id: int,
-    temperature: float,
-) -> Completions:
+def _decode_plain(model: PreTrainedModel, request: SamplingRequest) -> Completions:
     """Decode without a cache: every token takes a pass over the whole text."""
+    prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature = request
     batch, samples, length = noise.shape
     device, rows = prompt_tokens.device, batch * samples
     uniforms = noise.to(device).reshape(rows, length)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.types import Completions
 
 
@@ -19,17 +20,7 @@ class Sampler(Protocol):
     difference between that program's log-probabilities and the model's in the last call.
     """
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompt_tokens: Tensor,
-        prompt_mask: Tensor,
-        noise: Tensor,
-        *,
-        end_ids: Sequence[int],
-        pad_id: int,
-        temperature: float = 1.0,
-    ) -> Completions:
+    def __call__(self, model: PreTrainedModel, request: SamplingRequest) -> Completions:
         """Sample responses."""
         ...
 
@@ -46,58 +37,35 @@ class InPasses:
         self.sampler, self.max_rows = sampler, max_rows
         self.mismatch: float | None = None
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompt_tokens: Tensor,
-        prompt_mask: Tensor,
-        noise: Tensor,
-        *,
-        end_ids: Sequence[int],
-        pad_id: int,
-        temperature: float = 1.0,
-    ) -> Completions:
-        """Sample responses; the arguments are those of :func:`~vbon_lightning.sampling.sample_completions`."""
-        settings: dict[str, Any] = {"end_ids": end_ids, "pad_id": pad_id, "temperature": temperature}
-        found = [part for _, part in self.by_prompts(model, prompt_tokens, prompt_mask, noise, **settings)]
-        return join_completions(found, dim=0, pad_id=pad_id)
+    def __call__(self, model: PreTrainedModel, request: SamplingRequest) -> Completions:
+        """Sample responses."""
+        found = [part for _, part in self.by_prompts(model, request)]
+        return join_completions(found, dim=0, pad_id=request.pad_id)
 
-    def by_prompts(
-        self,
-        model: PreTrainedModel,
-        prompt_tokens: Tensor,
-        prompt_mask: Tensor,
-        noise: Tensor,
-        *,
-        end_ids: Sequence[int],
-        pad_id: int,
-        temperature: float = 1.0,
-    ) -> Iterator[tuple[list[int], Completions]]:
+    def by_prompts(self, model: PreTrainedModel, request: SamplingRequest) -> Iterator[tuple[list[int], Completions]]:
         """Sample responses pass by pass, so that something can be done with one while the next is sampled.
-
-        The arguments are those of :func:`~vbon_lightning.sampling.sample_completions`.
 
         Yields:
             Some prompts' rows and all of their responses.
         """
-        settings: dict[str, Any] = {"end_ids": end_ids, "pad_id": pad_id, "temperature": temperature}
+        tokens, mask, noise = request.prompt_tokens, request.prompt_mask, request.noise
         batch, samples, _ = noise.shape
         prompts, a_prompt = max(1, self.max_rows // samples), min(samples, self.max_rows)
-        weighted, tokens = 0.0, 0
+        weighted, counted = 0.0, 0
         self.mismatch = None
-        for some in torch.arange(batch, device=prompt_tokens.device).split(prompts):
-            mask = prompt_mask[some]
-            width = max(1, int(mask.sum(-1).max()))  # padding that only other passes need costs time
+        for some in torch.arange(batch, device=tokens.device).split(prompts):
+            width = max(1, int(mask[some].sum(-1).max()))  # padding that only other passes need costs time
+            these = request._replace(prompt_tokens=tokens[some, -width:], prompt_mask=mask[some, -width:])
             parts = []
             for part in noise[some.to(noise.device)].split(a_prompt, dim=1):
-                found = self.sampler(model, prompt_tokens[some, -width:], mask[:, -width:], part, **settings)
+                found = self.sampler(model, these._replace(noise=part))
                 parts.append(found)
                 mismatch = getattr(self.sampler, "mismatch", None)
                 if mismatch is not None:
                     count = int(found.mask.sum())
-                    weighted, tokens = weighted + mismatch * count, tokens + count
-            self.mismatch = weighted / tokens if tokens else None
-            yield some.tolist(), join_completions(parts, dim=1, pad_id=pad_id)
+                    weighted, counted = weighted + mismatch * count, counted + count
+            self.mismatch = weighted / counted if counted else None
+            yield some.tolist(), join_completions(parts, dim=1, pad_id=request.pad_id)
 
 
 def join_completions(parts: list[Completions], *, dim: int, pad_id: int) -> Completions:

@@ -27,12 +27,12 @@ from vbon_lightning.adapters import adapters_active
 from vbon_lightning.sampling.cache import can_extend
 from vbon_lightning.sampling.decode import (
     caching,
-    check_request,
     choose_tokens,
     forget_casts,
     prefill,
     sample_completions,
 )
+from vbon_lightning.sampling.request import SamplingRequest, check_request
 from vbon_lightning.types import Completions
 
 _MASKED = ("eager", "sdpa")
@@ -237,39 +237,20 @@ class GraphSampler:
         self._uncaptured: WeakSet[PreTrainedModel] = WeakSet()
         self._warned: set[str] = set()
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompt_tokens: Tensor,
-        prompt_mask: Tensor,
-        noise: Tensor,
-        *,
-        end_ids: Sequence[int],
-        pad_id: int,
-        temperature: float = 1.0,
-    ) -> Completions:
-        """Sample responses; the arguments are those of :func:`~vbon_lightning.sampling.sample_completions`."""
-        check_request(model, prompt_mask, noise, end_ids, temperature)
-        obstacle = None if noise.shape[-1] == 1 else why_not_static(model)  # one token needs no cache
+    def __call__(self, model: PreTrainedModel, request: SamplingRequest) -> Completions:
+        """Sample responses."""
+        check_request(model, request)
+        one_token = request.noise.shape[-1] == 1  # which needs no cache
+        obstacle = None if one_token else why_not_static(model)
         if obstacle is not None:
             self._warn(f"{type(model).__name__} is sampled by the eager loop: {obstacle}")
-        if obstacle is not None or noise.shape[-1] == 1:
-            return sample_completions(
-                model, prompt_tokens, prompt_mask, noise, end_ids=end_ids, pad_id=pad_id, temperature=temperature
-            )
+        if obstacle is not None or one_token:
+            return sample_completions(model, request)
         with torch.no_grad(), caching(model):
-            return self._decode(model, prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature)
+            return self._decode(model, request)
 
-    def _decode(
-        self,
-        model: PreTrainedModel,
-        prompt_tokens: Tensor,
-        prompt_mask: Tensor,
-        noise: Tensor,
-        end_ids: Sequence[int],
-        pad_id: int,
-        temperature: float,
-    ) -> Completions:
+    def _decode(self, model: PreTrainedModel, request: SamplingRequest) -> Completions:
+        prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature = request
         batch, samples, length = noise.shape
         prompts, logits = prefill(model, prompt_tokens, prompt_mask, not bool(prompt_mask.all()))
         rows, width = row_bucket(batch * samples), _round_up(prompt_tokens.shape[-1], self.width_step)

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vbon_lightning.adapters import adapters_active, merged_parameters
-from vbon_lightning.sampling.decode import check_request
+from vbon_lightning.sampling.request import SamplingRequest, check_request
 from vbon_lightning.sampling.scoring import response_log_probs
 from vbon_lightning.types import Completions, PromptBatch
 
@@ -65,19 +65,10 @@ class VllmSampler:
         self._directory: tempfile.TemporaryDirectory | None = None
         self._loaded: tuple[Any, ...] | None = None
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompt_tokens: Tensor,
-        prompt_mask: Tensor,
-        noise: Tensor,
-        *,
-        end_ids: Sequence[int],
-        pad_id: int,
-        temperature: float = 1.0,
-    ) -> Completions:
-        """Sample responses; the arguments are those of :func:`~vbon_lightning.sampling.sample_completions`."""
-        check_request(model, prompt_mask, noise, end_ids, temperature)
+    def __call__(self, model: PreTrainedModel, request: SamplingRequest) -> Completions:
+        """Sample responses."""
+        check_request(model, request)
+        prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature = request
         if not 0.01 <= temperature <= 2:
             raise ValueError(f"vLLM samples at temperatures from 0.01 to 2 only, got data.temperature={temperature}")
         self._synchronise(model)

@@ -18,7 +18,7 @@ from vbon_lightning import ReferenceSampler
 from vbon_lightning.modules import (
     reference_sampler,
 )
-from vbon_lightning.sampling import prompt_noise
+from vbon_lightning.sampling import SamplingRequest, prompt_noise
 
 
 def test_what_a_table_is_sampled_with(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,22 +29,22 @@ def test_what_a_table_is_sampled_with(files: Path, monkeypatch: pytest.MonkeyPat
     actors, calls = module.loaded, []
     real = actors.sampler
 
-    def sampler(*args: Any, **options: Any) -> Any:
-        calls.append((args, options))
-        return real(*args, **options)
+    def sampler(model: Any, request: SamplingRequest) -> Any:
+        calls.append((model, request))
+        return real(model, request)
 
     monkeypatch.setattr(actors, "sampler", sampler)
     prompts = data.prompt_batch(data.prompts("train")[:3])
     sampled = module._sample(prompts)
     noise = prompt_noise(sampled.keys, num_samples=5, length=4, seed=11, stream="table", step=0)
-    assert [int(args[3].shape[1]) for args, _ in calls] == [2, 2, 1]
-    assert torch.equal(torch.cat([args[3] for args, _ in calls], 1), noise)
-    for args, options in calls:
-        assert args[0] is actors.policy
-        assert torch.equal(args[1], prompts.tokens)
-        assert torch.equal(args[2], prompts.mask)
-        assert options == {"end_ids": actors.end_ids, "pad_id": actors.end_ids[0], "temperature": 0.7}
-    whole = real(actors.policy, prompts.tokens, prompts.mask, noise, **calls[0][1])
+    assert [int(request.noise.shape[1]) for _, request in calls] == [2, 2, 1]
+    assert torch.equal(torch.cat([request.noise for _, request in calls], 1), noise)
+    for model, request in calls:
+        assert model is actors.policy
+        assert torch.equal(request.prompt_tokens, prompts.tokens)
+        assert torch.equal(request.prompt_mask, prompts.mask)
+        assert (request.end_ids, request.temperature) == (actors.end_ids, 0.7)
+    whole = real(actors.policy, calls[0][1]._replace(noise=noise))
     assert sampled.token_ids == actors.token_ids(whole)
     assert sampled.finished == whole.finished.tolist()
     torch.testing.assert_close(torch.tensor(sampled.log_probs), whole.log_probs.sum(-1))
