@@ -41,6 +41,8 @@ TESTED_ELSEWHERE = {
     "evaluation/predicted.py": "evaluation/test_command.py",
     "functional/_validate.py": "functional/test_arguments.py",
     "models/errors.py": "models/test_files.py",
+    "modules/experience.py": "modules/wiring/test_checkpoints.py",
+    "modules/policy_gradient_options.py": "modules/test_options.py",
     "rewards/calling.py": "rewards/test_function.py",
     "rewards/per_response.py": "rewards/test_exact_match.py",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,10 @@ from vbon_lightning.functional import (
     value_advantages,
 )
 from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.experience import Experience, from_plain, to_plain
+from vbon_lightning.modules.policy_gradient_options import check_estimator, check_numbers, check_value_model_options
 from vbon_lightning.sampling import noise_seed
-from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses, select_prompts
-
-
-class Experience(NamedTuple):
-    """A minibatch of a rollout, and what several updates on it must hold fixed."""
-
-    rollout: Rollout
-    advantages: Tensor
-    """``[B, G, T]``."""
-    values: Tensor | None
-    """``[B, G, T]``: the critic's values when the rollout was made."""
-    returns: Tensor | None
-    """``[B, G, T]``: what the critic should learn."""
+from vbon_lightning.types import PromptBatch, Rollout, ScoredResponses, select_prompts
 
 
 class PolicyGradient(AlignmentModule):
@@ -105,7 +95,7 @@ class PolicyGradient(AlignmentModule):
         named = actors.value_model is not None
         fits = estimator != "ppo" and kl_estimator == "rao_blackwell"
         self.uses_value_model = named and fits if value_model is None else value_model
-        _check_options(
+        check_estimator(
             estimator,
             kl_estimator,
             samples_per_prompt,
@@ -114,8 +104,8 @@ class PolicyGradient(AlignmentModule):
             valued=self.uses_value_model,
             normalise=normalise,
         )
-        _check_value_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
-        _check_numbers(
+        check_value_model_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
+        check_numbers(
             samples_per_prompt=samples_per_prompt,
             eval_samples=1 if eval_samples is None else eval_samples,
             reference_samples=reference_samples,
@@ -204,10 +194,13 @@ class PolicyGradient(AlignmentModule):
         if self._experience:
             self._experience = self.transfer_batch_to_device(self._experience, self.device, 0)
 
-    # -- steps -------------------------------------------------------------------------------------
+    # -- one update: prompts -> responses -> rewards -> target -> advantages -> loss -----------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score responses where a new rollout is due, then return the loss of one update."""
+        """Sample and score responses where a new rollout is due, then return the loss of one update.
+
+        With one update a rollout, the pass that learns also gives the log-probabilities and the KL.
+        """
         number, update = divmod(self.batches_seen, self.updates_per_rollout)
         self.batches_seen += 1
         if self.updates_per_rollout == 1:
@@ -218,37 +211,12 @@ class PolicyGradient(AlignmentModule):
             if not self._experience:
                 raise RuntimeError("an update is due on a rollout that is not there")
             loss, rollout, logs = self._minibatch_update(self._next_minibatch(number, update))
-        if update == 0 and self.loaded.sampler_mismatch is not None:
-            logs["sampler_mismatch"] = torch.tensor(self.loaded.sampler_mismatch)
-        if update == 0:
-            logs |= self.reward_logs(rollout)
-        for name in ("cut_prompts", "cut_responses"):
-            if count := getattr(self.loaded.reward, name, 0):
-                logs[f"reward_{name}"] = torch.tensor(float(count))
+        logs |= self._sampling_logs(rollout, new=update == 0)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, prog_bar=False)
         return {"loss": loss, "rollout": rollout}
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score responses; the callbacks do the rest."""
-        return {"rollout": self._evaluate(batch, "val")}
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score responses; the callbacks do the rest."""
-        return {"rollout": self._evaluate(batch, "test")}
-
-    def _evaluate(self, batch: PromptBatch, stage: str) -> Rollout:
-        rollout = self.loaded.rollout(
-            batch,
-            num_samples=self.eval_samples,
-            seed=self.seed,
-            stream=stage,
-            step=0,
-            reference_samples=self.reference_samples,
-        )
-        self.log_missing(rollout, stage)
-        return rollout
-
     def _sample(self, batch: PromptBatch, number: int) -> ScoredResponses:
+        """Prompts -> responses -> rewards."""
         return self.loaded.scored_responses(
             batch,
             num_samples=self.samples_per_prompt,
@@ -259,38 +227,12 @@ class PolicyGradient(AlignmentModule):
             predict_rewards=self.predicts_rewards,
         )
 
-    # -- one update a rollout: the pass that learns also gives the log-probabilities and the KL ----
-
     def _on_policy_update(self, rollout: ScoredResponses) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
+        """Responses and their rewards -> loss: what advantages are made of is held fixed, what is learnt is not."""
         live, values = self._evaluate_responses(rollout)
         fixed = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach())
         experience = self._experience_of(fixed, None if values is None else values.detach())
         return self._loss(experience, live, values)
-
-    # -- several updates a rollout -----------------------------------------------------------------
-
-    @torch.no_grad()
-    def _collect(self, rollout: ScoredResponses) -> list[Experience]:
-        """Split a rollout into minibatches and evaluate each as it will be when it is learnt from.
-
-        The same rows in the same shapes give the same bits: the ratio is exactly 1 before the first update.
-        """
-        prompts = len(rollout.prompts.text)
-        self._check_minibatches(prompts)
-        # Neighbouring rows go together. Ranks then split every minibatch as they split the batch.
-        parts = [list(rows) for rows in torch.arange(prompts).view(self.minibatches, -1).tolist()]
-        return [self._experience_of(*self._evaluate_responses(select_prompts(rollout, rows))) for rows in parts]
-
-    def _next_minibatch(self, number: int, update: int) -> Experience:
-        epoch, part = divmod(update, self.minibatches)
-        generator = torch.Generator().manual_seed(noise_seed(self.seed, "minibatch", number, epoch))
-        return self._experience[int(torch.randperm(self.minibatches, generator=generator)[part])]
-
-    def _minibatch_update(self, experience: Experience) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
-        live, values = self._evaluate_responses(experience.rollout)
-        return self._loss(experience, live, values)
-
-    # -- the loss ----------------------------------------------------------------------------------
 
     def _evaluate_responses(self, rollout: ScoredResponses | Rollout) -> tuple[Rollout, Tensor | None]:
         """Fill in log-probabilities, exact KL and values ``[B, G, T]``, differentiable in the policy."""
@@ -302,13 +244,14 @@ class PolicyGradient(AlignmentModule):
         return evaluated, torch.where(rollout.completions.mask, values, 0.0)
 
     def _experience_of(self, rollout: Rollout, values: Tensor | None) -> Experience:
+        """Rewards -> target -> advantages."""
         advantages, returns = self._advantages(self._target(rollout), rollout, values)
         return Experience(rollout, advantages, values, returns)
 
     def _loss(
         self, experience: Experience, live: Rollout, values: Tensor | None
     ) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
-        """Return the loss of one update on a minibatch, as evaluated by the policy that learns (``live``)."""
+        """Advantages -> loss of one update on a minibatch, as evaluated by the policy that learns (``live``)."""
         rollout, target = experience.rollout, self._target(experience.rollout)
         mask = self._learnt(rollout)
         logs: dict[str, Tensor] = {}
@@ -334,34 +277,15 @@ class PolicyGradient(AlignmentModule):
         logs["objective"] = objective[mask.any(-1)].mean() if self._skips else objective.mean()
         return loss * self._share(mask) if self._skips else loss, rollout, logs
 
-    @property
-    def _skips(self) -> bool:
-        return self.actor_spec.reward_calls.skips
-
-    def _learnt(self, rollout: Rollout) -> Tensor:
-        """Return the tokens ``[B, G, T]`` that count in the update.
-
-        A response without a reward is left out of its group, and with it a group that keeps fewer than its baseline
-        needs.
-        """
-        mask = rollout.completions.mask
-        if not self._skips:
-            return mask
-        needed = 1 if self.estimator == "ppo" or self.uses_value_model else 2
-        kept = rollout.judged & (rollout.judged.sum(1, keepdim=True) >= needed)
-        return mask & kept.unsqueeze(-1)
-
-    def _target(self, rollout: Rollout) -> Target:
-        """Return the target; of a response that is left out any score does."""
-        return self.target(rollout._replace(rewards=rollout.rewards.nan_to_num(0.0)) if self._skips else rollout)
-
-    def _share(self, mask: Tensor) -> Tensor:
-        """Return what makes the mean over this rank's responses its part of the mean over all that are left."""
-        mine = mask.any(-1).sum().float()
-        if self._trainer is None:
-            return torch.ones_like(mine)
-        total = self._over_ranks(mine).clamp(min=1)
-        return mine * self.trainer.world_size / total * self.weigh_batch(total)
+    def _sampling_logs(self, rollout: Rollout, *, new: bool) -> dict[str, Tensor]:
+        """Return what the sampler and the reward have to say, of a new rollout or so far."""
+        logs = self.reward_logs(rollout) if new else {}
+        if new and self.loaded.sampler_mismatch is not None:
+            logs["sampler_mismatch"] = torch.tensor(self.loaded.sampler_mismatch)
+        for name in ("cut_prompts", "cut_responses"):
+            if count := getattr(self.loaded.reward, name, 0):
+                logs[f"reward_{name}"] = torch.tensor(float(count))
+        return logs
 
     # -- advantages --------------------------------------------------------------------------------
 
@@ -401,13 +325,89 @@ class PolicyGradient(AlignmentModule):
             advantages = normalise_advantages(advantages, mask, add_up=self._over_ranks)
         return advantages, returns
 
+    # -- responses that are left out -----------------------------------------------------------------
+
+    @property
+    def _skips(self) -> bool:
+        return self.actor_spec.reward_calls.skips
+
+    def _learnt(self, rollout: Rollout) -> Tensor:
+        """Return the tokens ``[B, G, T]`` that count in the update.
+
+        A response without a reward is left out of its group, and with it a group that keeps fewer than its baseline
+        needs.
+        """
+        mask = rollout.completions.mask
+        if not self._skips:
+            return mask
+        needed = 1 if self.estimator == "ppo" or self.uses_value_model else 2
+        kept = rollout.judged & (rollout.judged.sum(1, keepdim=True) >= needed)
+        return mask & kept.unsqueeze(-1)
+
+    def _target(self, rollout: Rollout) -> Target:
+        """Return the target; of a response that is left out any score does."""
+        return self.target(rollout._replace(rewards=rollout.rewards.nan_to_num(0.0)) if self._skips else rollout)
+
+    def _share(self, mask: Tensor) -> Tensor:
+        """Return what makes the mean over this rank's responses its part of the mean over all that are left."""
+        mine = mask.any(-1).sum().float()
+        if self._trainer is None:
+            return torch.ones_like(mine)
+        total = self._over_ranks(mine).clamp(min=1)
+        return mine * self.trainer.world_size / total * self.weigh_batch(total)
+
+    # -- several updates a rollout -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def _collect(self, rollout: ScoredResponses) -> list[Experience]:
+        """Split a rollout into minibatches and evaluate each as it will be when it is learnt from.
+
+        The same rows in the same shapes give the same bits: the ratio is exactly 1 before the first update.
+        """
+        prompts = len(rollout.prompts.text)
+        self._check_minibatches(prompts)
+        # Neighbouring rows go together. Ranks then split every minibatch as they split the batch.
+        parts = [list(rows) for rows in torch.arange(prompts).view(self.minibatches, -1).tolist()]
+        return [self._experience_of(*self._evaluate_responses(select_prompts(rollout, rows))) for rows in parts]
+
+    def _next_minibatch(self, number: int, update: int) -> Experience:
+        epoch, part = divmod(update, self.minibatches)
+        generator = torch.Generator().manual_seed(noise_seed(self.seed, "minibatch", number, epoch))
+        return self._experience[int(torch.randperm(self.minibatches, generator=generator)[part])]
+
+    def _minibatch_update(self, experience: Experience) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
+        live, values = self._evaluate_responses(experience.rollout)
+        return self._loss(experience, live, values)
+
+    # -- validation and test ---------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample and score responses; the callbacks do the rest."""
+        return {"rollout": self._evaluate(batch, "val")}
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample and score responses; the callbacks do the rest."""
+        return {"rollout": self._evaluate(batch, "test")}
+
+    def _evaluate(self, batch: PromptBatch, stage: str) -> Rollout:
+        rollout = self.loaded.rollout(
+            batch,
+            num_samples=self.eval_samples,
+            seed=self.seed,
+            stream=stage,
+            step=0,
+            reference_samples=self.reference_samples,
+        )
+        self.log_missing(rollout, stage)
+        return rollout
+
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also keep a rollout that updates are still due on, for every rank."""
         super().on_save_checkpoint(checkpoint)
         if self.batches_seen % self.updates_per_rollout and self._experience:
-            mine = [_to_plain(part) for part in self._experience]
+            mine = [to_plain(part) for part in self._experience]
             everyone: list[Any] = [mine]
             if self.trainer.world_size > 1:
                 everyone = [None] * self.trainer.world_size
@@ -419,7 +419,7 @@ class PolicyGradient(AlignmentModule):
         super().on_load_checkpoint(checkpoint)
         experience = checkpoint["vbon_lightning"].get("experience")
         if self.resuming and experience is not None:
-            self._experience = [_from_plain(part) for part in experience[self.trainer.global_rank]]
+            self._experience = [from_plain(part) for part in experience[self.trainer.global_rank]]
 
 
 def _token_rewards(target: Target, rollout: Rollout, mask: Tensor, *, sampled: bool) -> Tensor:
@@ -429,87 +429,3 @@ def _token_rewards(target: Target, rollout: Rollout, mask: Tensor, *, sampled: b
     # The KL of a position has a gradient of its own; an action answers for that of the position after it.
     later = torch.nn.functional.pad(rollout.token_kl[..., 1:], (0, 1))
     return token_rewards(target, later, torch.zeros_like(later), mask)
-
-
-def _check_options(
-    estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int, *, valued: bool, normalise: bool
-) -> None:
-    if estimator not in (known := ("reinforce", "clipped", "ppo")):
-        raise ValueError(f"model.estimator must be one of {', '.join(known)}; got {estimator!r}")
-    if kl_estimator not in (known := ("rao_blackwell", "sampled", "prefix_baseline")):
-        raise ValueError(f"model.kl_estimator must be one of {', '.join(known)}; got {kl_estimator!r}")
-    if estimator == "ppo" and kl_estimator == "prefix_baseline":
-        raise ValueError(
-            "model.kl_estimator=prefix_baseline is a leave-one-out baseline, and ppo has a critic instead: "
-            "set rao_blackwell or sampled"
-        )
-    if normalise and kl_estimator != "sampled":
-        raise ValueError(
-            f"model.normalise divides the advantages, and with model.kl_estimator={kl_estimator} not the KL's own "
-            "gradient: its weight would be another than the one asked for. Set kl_estimator to sampled, or normalise "
-            "to false"
-        )
-    if epochs < 1 or minibatches < 1:
-        raise ValueError(f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}")
-    if estimator != "ppo" and samples < 2 and not valued:
-        raise ValueError(f"a leave-one-out baseline needs model.samples_per_prompt >= 2, got {samples}")
-    if estimator == "reinforce" and epochs * minibatches > 1:
-        raise ValueError(
-            "REINFORCE is unbiased for one update a rollout only: for several, set model.estimator to clipped or ppo"
-        )
-
-
-def _check_value_options(used: bool, named: bool, estimator: str, kl_estimator: str, lam: float) -> None:
-    if not 0 <= lam <= 1:
-        raise ValueError(f"model.value_lambda must be in [0, 1], got {lam}")
-    if used and not named:
-        raise ValueError("model.value_model is on, but none is named: set data.value_model")
-    if used and (estimator == "ppo" or kl_estimator != "rao_blackwell"):
-        raise ValueError(
-            "advantages from a value model stand on model.kl_estimator=rao_blackwell and an estimator without a critic "
-            "of its own: set model.value_model to false, or these to rao_blackwell and reinforce or clipped"
-        )
-    if lam < 1 and not used:
-        raise ValueError("model.value_lambda is that of a value model's advantages, and none is in use")
-
-
-def _check_numbers(
-    *,
-    samples_per_prompt: int,
-    eval_samples: int,
-    reference_samples: int,
-    clip: float,
-    value_clip: float,
-    value_coef: float,
-    gae_lambda: float,
-) -> None:
-    for name, count, least in (
-        ("samples_per_prompt", samples_per_prompt, 1),
-        ("eval_samples", eval_samples, 1),
-        ("reference_samples", reference_samples, 0),
-    ):
-        if count < least:
-            raise ValueError(f"model.{name} must be >= {least}, got {count}")
-    for name, width in (("clip", clip), ("value_clip", value_clip)):
-        if not width > 0:
-            raise ValueError(f"model.{name} must be > 0, got {width}")
-    if not value_coef >= 0:
-        raise ValueError(f"model.value_coef must be >= 0, got {value_coef}")
-    if not 0 <= gae_lambda <= 1:
-        raise ValueError(f"model.gae_lambda must be in [0, 1], got {gae_lambda}")
-
-
-def _to_plain(value: Any) -> Any:
-    """Turn nested NamedTuples into dicts, which checkpoints load under ``weights_only``."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: _to_plain(part) for name, part in zip(value._fields, value, strict=True)}
-    if isinstance(value, dict):
-        return {name: _to_plain(part) for name, part in value.items()}
-    return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _from_plain(value: dict[str, Any]) -> Experience:
-    rollout = dict(value["rollout"])
-    rollout["prompts"] = PromptBatch(**rollout["prompts"])
-    rollout["completions"] = Completions(**rollout["completions"])
-    return Experience(Rollout(**rollout), value["advantages"], value["values"], value["returns"])

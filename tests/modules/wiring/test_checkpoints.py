@@ -15,7 +15,7 @@ from tests.modules.setting import make_module
 from tests.modules.wiring.setting import module_batch, moved
 from vbon_lightning.models import ModelSpec
 from vbon_lightning.modules import (
-    policy_gradient,
+    experience,
 )
 
 
@@ -37,7 +37,7 @@ def test_a_checkpoint_between_updates_holds_every_ranks_rollout(files: Path, mon
         module.on_save_checkpoint(checkpoint)
         everyone = checkpoint["vbon_lightning"]["experience"]
         assert len(everyone) == trainer.world_size
-        kept = [policy_gradient._from_plain(part) for part in everyone[place]]
+        kept = [experience.from_plain(part) for part in everyone[place]]
         for ours, theirs in zip(kept, module._experience, strict=True):
             assert torch.equal(ours.advantages, theirs.advantages)
             assert torch.equal(ours.rollout.completions.tokens, theirs.rollout.completions.tokens)
@@ -58,7 +58,7 @@ def test_a_critics_values_and_returns_are_in_the_checkpoint(files: Path) -> None
     checkpoint: dict[str, Any] = {"state_dict": {}}
     module.on_save_checkpoint(checkpoint)
     (mine,) = checkpoint["vbon_lightning"]["experience"]
-    for ours, theirs in zip(map(policy_gradient._from_plain, mine), module._experience, strict=True):
+    for ours, theirs in zip(map(experience.from_plain, mine), module._experience, strict=True):
         assert torch.equal(ours.values, theirs.values)
         assert torch.equal(ours.returns, theirs.returns)
         assert ours.values.any()
@@ -158,7 +158,7 @@ def test_what_a_checkpoint_brings_back(files: Path) -> None:
 def test_what_goes_into_a_checkpoint_carries_no_graph() -> None:
     learnt = torch.ones(2, requires_grad=True)
     for value in (learnt, {"a": learnt}):
-        found = policy_gradient._to_plain(value)
+        found = experience.to_plain(value)
         kept = found["a"] if isinstance(found, dict) else found
         assert not kept.requires_grad
         assert torch.equal(kept, learnt)

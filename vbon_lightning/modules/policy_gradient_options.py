@@ -1,0 +1,86 @@
+"""What the options of :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` may be, and with what."""
+
+from __future__ import annotations
+
+
+def check_estimator(
+    estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int, *, valued: bool, normalise: bool
+) -> None:
+    """Refuse estimators that are not, and options that do not go together.
+
+    Raises:
+        ValueError: Naming the option and what to do.
+    """
+    if estimator not in (known := ("reinforce", "clipped", "ppo")):
+        raise ValueError(f"model.estimator must be one of {', '.join(known)}; got {estimator!r}")
+    if kl_estimator not in (known := ("rao_blackwell", "sampled", "prefix_baseline")):
+        raise ValueError(f"model.kl_estimator must be one of {', '.join(known)}; got {kl_estimator!r}")
+    if estimator == "ppo" and kl_estimator == "prefix_baseline":
+        raise ValueError(
+            "model.kl_estimator=prefix_baseline is a leave-one-out baseline, and ppo has a critic instead: "
+            "set rao_blackwell or sampled"
+        )
+    if normalise and kl_estimator != "sampled":
+        raise ValueError(
+            f"model.normalise divides the advantages, and with model.kl_estimator={kl_estimator} not the KL's own "
+            "gradient: its weight would be another than the one asked for. Set kl_estimator to sampled, or normalise "
+            "to false"
+        )
+    if epochs < 1 or minibatches < 1:
+        raise ValueError(f"model.epochs_per_rollout and model.minibatches must be >= 1, got {epochs}, {minibatches}")
+    if estimator != "ppo" and samples < 2 and not valued:
+        raise ValueError(f"a leave-one-out baseline needs model.samples_per_prompt >= 2, got {samples}")
+    if estimator == "reinforce" and epochs * minibatches > 1:
+        raise ValueError(
+            "REINFORCE is unbiased for one update a rollout only: for several, set model.estimator to clipped or ppo"
+        )
+
+
+def check_value_model_options(used: bool, named: bool, estimator: str, kl_estimator: str, lam: float) -> None:
+    """Refuse a value model where there is none, or where nothing reads it.
+
+    Raises:
+        ValueError: Naming the option and what to do.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"model.value_lambda must be in [0, 1], got {lam}")
+    if used and not named:
+        raise ValueError("model.value_model is on, but none is named: set data.value_model")
+    if used and (estimator == "ppo" or kl_estimator != "rao_blackwell"):
+        raise ValueError(
+            "advantages from a value model stand on model.kl_estimator=rao_blackwell and an estimator without a critic "
+            "of its own: set model.value_model to false, or these to rao_blackwell and reinforce or clipped"
+        )
+    if lam < 1 and not used:
+        raise ValueError("model.value_lambda is that of a value model's advantages, and none is in use")
+
+
+def check_numbers(
+    *,
+    samples_per_prompt: int,
+    eval_samples: int,
+    reference_samples: int,
+    clip: float,
+    value_clip: float,
+    value_coef: float,
+    gae_lambda: float,
+) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ValueError: Naming the option and what to do.
+    """
+    for name, count, least in (
+        ("samples_per_prompt", samples_per_prompt, 1),
+        ("eval_samples", eval_samples, 1),
+        ("reference_samples", reference_samples, 0),
+    ):
+        if count < least:
+            raise ValueError(f"model.{name} must be >= {least}, got {count}")
+    for name, width in (("clip", clip), ("value_clip", value_clip)):
+        if not width > 0:
+            raise ValueError(f"model.{name} must be > 0, got {width}")
+    if not value_coef >= 0:
+        raise ValueError(f"model.value_coef must be >= 0, got {value_coef}")
+    if not 0 <= gae_lambda <= 1:
+        raise ValueError(f"model.gae_lambda must be in [0, 1], got {gae_lambda}")
