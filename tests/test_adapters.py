@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from tests.actors.test_loaded import Lengths
 from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET, make_data, make_files, make_module, make_trainer, weights
-from tests.test_actors import Lengths
 from vbon_lightning import TextSource
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.adapters import adapters_active, adapters_off, merged_copy, merged_parameters

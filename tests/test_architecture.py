@@ -32,6 +32,7 @@ TESTS = Path(__file__).parent
 TESTED_ELSEWHERE = {
     "_json_lines.py": "data/test_readers.py",
     "_markdown.py": "callbacks/test_sample_table.py",
+    "actors/value_model.py": "models/test_value.py",
     "callbacks/reference_table_writer.py": "modules/test_reference_sampler.py",
     "callbacks/reward_monitor.py": "callbacks/test_rollout_metrics.py",
     "commands/parsers.py": "commands/test_init.py",

@@ -75,7 +75,7 @@ class Elsewhere:
 def test_the_mismatch_of_the_policys_samples_is_logged(
     kind: str, expected: list[float], files: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("vbon_lightning.actors.make_sampler", lambda *_, **__: Elsewhere())
+    monkeypatch.setattr("vbon_lightning.actors.loaded.make_sampler", lambda *_, **__: Elsewhere())
     metrics = Metrics()
     fit(files, tmp_path, kind, metrics, val=None)
     assert [seen["train/sampler_mismatch"] for seen in metrics.seen] == expected

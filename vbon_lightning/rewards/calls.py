@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -88,6 +88,10 @@ class Scored(NamedTuple):
     """``[B, G]`` of each part of a reward that has several, by name."""
 
 
+_COUNTING = threading.Lock()
+"""One for all records, which are copied with the module that holds them; a lock cannot be."""
+
+
 @dataclass
 class CallRecord:
     """What calling the reward has come to in a run; each thing is said once in a warning, and counted."""
@@ -96,11 +100,10 @@ class CallRecord:
     """Calls that were made again."""
     missing: int = 0
     """Responses that were left without a reward."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def retried(self, failure: RewardFailure, left: int) -> None:
         """Count a call that is about to be made again."""
-        with self._lock:
+        with _COUNTING:
             self.retries += 1
             first = self.retries == 1
         if first:
