@@ -12,23 +12,25 @@ from vbon_lightning.checks import ConfigMismatchError, check_same_settings, diff
 
 def test_equal_settings_have_no_differences() -> None:
     settings = {"n": 4, "data": {"path": "a", "rows": [1, 2]}, "none": None}
-    assert differences(settings, json.loads(json.dumps(settings))) == []
+    assert differences(settings, json.loads(json.dumps(settings))) == {}
     check_same_settings(settings, dict(settings), what="module")
 
 
 def test_differences_name_nested_keys_and_both_values() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": 1, "gone": 0}
     new = {"a": {"b": 1, "c": 3}, "d": None, "new": "x"}
-    assert differences(old, new) == [
-        "a.c: checkpoint has 2, this run has 3",
-        "d: checkpoint has 1, this run has None",
-        "gone: checkpoint has 0, this run has '(absent)'",
-        "new: checkpoint has '(absent)', this run has 'x'",
-    ]
+    assert differences(old, new) == {
+        "a.c": (2, 3),
+        "d": (1, None),
+        "gone": (0, "(absent)"),
+        "new": ("(absent)", "x"),
+    }
+    with pytest.raises(ConfigMismatchError, match=r"(?s)a\.c: checkpoint has 2, this run has 3\n.*gone: checkpoint"):
+        check_same_settings(old, new, what="module")
 
 
 def test_a_mapping_differs_from_a_value() -> None:
-    assert differences({"a": {"b": 1}}, {"a": 1}) == ["a: checkpoint has {'b': 1}, this run has 1"]
+    assert differences({"a": {"b": 1}}, {"a": 1}) == {"a": ({"b": 1}, 1)}
 
 
 def test_the_error_names_all_and_says_what_to_do() -> None:

@@ -10,6 +10,10 @@ class ConfigMismatchError(ValueError):
     """A checkpoint was made with other settings than the run that would resume it."""
 
 
+ABSENT = "(absent)"
+"""Stands for a field that one side lacks."""
+
+
 def plain(value: Any) -> Any:
     """Keep what compares and stores as text of nested settings: numbers, strings, None, lists, mappings."""
     if isinstance(value, Mapping):
@@ -23,15 +27,16 @@ def _is_opaque(value: Any) -> bool:
     return not (value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping)))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List where two nested mappings of plain values differ, as ``key: old -> new`` lines."""
-    found = []
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Find where two nested mappings of plain values differ: both values by the field's dotted name."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*old, *new}, key=str):
-        name, before, after = f"{prefix}{key}", old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{name}.")
+        name, before, after = f"{prefix}{key}", old.get(key, ABSENT), new.get(key, ABSENT)
+        sides = [{} if value is ABSENT else value for value in (before, after)]
+        if any(sides) and all(isinstance(side, Mapping) for side in sides):
+            found |= differences(sides[0], sides[1], f"{name}.")
         elif before != after:
-            found.append(f"{name}: checkpoint has {before!r}, this run has {after!r}")
+            found[name] = (before, after)
     return found
 
 
@@ -45,7 +50,9 @@ def check_same_settings(old: Mapping[str, Any], new: Mapping[str, Any], *, what:
     if found:
         raise ConfigMismatchError(
             f"the checkpoint's {what} settings disagree with this run's:\n  "
-            + "\n  ".join(found)
+            + "\n  ".join(
+                f"{name}: checkpoint has {its!r}, this run has {ours!r}" for name, (its, ours) in found.items()
+            )
             + "\nResume with the settings the checkpoint was made with, or start a new run from the exported "
             "policy (`data.policy: <export directory>`) without `--ckpt_path`."
         )

@@ -21,6 +21,7 @@ from vbon_lightning.functional._validate import (
     check_same_shape,
     check_shape,
 )
+from vbon_lightning.functional.sequences import masked
 
 
 def leave_one_out(values: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -51,8 +52,8 @@ def leave_one_out(values: Tensor, kept: Tensor | None = None) -> Tensor:
     check_shape("kept", kept, values.shape[:2], "[B, G]")
     kept = kept.view(*kept.shape, *[1] * (values.dim() - 2))
     count = kept.sum(1, keepdim=True).to(values.dtype)
-    mean = _masked(values, kept.expand_as(values)).sum(1, keepdim=True) / count.clamp(min=1)
-    return _masked((values - mean) * (count / (count - 1).clamp(min=1)), (kept & (count > 1)).expand_as(values))
+    mean = masked(values, kept.expand_as(values)).sum(1, keepdim=True) / count.clamp(min=1)
+    return masked((values - mean) * (count / (count - 1).clamp(min=1)), (kept & (count > 1)).expand_as(values))
 
 
 def normalise_advantages(
@@ -112,14 +113,9 @@ def cost_to_go(costs: Tensor) -> Tensor:
     return torch.cat([from_here[..., 1:], torch.zeros_like(costs[..., :1])], -1)
 
 
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero what is outside the mask, whatever stands there."""
-    return torch.where(mask, values, torch.zeros_like(values))
-
-
 def _per_response(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over tokens, mean over the responses that have any."""
-    return _masked(values, mask).sum() / mask.any(-1).sum().clamp(min=1)
+    return masked(values, mask).sum() / mask.any(-1).sum().clamp(min=1)
 
 
 def _token_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -132,7 +128,7 @@ def _token_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
             f"advantages must have the shape of the mask, {list(mask.shape)}, or of its responses, "
             f"{list(mask.shape[:-1])}, got {list(advantages.shape)}"
         )
-    return _masked(advantages.detach().expand(mask.shape), mask)
+    return masked(advantages.detach().expand(mask.shape), mask)
 
 
 def _check_tokens(mask: Tensor, **tensors: Tensor) -> None:
@@ -159,7 +155,7 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tenso
         ValueError: if the shapes do not fit.
     """
     _check_tokens(mask, log_probs=log_probs)
-    return -_per_response(_token_advantages(advantages, mask) * _masked(log_probs, mask), mask)
+    return -_per_response(_token_advantages(advantages, mask) * masked(log_probs, mask), mask)
 
 
 class SurrogateLoss(NamedTuple):
@@ -200,15 +196,15 @@ def clipped_surrogate_loss(
     _check_tokens(mask, log_probs=log_probs, old_log_probs=old_log_probs)
     check_real("clip", clip, above=0.0)
     advantages = _token_advantages(advantages, mask)
-    log_ratio = _masked(log_probs - old_log_probs.detach(), mask)
+    log_ratio = masked(log_probs - old_log_probs.detach(), mask)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     with torch.no_grad():
         count = mask.sum().clamp(min=1)
-        clip_fraction = (_masked(clipped, mask) < _masked(unclipped, mask)).sum() / count
-        approx_kl = _masked(torch.expm1(log_ratio) - log_ratio, mask).sum() / count
-        mean_ratio = _masked(ratio, mask).sum() / count
+        clip_fraction = (masked(clipped, mask) < masked(unclipped, mask)).sum() / count
+        approx_kl = masked(torch.expm1(log_ratio) - log_ratio, mask).sum() / count
+        mean_ratio = masked(ratio, mask).sum() / count
     loss = -_per_response(torch.minimum(unclipped, clipped), mask)
     return SurrogateLoss(loss, clip_fraction, approx_kl, mean_ratio)
 
@@ -248,15 +244,15 @@ def generalized_advantage_estimation(
     _check_tokens(mask, token_rewards=token_rewards, values=values)
     check_real("gamma", gamma, at_least=0.0, at_most=1.0)
     check_real("lam", lam, at_least=0.0, at_most=1.0)
-    values = _masked(values, mask)
+    values = masked(values, mask)
     next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    delta = _masked(token_rewards + gamma * next_values - values, mask)
+    delta = masked(token_rewards + gamma * next_values - values, mask)
     advantages = torch.zeros_like(delta)
     running = delta.new_zeros(delta.shape[:-1])
     for t in range(delta.shape[-1] - 1, -1, -1):
         running = delta[..., t] + gamma * lam * running
         advantages[..., t] = running
-    return AdvantageEstimate(_masked(advantages, mask), _masked(advantages + values, mask))
+    return AdvantageEstimate(masked(advantages, mask), masked(advantages + values, mask))
 
 
 def clipped_value_loss(
@@ -282,6 +278,6 @@ def clipped_value_loss(
     """
     _check_tokens(mask, values=values, old_values=old_values, returns=returns)
     check_real("clip", clip, above=0.0)
-    values, old_values, returns = (_masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
+    values, old_values, returns = (masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
     near = old_values + (values - old_values).clamp(-clip, clip)
     return _per_response(torch.maximum((values - returns).square(), (near - returns).square()), mask) / 2

@@ -50,6 +50,16 @@ def response_mask(tokens: Tensor, *, eos_id: int | Sequence[int]) -> Tensor:
     return ended_before == 0
 
 
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero what is outside the mask, whatever stands there, NaN too.
+
+    Args:
+        values: any shape.
+        mask: bool, of the same shape.
+    """
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
 def scaled_logits(logits: Tensor, temperature: float) -> Tensor:
     """Return ``logits / temperature`` in float32 or wider, without a copy where none is needed."""
     wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

@@ -21,6 +21,7 @@ from vbon_lightning.functional._validate import (
 from vbon_lightning.functional.best_of_n import bon_log_ratio, bon_log_ratio_bound, kl_weight
 from vbon_lightning.functional.policy_gradient import cost_to_go, leave_one_out
 from vbon_lightning.functional.reward_cdf import RewardCDF
+from vbon_lightning.functional.sequences import masked
 
 
 class Target(NamedTuple):
@@ -125,10 +126,6 @@ def _check(target: Target, mask: Tensor, **tensors: Tensor) -> None:
         check_same_shape(name, tensor, "mask", mask)
 
 
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, torch.zeros_like(values))
-
-
 @torch.no_grad()
 def token_rewards(target: Target, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
     """Spread the target over tokens, for a critic: ``-kl_coef log(pi / ref)`` on each, the score on the last.
@@ -147,10 +144,10 @@ def token_rewards(target: Target, log_probs: Tensor, reference_log_probs: Tensor
         ValueError: if the shapes do not fit.
     """
     _check(target, mask, log_probs=log_probs, reference_log_probs=reference_log_probs)
-    rewards = -target.kl_coef * _masked(log_probs - reference_log_probs, mask)
+    rewards = -target.kl_coef * masked(log_probs - reference_log_probs, mask)
     position = mask.long().cumsum(-1)
     last = mask & (position == position[..., -1:])
-    return rewards + _masked(target.score.to(rewards.dtype).unsqueeze(-1).expand(mask.shape), last)
+    return rewards + masked(target.score.to(rewards.dtype).unsqueeze(-1).expand(mask.shape), last)
 
 
 @torch.no_grad()
@@ -174,9 +171,9 @@ def sampled_kl_advantages(target: Target, log_probs: Tensor, reference_log_probs
         ValueError: if the shapes do not fit or ``G < 2``.
     """
     _check(target, mask, log_probs=log_probs, reference_log_probs=reference_log_probs)
-    log_ratio = _masked(log_probs - reference_log_probs, mask).sum(-1)
+    log_ratio = masked(log_probs - reference_log_probs, mask).sum(-1)
     advantages = leave_one_out(target.score - target.kl_coef * log_ratio, mask.any(-1))
-    return _masked(advantages.unsqueeze(-1).expand(mask.shape), mask)
+    return masked(advantages.unsqueeze(-1).expand(mask.shape), mask)
 
 
 @torch.no_grad()
@@ -214,13 +211,13 @@ def rao_blackwell_advantages(
         ValueError: if the shapes do not fit or ``G < 2``.
     """
     _check(target, mask, token_kl=token_kl)
-    later_kl = cost_to_go(_masked(token_kl, mask))
+    later_kl = cost_to_go(masked(token_kl, mask))
     if log_ratio is None:
-        return _masked(leave_one_out(target.score.unsqueeze(-1) - target.kl_coef * later_kl, mask.any(-1)), mask)
+        return masked(leave_one_out(target.score.unsqueeze(-1) - target.kl_coef * later_kl, mask.any(-1)), mask)
     _check(target, mask, log_ratio=log_ratio)
-    kept = _masked(log_ratio, mask)
+    kept = masked(log_ratio, mask)
     sampled = leave_one_out(target.score - target.kl_coef * kept.sum(-1), mask.any(-1)).unsqueeze(-1)
-    return _masked(sampled + target.kl_coef * (kept + cost_to_go(kept) - later_kl), mask)
+    return masked(sampled + target.kl_coef * (kept + cost_to_go(kept) - later_kl), mask)
 
 
 def kl_penalty(token_kl: Tensor, mask: Tensor) -> Tensor:
@@ -240,4 +237,4 @@ def kl_penalty(token_kl: Tensor, mask: Tensor) -> Tensor:
     check_float("token_kl", token_kl)
     check_mask("mask", mask)
     check_same_shape("mask", mask, "token_kl", token_kl)
-    return _masked(token_kl, mask).sum() / mask.any(-1).sum().clamp(min=1)
+    return masked(token_kl, mask).sum() / mask.any(-1).sum().clamp(min=1)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vbon_lightning.checks import differences
 from vbon_lightning.reference_table.shards import (
     ReferenceTableError,
     atomic_file,
@@ -16,7 +17,6 @@ from vbon_lightning.reference_table.shards import (
 )
 
 _FILE = "fingerprint.json"
-_ABSENT = "(absent)"
 _SKIPS = "on_missing"
 """In the fingerprint where responses without a reward are replaced by further draws."""
 
@@ -60,15 +60,6 @@ def plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         ) from problem
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or (name and not value):
-        return {name: value}
-    fields: dict[str, Any] = {}
-    for key, inner in value.items():
-        fields.update(_flat(inner, f"{name}.{key}" if name else key))
-    return fields
-
-
 def check(path: Path, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Compare a table's fingerprint with a run's.
 
@@ -77,16 +68,11 @@ def check(path: Path, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     Raises:
         FingerprintMismatch: naming each field that differs.
     """
-    ours, theirs = _flat(plain(run)), _flat(dict(table))
-    if _SKIPS not in theirs:
+    ours = plain(run)
+    if _SKIPS not in table:
         ours.pop(_SKIPS, None)
-    differences = {
-        field: (theirs.get(field, _ABSENT), ours.get(field, _ABSENT))
-        for field in sorted(theirs.keys() | ours.keys())
-        if field not in theirs or field not in ours or theirs[field] != ours[field]
-    }
-    if differences:
-        raise FingerprintMismatch(path, differences)
+    if found := differences(table, ours):
+        raise FingerprintMismatch(path, found)
 
 
 def read(directory: Path) -> dict[str, Any]:

@@ -95,35 +95,44 @@ def _first_two(parameters: Any) -> Iterator[inspect.Parameter]:
     return iter(found[:2])
 
 
+class Asked(NamedTuple):
+    """What a reward is asked to judge."""
+
+    prompts: Sequence[Any]
+    """B prompts: texts, or conversations."""
+    responses: Sequence[Sequence[str]]
+    """B lists of G responses."""
+    token_ids: Sequence[Sequence[Sequence[int]]]
+    """B lists of G lists of token ids."""
+    columns: Mapping[str, Sequence[Any]]
+    """B values of each column that came along."""
+
+
 def call_grouped(
     target: Callable[..., Any],
     how: Convention,
     arguments: Mapping[str, Any],
-    prompts: Sequence[Any],
-    responses: Sequence[Sequence[str]],
-    token_ids: Sequence[Sequence[Sequence[int]]],
-    columns: Mapping[str, Sequence[Any]],
+    asked: Asked,
 ) -> Any:
     """Call a function with B prompts and B lists of G responses; it answers for B lists of G."""
-    place = [token_ids] if how.token_ids == "position" else []
-    named = {"token_ids": token_ids} if how.token_ids == "name" else {}
-    return awaited(target(prompts, responses, *place, **named, **how.columns(columns), **arguments))
+    place = [asked.token_ids] if how.token_ids == "position" else []
+    named = {"token_ids": asked.token_ids} if how.token_ids == "name" else {}
+    beside = how.columns(asked.columns)
+    return awaited(target(asked.prompts, asked.responses, *place, **named, **beside, **arguments))
 
 
 def call_flat(
     target: Callable[..., Any],
     how: Convention,
     arguments: Mapping[str, Any],
-    prompts: Sequence[Any],
-    responses: Sequence[Sequence[str]],
-    token_ids: Sequence[Sequence[Sequence[int]]],
-    columns: Mapping[str, Sequence[Any]],
+    asked: Asked,
 ) -> list[list[Any]]:
     """Call a function of TRL's with N = B G prompts and completions, and bring its N answers back to B lists of G.
 
     Raises:
         RewardError: If it does not return one answer a completion.
     """
+    prompts, responses, token_ids, columns = asked
     counts = [len(row) for row in responses]
 
     def repeated(values: Sequence[Any]) -> list[Any]:

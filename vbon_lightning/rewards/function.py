@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vbon_lightning.rewards.base import RewardError, RewardModel, check_columns, check_rewards
-from vbon_lightning.rewards.calling import Convention, call_flat, call_grouped, convention_of
+from vbon_lightning.rewards.calling import Asked, Convention, call_flat, call_grouped, convention_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +65,7 @@ class CallableReward(RewardModel):
         how = self._loaded()
         check_columns(self.function, how.required, columns or {})
         call = call_flat if how.layout == "flat" else call_grouped
-        found = call(self._target, how, self._passed, prompts, responses, token_ids, columns or {})
+        found = call(self._target, how, self._passed, Asked(prompts, responses, token_ids, columns or {}))
         return check_rewards(found, prompts, responses, abstains=True)  # which whoever asks may take, or refuse
 
     def identity(self) -> dict[str, str]:
