@@ -34,6 +34,7 @@ TESTED_ELSEWHERE = {
     "_markdown.py": "callbacks/test_sample_table.py",
     "actors/value_model.py": "models/test_value.py",
     "callbacks/reference_table_writer.py": "modules/test_reference_sampler.py",
+    "callbacks/rollout_callback.py": "callbacks/test_rollout_metrics.py",
     "callbacks/reward_monitor.py": "callbacks/test_rollout_metrics.py",
     "commands/parsers.py": "commands/test_init.py",
     "commands/starting_config.py": "commands/test_init.py",

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vbon_lightning._markdown import markdown_cell, markdown_table, reward_cell
-from vbon_lightning.callbacks.rollout_metrics import rollout_of
+from vbon_lightning.callbacks.rollout_callback import RolloutCallback
 from vbon_lightning.data.conversations import shown_prompts
 from vbon_lightning.loggers import log_table
 from vbon_lightning.reference_table.shards import atomic_file
@@ -21,7 +21,7 @@ _COLUMNS = ("step", "prompt", "response", "reward", "tokens", "finished")
 _SHOWN_STEPS = 5
 
 
-class SampleTable(Callback):
+class SampleTable(RolloutCallback):
     """Write some responses of the policy with their rewards at each validation and test, for people to read.
 
     They go to ``samples/{stage}-{step}.jsonl`` below the log directory, as text to TensorBoard, where a prompt's
@@ -44,6 +44,7 @@ class SampleTable(Callback):
         directory: str | None = None,
         enabled: bool = True,
     ) -> None:
+        super().__init__(enabled)
         if every_n_steps < 0:
             raise ValueError(f"SampleTable's every_n_steps must be >= 0, got {every_n_steps}")
         for name, value in (("prompts", prompts), ("samples", samples)):
@@ -55,11 +56,9 @@ class SampleTable(Callback):
             samples,
             directory,
         )
-        self.enabled = enabled
         self._rows: list[dict[str, Any]] = []
         self._earlier: dict[int, list[dict[str, Any]]] = {}  # of validations, by step
         self._target: Path | None = None
-        self._last_step = -1
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,65 +78,23 @@ class SampleTable(Callback):
         else:
             self._target = Path(self.directory) if self.directory is not None else Path(str(log_dir), "samples")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where training starts."""
-        self._last_step = trainer.global_step
+    def begin(self, stage: str) -> None:
+        """Start collecting anew."""
+        self._rows = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, stage: str, rollout: Rollout | None) -> None:
+        """Collect responses of validation and test until there are enough."""
+        if stage != "train":
+            self._collect(trainer, rollout)
+
+    def stepped(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout | None) -> None:
         """Write the batch's first responses at every ``every_n_steps`` optimizer steps."""
-        step = trainer.global_step
-        stepped, self._last_step = step != self._last_step, step
-        if self.every_n_steps and stepped and step % self.every_n_steps == 0:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._rows = []
-            self._collect(trainer, outputs)
-            self._write(trainer, "train")
+            self._collect(trainer, rollout)
+            self.end(trainer, pl_module, "train")
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start collecting anew."""
-        self._rows = []
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect responses until there are enough."""
-        self._collect(trainer, outputs)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them."""
-        self._write(trainer, "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start collecting anew."""
-        self._rows = []
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect responses until there are enough."""
-        self._collect(trainer, outputs)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them."""
-        self._write(trainer, "test")
-
-    def _collect(self, trainer: Trainer, outputs: Any) -> None:
-        if not self.enabled:
-            return
-        rollout = rollout_of(outputs)
+    def _collect(self, trainer: Trainer, rollout: Rollout | None) -> None:
         if rollout is None:
             if not self._warned and not trainer.sanity_checking:
                 self._warned = True
@@ -146,7 +103,8 @@ class SampleTable(Callback):
         if trainer.is_global_zero and not trainer.sanity_checking and len(self._rows) < self.prompts:
             self._rows += _rows(rollout, self.prompts - len(self._rows), self.samples)
 
-    def _write(self, trainer: Trainer, stage: str) -> None:
+    def end(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write what was collected."""
         rows, self._rows = self._rows, []
         if not rows or not trainer.is_global_zero or self._target is None:
             return
