@@ -44,5 +44,18 @@ def test_conversations_are_rendered_first() -> None:
     pair = TextRow(1, "ab", None, "ab", messages=[USER], answer=[ASSISTANT], worse=[MORE])
     (compared,) = prepare_rows([pair], "comparisons", TOKENIZER, chat={"template": TEMPLATE})
     assert len(compared.texts) == 2
-    with pytest.raises(PromptError, match="labelled texts are plain texts, and these are conversations"):
-        prepare_rows(rows, "labelled", TOKENIZER, labels=["a"], chat={"template": TEMPLATE})
+    judged = [pair._replace(label=1), as_row(TALK[:2], 2)._replace(label=0)]
+    found = prepare_rows(judged, "labelled", TOKENIZER, labels=["bad", "good"], chat={"template": TEMPLATE})
+    assert [one.label for one in found] == [1, 0]
+    whole = list(TOKENIZER.apply_chat_template(TALK[:2], chat_template=TEMPLATE, return_dict=False))
+    assert [one.tokens for one in found] == [whole, whole]  # a prompt with its answer is the same conversation
+    (cut, _) = prepare_rows(
+        judged, "labelled", TOKENIZER, labels=["bad", "good"], chat={"template": TEMPLATE}, max_text_tokens=3
+    )
+    assert cut.tokens == whole[:3]
+
+
+def test_a_labelled_response_is_read_behind_its_prompt() -> None:
+    (judged,) = prepare_rows([TextRow(1, "ab", "cd", "ab", label=0)], "labelled", TOKENIZER, labels=["bad"])
+    (plain,) = prepare_rows([TextRow(1, "abcd", None, "abcd", label=0)], "labelled", TOKENIZER, labels=["bad"])
+    assert judged.tokens == plain.tokens

@@ -278,7 +278,8 @@ def encode_labelled(
 ) -> list[EncodedJudged]:
     """Encode labelled texts as a sequence classifier reads them, with the special tokens of its tokenizer.
 
-    A text cut by ``first_words`` is learnt as it was cut. The pieces of a split text all have its label.
+    A prompt with a response is one text; what a chat template rendered has its special tokens already. A text cut by
+    ``first_words`` is learnt as it was cut. The pieces of a split text all have its label.
 
     Args:
         rows: The texts, each with its label: an index into ``labels`` or one of them.
@@ -299,8 +300,19 @@ def encode_labelled(
                 f"row {row.row}: the label {row.label!r} is none of model.labels, {', '.join(labels)}, "
                 f"nor an index from 0 to {len(labels) - 1}"
             )
-    pieces = _encode_whole(tokenizer, [row.prompt for row in rows], max_tokens, split=long_text == "split")
+    texts = [row.prompt + (row.response or "") for row in rows]
+    if rows and rows[0].rendered:
+        pieces = list(enumerate(_encode_rendered(tokenizer, texts, max_tokens)))
+    else:
+        pieces = _encode_whole(tokenizer, texts, max_tokens, split=long_text == "split")
     return [EncodedJudged([tokens], known[str(rows[row].label)]) for row, tokens in pieces]
+
+
+def _encode_rendered(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None
+) -> list[list[int]]:
+    """Encode what a chat template rendered, cut to ``max_tokens``."""
+    return [ids[:max_tokens] for ids in encode_prompt_ids(tokenizer, texts, rendered=True)]
 
 
 def encode_comparisons(
@@ -325,7 +337,7 @@ def encode_comparisons(
             )
         texts += [row.prompt + row.response, row.prompt + row.rejected]
     if rows and rows[0].rendered:
-        tokens = [ids[:max_tokens] for ids in encode_prompt_ids(tokenizer, texts, rendered=True)]
+        tokens = _encode_rendered(tokenizer, texts, max_tokens)
     else:
         tokens = [piece for _, piece in _encode_whole(tokenizer, texts, max_tokens, split=False)]
     encoded = []

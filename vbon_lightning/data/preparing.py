@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from vbon_lightning.data.conversations import Chat, ConversationError
+from vbon_lightning.data.conversations import Chat
 from vbon_lightning.data.encoding import (
-    PromptError,
     encode_comparisons,
     encode_labelled,
     encode_prompts,
@@ -59,9 +58,7 @@ def prepare_rows(
         PromptError: Naming a row that cannot be used.
     """
     if any(row.messages is not None for row in rows):
-        if kind == "labelled":
-            raise PromptError("labelled texts are plain texts, and these are conversations")
-        rows = render_conversations(rows, Chat(tokenizer, chat), whole=kind == "text")
+        rows = render_conversations(rows, Chat(tokenizer, chat), whole=kind in ("text", "labelled"))
     if kind == "prompts":
         return encode_prompts(
             rows, tokenizer, source=source, key_columns=key_columns, max_tokens=max_prompt_tokens, too_long=too_long
@@ -72,6 +69,3 @@ def prepare_rows(
         return encode_comparisons(rows, tokenizer, max_tokens=max_text_tokens)
     ends = named_token_ids(tokenizer, end_tokens)
     return encode_texts(rows, tokenizer, ends=ends, max_tokens=max_text_tokens, long_text=long_text)
-
-
-__all__ = ["ConversationError", "Kind", "PromptError", "prepare_rows"]

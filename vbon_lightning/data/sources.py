@@ -52,7 +52,8 @@ class TextSource:
             prompt's column was found.
         rejected_column: Column that holds a worse response than ``response_column``, to learn a reward from
             preferences; ``rejected`` where the prompt's column was found.
-        label_column: Column that holds the text's label, to learn a reward by classification.
+        label_column: Column that holds the label of the text, with its response where there is one, to learn a reward
+            by classification.
         template: Text with ``{column}`` in braces to be filled in, in place of ``column``;
             ``{{`` and ``}}`` are literal braces.
         field_words: Cut columns of the template to so many words before they are filled in, so that what the
