@@ -33,6 +33,11 @@ def test_a_mapping_differs_from_a_value() -> None:
     assert differences({"a": {"b": 1}}, {"a": 1}) == {"a": ({"b": 1}, 1)}
 
 
+def test_a_mapping_that_one_side_lacks_is_named_field_by_field() -> None:
+    assert differences({}, {"a": {"b": 1}}) == {"a.b": ("(absent)", 1)}
+    assert differences({"a": {}}, {}) == {"a": ({}, "(absent)")}
+
+
 def test_the_error_names_all_and_says_what_to_do() -> None:
     with pytest.raises(ConfigMismatchError, match=r"(?s)module settings.*m: .*n: .*--ckpt_path"):
         check_same_settings({"n": 1, "m": 1}, {"n": 2, "m": 2}, what="module")

@@ -545,3 +545,11 @@ def test_how_the_reward_is_called_is_a_line_of_yaml(
     vbon("fit", "--config", path)
     found = failure(capsys, lambda: vbon("fit", "--config", path, "--data.reward_calls.workers", "0"))
     assert "data.reward_calls.workers must be an integer >= 1, got 0" in found
+
+
+def test_rows_may_stand_in_the_configuration(vbon: Run, files: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"text": text} for text in ("ab", "cd", "ba", "dc", "abc", "d", "c", "da")]
+    vbon("fit", "--config", config(files, tmp_path, data__train=rows))
+    vbon("fit", "--config", config(files, tmp_path, data__train={"path": rows, "column": "text", "stop": 4}))
+    found = failure(capsys, lambda: vbon("fit", "--config", config(files, tmp_path, data__train=[{"txt": 1}] * 8)))
+    assert "8 rows in memory: which column holds the text" in found

@@ -71,6 +71,7 @@ def test_what_looks_like_a_path():
         ("~/secret/a.jsonl", ("a.jsonl", False)),
         ("./a.jsonl", ("a.jsonl", False)),
         ("s3://bucket/secret/a.jsonl", ("a.jsonl", False)),
+        ("C:secret", ("C:secret", False)),
         ("package:vbon_lightning/assets/demo_lm", ("demo_lm", False)),
     ],
 )

@@ -238,6 +238,7 @@ def command_module(name: str) -> ModuleType:
 def main() -> None:
     """Run the command line: one of :data:`COMMANDS`."""
     quiet()
+    sys.path.append(os.getcwd())  # where a user's own rewards lie, as `python -m` has it
     name, *rest = sys.argv[1:] or [""]
     if name and not name.startswith("-") and name not in COMMANDS:
         print(f"vbon: {_unknown(name)}", file=sys.stderr)

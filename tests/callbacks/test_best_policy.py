@@ -173,3 +173,16 @@ def test_a_real_run(tmp_path: Path) -> None:
     trainer.fit(make_module("vbon", data), data)
     assert len(kept(best)) == 1
     assert 0 < float(best.best_model_score or 0) < 1
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [("val/win_rate", "max"), ("val/reward", "max"), ("val/accuracy", "max"), ("val/margin", "max")]
+    + [
+        (f"val/{name}", "min")
+        for name in ("nll", "perplexity", "loss", "kl", "kl_per_token", "value_loss", "tied_groups")
+    ],
+)
+def test_what_is_best_is_told_by_the_metric(monitor: str, mode: str) -> None:
+    assert BestPolicy(monitor=monitor).mode == mode
+    assert BestPolicy(monitor=monitor, mode="max").mode == "max"

@@ -245,3 +245,39 @@ def test_nothing_is_overwritten() -> None:
 
 def test_first_records() -> None:
     assert first_records(TextSource("questions.jsonl"), 2) == QUESTIONS[:2]
+
+
+CHATS = [
+    [{"role": "user", "content": f"film {n}?"}, {"role": "assistant", "content": f"it was {n}"}] for n in range(12)
+]
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "messages": [{"messages": chat} for chat in CHATS],
+    "prompt": [{"prompt": chat[:1], "completion": chat[1:]} for chat in CHATS],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conversations_are_learnt_with_a_template_from_a_file(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines("chats.jsonl", LAYOUTS[layout])
+    Path("chat.jinja").write_text(TEMPLATE)
+    given = ["--policy", EMBEDDED, "--data", "chats.jsonl", "--method", "sft"]
+    with pytest.raises(ValueError, match="no chat template"):
+        command.main(given)
+    command.main([*given, "--chat_template", "chat.jinja"])
+    found = yaml.safe_load(Path("config.yaml").read_text())
+    assert found["data"]["chat"] == {"template": TEMPLATE}
+    assert found["data"]["train"].get("response_column") == (None if layout == "messages" else "completion")
+    for words in commands():
+        vbon(monkeypatch, *words, *SHORT[words[0]])
+    assert Path("runs/sft/export/chat_template.jinja").read_text() == TEMPLATE
+    assert len(Path("runs/sft/responses.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_it_says_of_the_best_policy_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    written(method="sft", data="texts.jsonl")
+    text = Path("config.yaml").read_text()
+    assert text.count("# - {class_path: BestPolicy") == 1
+    Path("config.yaml").write_text(text.replace("# - {class_path: BestPolicy", "- {class_path: BestPolicy"))
+    (fit,) = [words for words in commands() if words[0] == "fit"]
+    vbon(monkeypatch, *fit, *SHORT["fit"])
+    assert list(Path("runs/sft").rglob("best-step=*.ckpt"))

@@ -13,7 +13,6 @@ import pytest
 from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET
 from vbon_lightning import cli, sample
-from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.commands import sample as command
 from vbon_lightning.rewards import CallableReward, RewardCalls, RewardError
 
@@ -96,9 +95,11 @@ def test_an_interrupted_run_goes_on(kept: int, files: Path) -> None:
 def test_another_runs_output_is_left_alone(files: Path) -> None:
     vbon("--prompts", "prompts.txt", "--output", "out.jsonl")
     before = Path("out.jsonl").read_text()
-    with pytest.raises(ValueError, match="output settings disagree with this run's:\n  seed: checkpoint has 0"):
+    with pytest.raises(
+        ValueError, match=r"was made with other settings:\n  seed: 0 there, 1 here\nName another --output"
+    ):
         vbon("--prompts", "prompts.txt", "--output", "out.jsonl", "--seed", "1")
-    with pytest.raises(ValueError, match="output settings disagree"):
+    with pytest.raises(ValueError, match="made with other settings"):
         vbon("--prompts", "prompts.txt", "--output", "out.jsonl", *BEST)
     (files / "others.txt").write_text("ab\nhh\nh\n")
     with pytest.raises(command.SampleError, match=r"out.jsonl, line 2: of other prompts than these; name an"):
@@ -212,7 +213,7 @@ def test_a_response_without_a_reward_is_written_with_null(files: Path, capsys: p
     missing = sum(line["reward"] is None for line in lines)
     assert 0 < missing < len(lines) == 24
     assert f"{missing} responses were left without a reward" in capsys.readouterr().err
-    with pytest.raises(ConfigMismatchError, match="on_missing"):
+    with pytest.raises(command.SampleError, match="on_missing"):
         vbon(*some, "--output", "skip.jsonl", *PICKY)
 
 
@@ -227,3 +228,23 @@ def test_in_python_too(files: Path) -> None:
         reward_calls=RewardCalls(on_missing="skip"),
     )
     assert {one.reward is None for one in found} == {True, False}
+
+
+def test_rows_of_a_data_set_bring_their_columns(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    rows = [{"prompt": "ab", "letter": "e"}, {"prompt": "cde", "letter": "a"}]
+    letters = CallableReward("sample_rewards.letters")
+    found = list(sample("./policy", rows, reward=letters, max_new_tokens=5, device="cpu"))
+    assert [one.reward for one in found] == [
+        one.response.count(row["letter"]) for one, row in zip(found, rows, strict=True)
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(row) + "\n" for row in rows)))
+    vbon("--prompts", "-", "--reward", "CallableReward", "--reward.function", "sample_rewards.letters")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [one._asdict() for one in found]
+
+
+def test_text_for_a_model_with_a_template_is_said_to_be_text(files: Path, capsys: Any) -> None:
+    (files / "policy" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    vbon("--prompts", "prompts.txt", "--output", "a.out")
+    assert "--chat true makes each a user's turn" in capsys.readouterr().err
+    vbon("--prompts", "prompts.txt", "--chat", "true", "--output", "b.out")
+    assert "--chat true" not in capsys.readouterr().err

@@ -211,10 +211,9 @@ def test_rows_that_do_not_fit_are_named(tokenizer: PreTrainedTokenizerBase, tmp_
     file = write(tmp_path / "a.jsonl", {"text": [USER]}, {"text": "plain"})
     with pytest.raises(PromptError, match="row 2 is plain text, and others are conversations: give them apart"):
         render_conversations(read_rows(TextSource(file)), Chat(tokenizer), whole=False)
-    with pytest.raises(PromptError, match="row 1: it ends with the assistant's turn"):
-        render_conversations(
-            read_rows(TextSource(write(tmp_path / "b.jsonl", {"text": TALK}))), Chat(tokenizer), whole=False
-        )
+    source = TextSource(write(tmp_path / "b.jsonl", {"text": [ASSISTANT]}))
+    with pytest.raises(PromptError, match=r"b\.jsonl, row 1: the assistant says all of it"):
+        render_conversations(read_rows(source), Chat(tokenizer), whole=False, source=source)
     with pytest.raises(SourceError, match="line 1: message 1, of the user, has no content"):
         read_rows(TextSource(write(tmp_path / "c.jsonl", {"text": [{"role": "user"}]})))
     with pytest.raises(SourceError, match="line 1: first_words cuts texts, and this is a conversation"):
@@ -224,6 +223,30 @@ def test_rows_that_do_not_fit_are_named(tokenizer: PreTrainedTokenizerBase, tmp_
     pairs = {"chosen": [USER, ASSISTANT], "rejected": [USER, MORE]}
     with pytest.raises(SourceError, match="line 2: without a column the prompt is what chosen and rejected"):
         read_rows(TextSource(write(tmp_path / "f.jsonl", pairs, {**pairs, "chosen": 3})))
+
+
+def test_of_a_finished_conversation_the_last_turn_is_the_policys(tokenizer: PreTrainedTokenizerBase) -> None:
+    whole, asked = (
+        render_conversations([as_row(talk, 1)], Chat(tokenizer), whole=False)[0] for talk in (TALK, TALK[:3])
+    )
+    assert (whole.prompt, whole.messages) == (asked.prompt, TALK[:3])
+    twice = render_conversations([as_row([*TALK, ASSISTANT], 1)], Chat(tokenizer), whole=False)[0]
+    assert twice.messages == TALK[:3]
+
+
+def test_conversations_may_stand_as_json_in_tables_of_text(tmp_path: Path) -> None:
+    assert as_conversation(json.dumps(TALK)) == TALK
+    for text in ('[{"role": broken', '["role"]', '[1] "role"'):
+        assert as_conversation(text) is None
+    (tmp_path / "a.csv").write_text('messages\n"' + json.dumps(TALK).replace('"', '""') + '"\n')
+    (row,) = read_rows(TextSource(str(tmp_path / "a.csv")))
+    assert row.messages == TALK
+
+
+def test_an_option_that_the_template_does_not_read_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConversationError, match=r"data\.chat\.sytem: the chat template reads nothing of that name"):
+        Chat(tokenizer, {"sytem": "Be brief."})
+    Chat(tokenizer, {"template": TEMPLATE + "{{ mood }}", "mood": "good", "system": "a"})
 
 
 def test_conversations_are_filtered_by_their_words(tmp_path: Path) -> None:

@@ -33,6 +33,18 @@ def test_each_kind_becomes_what_its_modules_read() -> None:
         prepare_rows([pair], "prompts", TOKENIZER, max_prompt_tokens=1, source=TextSource("a.txt"))
 
 
+def test_key_columns_tell_prompts_apart() -> None:
+    rows = [TextRow(1, "ab", None, "ab", columns={"answer": answer}) for answer in (1, 2)]
+    keyed = prepare_rows(rows, "prompts", TOKENIZER, key_columns=("answer",))
+    assert keyed[0].key != keyed[1].key
+    assert len({one.key for one in prepare_rows(rows, "prompts", TOKENIZER)}) == 1
+
+
+def test_preferences_without_labels_are_told_of_the_other_objective() -> None:
+    with pytest.raises(PromptError, match="has no label: .* set model.objective to preference"):
+        prepare_rows([TextRow(1, "ab", "c", "ab", rejected="d")], "labelled", TOKENIZER, labels=["a"])
+
+
 def test_conversations_are_rendered_first() -> None:
     rows = [as_row(TALK[:1], 1)]
     with pytest.raises(ConversationError, match="no chat template"):

@@ -14,6 +14,9 @@ import datasets
 import fsspec
 import pytest
 
+from tests.helpers import tiny_tokenizer
+from vbon_lightning.data.encoding import PromptError
+from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.readers import SourceError, open_parts
 from vbon_lightning.data.sources import TextSource, read_rows, stream_rows
 
@@ -116,6 +119,17 @@ def test_several_files_and_patterns_are_read_one_after_another(tmp_path: Path) -
     (tmp_path / "part-1.jsonl").write_text("{}\n")
     with pytest.raises(SourceError, match=r"part-1\.jsonl, line 1: there is no column 'text'"):
         read(str(tmp_path / "part-?.jsonl"))
+
+
+def test_of_several_files_errors_name_the_one(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("a\n")
+    rows = read_rows(TextSource(str(tmp_path / "*.txt")))
+    assert [row.where for row in rows] == [f"file {tmp_path}/{number}.txt" for number in range(2)]
+    assert read_rows(TextSource(str(tmp_path / "0.txt")))[0].where is None
+    long = [rows[1]._replace(prompt="ab")]
+    with pytest.raises(PromptError, match=r"1\.txt, row 1: the prompt has 2 tokens"):
+        prepare_rows(long, "prompts", tiny_tokenizer(alphabet="ab"), max_prompt_tokens=1, source=TextSource("x.txt"))
 
 
 def test_urls_that_cannot_be_opened_are_named() -> None:

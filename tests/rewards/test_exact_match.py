@@ -41,3 +41,9 @@ def test_columns_and_identity() -> None:
     assert len({str(one.identity()) for one in made}) == 4
     with pytest.raises(RewardError, match=r"`extract` is '\(', which is no regular expression"):
         ExactMatchReward(extract="(")
+
+
+def test_of_a_row_without_an_answer_nothing_is_said() -> None:
+    found = ExactMatchReward()(["a", "b"], [["1"], ["None"]], columns={"answer": ["1", None]})
+    assert found[0].tolist() == [1.0]
+    assert found[1].isnan().all()

@@ -236,3 +236,23 @@ def test_a_threshold_passes_columns_on():
     assert ask_reward(reward, PROMPTS, RESPONSES, TOKENS, {"answer": ["bb", "ccc"]}).tolist() == [[0, 1], [1, 0]]
     with pytest.raises(RewardError, match="reads the column 'answer' of the data set, and the prompts came with 'b'"):
         ask_reward(reward, PROMPTS, RESPONSES, TOKENS, {"b": [1, 2]})
+
+
+def test_a_function_is_as_good_as_its_name() -> None:
+    import tests.rewards.test_function as here
+
+    assert (
+        CallableReward(here.given_by_itself).identity()
+        == CallableReward("tests.rewards.test_function.given_by_itself").identity()
+    )
+    assert CallableReward(here.given_by_itself)(["a"], [["bc"]]).tolist() == [[2.0]]
+    for lost in (lambda prompts, responses: None, print):
+        if lost is print:
+            assert CallableReward(lost).function == "builtins.print"
+            continue
+        with pytest.raises(RewardError, match="known by the name under which it is imported"):
+            CallableReward(lost)  # type: ignore[arg-type]
+
+
+def given_by_itself(prompts: list[str], responses: list[list[str]]) -> list[list[float]]:
+    return [[float(len(text)) for text in row] for row in responses]

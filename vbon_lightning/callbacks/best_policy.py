@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+_IS_COST = re.compile(r"nll|loss|perplexity|error|kl\b|kl_|tied|missing")
+"""What the metrics are called (docs/metrics.md) that are better the lower they are."""
+
 
 class BestPolicy(ModelCheckpoint):
     """Keep the checkpoint of the validation with the highest win rate whose KL to the reference is within a bound.
@@ -23,7 +27,8 @@ class BestPolicy(ModelCheckpoint):
     Args:
         max_kl: The most KL, in nats; no bound by default.
         monitor: What is to be as good as possible, such as ``val/reward`` where there is no win rate.
-        mode: Whether ``max`` or ``min`` of it is best.
+        mode: Whether ``max`` or ``min`` of it is best; by default the least of losses, perplexities, KL and ties, the
+            most of everything else.
         kl: The metric that must stay within the bound.
         dirpath: Where to; ``checkpoints`` in the log directory by default.
         filename: Name of the file.
@@ -35,7 +40,7 @@ class BestPolicy(ModelCheckpoint):
         self,
         max_kl: float | None = None,
         monitor: str = "val/win_rate",
-        mode: Literal["max", "min"] = "max",
+        mode: Literal["max", "min"] | None = None,
         kl: str = "val/kl",
         dirpath: str | Path | None = None,
         filename: str | None = "best-{step}",
@@ -49,7 +54,7 @@ class BestPolicy(ModelCheckpoint):
             dirpath=dirpath,
             filename=filename,
             monitor=monitor,
-            mode=mode,
+            mode=mode or ("min" if _IS_COST.search(monitor) else "max"),
             save_top_k=save_top_k,
             save_weights_only=save_weights_only,
             # At the end of an epoch the last validation may be of weights that are gone.

@@ -40,6 +40,7 @@ def init(
     output: str = "config.yaml",
     prompt_column: str | None = None,
     response_column: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a commented starting config, which `vbon fit`, `predict`, `compare` and `sample` take as it is.
 
@@ -48,13 +49,14 @@ def init(
 
     Args:
         policy: The model to train: a hub name or a local directory.
-        data: A `.jsonl`, `.csv`, `.txt` or `.parquet` file, or a data set of the hub.
+        data: A file of any format that `data.train` reads, or a data set of the hub.
         reward: What scores responses: a class of `vbon_lightning.rewards` such as `VaderReward`, a function or class
             as `package.module.name`, or a sequence classifier as a hub name or directory. Only `sft` does without.
         method: How to train: `vbon`, `kl_rl`, `sft`, `bon_sft` or `dpo`.
         output: The file to write.
         prompt_column: The column that holds prompts, texts or messages; told from the data by default.
         response_column: The column that holds responses (for `sft`) or right answers; told from the data by default.
+        chat_template: A file with the template (Jinja) that renders conversations, for a policy that has none.
     """
     target = Path(output)
     if target.exists():
@@ -64,7 +66,8 @@ def init(
     layout = layout_of(first_records(TextSource(data), 100), prompt_column, response_column)
     section = None if reward is None else reward_section(reward, layout)
     source = source_section(data, layout, method)
-    module = AlignmentDataModule(policy=policy, train=TextSource(**{**source, "stop": LOOKED_AT}))
+    chat = {} if chat_template is None else {"template": Path(chat_template).read_text(encoding="utf-8")}
+    module = AlignmentDataModule(policy=policy, chat=chat, train=TextSource(**{**source, "stop": LOOKED_AT}))
     prompts = module.prompts("train")
     if len(prompts) < 3:
         raise InitError(f"{data} holds {len(prompts)} prompts: three at least, to train, to validate and to test on")
@@ -76,7 +79,9 @@ def init(
         context=_context(policy, module.tokenizer.model_max_length),
         is_chat=module.tokenizer.chat_template is not None,
     )
-    text = starting_config(policy=policy, source=source, reward=section, method=method, output=output, found=found)
+    text = starting_config(
+        policy=policy, source=source, reward=section, method=method, output=output, found=found, chat=chat
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as stream:
         stream.write(text.encode())
@@ -87,7 +92,9 @@ def init(
 def source_section(data: str, layout: Layout, method: str) -> dict[str, Any]:
     """Return the arguments of the :class:`TextSource` that reads the data so."""
     source: dict[str, Any] = {"path": data, "column": layout.column}
-    if method == "sft" and layout.response is not None and layout.kind == "prompts":
+    # A response beside a prompt; whole conversations have theirs within.
+    beside = layout.kind == "prompts" or (layout.kind == "conversations" and layout.column == "prompt")
+    if method == "sft" and layout.response is not None and beside:
         return source | {"response_column": layout.response}
     if layout.kind == "texts":
         source |= {"min_words": FIRST_WORDS, "first_words": FIRST_WORDS}

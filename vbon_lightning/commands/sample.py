@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from vbon_lightning._json_lines import read_json_lines
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.checks import differences, plain
 from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule, Split
 from vbon_lightning.data.encoding import EncodedPrompt
@@ -153,16 +153,32 @@ def _encoded(prompts: str | TextSource, spec: ActorSpec, said: bool) -> list[Enc
     source = None
     if prompts == "-":
         lines = [line.rstrip("\r\n") for line in sys.stdin]
-        rows = [as_row(line, place) for place, line in enumerate(lines, start=1) if line.strip()]
-        if not rows:
-            raise SampleError("standard input holds no prompt: a line each")
+        rows = _typed_rows([line for line in lines if line.strip()], columns)
     else:
         source = prompts if isinstance(prompts, TextSource) else TextSource(prompts)
         rows = read_rows(source, columns)
     if said:
         rows = [row if row.messages is not None else _said(row) for row in rows]
     tokenizer = spec.load_tokenizer()
+    if not said and tokenizer.chat_template and all(row.messages is None for row in rows):
+        print(
+            "The prompts are text to go on with; --chat true makes each a user's turn, rendered by the chat template",
+            file=sys.stderr,
+        )
     return prepare_rows(rows, "prompts", tokenizer, chat=spec.chat, source=source, key_columns=columns)
+
+
+def _typed_rows(lines: list[str], columns: Sequence[str]) -> list[TextRow]:
+    """Return rows of lines of text, or of JSON Lines."""
+    if not lines:
+        raise SampleError("standard input holds no prompt: a line each, of text or of JSON")
+    try:
+        records = [json.loads(line) for line in lines]
+    except ValueError:
+        records = []
+    if records and all(isinstance(record, dict) for record in records):
+        return read_rows(TextSource.of(records), columns)
+    return [as_row(line, place) for place, line in enumerate(lines, start=1)]
 
 
 def _said(row: TextRow) -> TextRow:
@@ -176,8 +192,7 @@ def _resumed(output: Path, settings: dict[str, Any], prompts: Sequence[EncodedPr
     other company.
 
     Raises:
-        SampleError: If the output is of other prompts.
-        ConfigMismatchError: If it was made with other settings.
+        SampleError: If the output is of other prompts, or was made with other settings.
     """
     beside = output.with_name(output.name + ".settings.json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +201,9 @@ def _resumed(output: Path, settings: dict[str, Any], prompts: Sequence[EncodedPr
         return 0
     if not beside.exists():
         raise SampleError(f"{output} exists, and {beside.name}, which says what made it, does not: name another output")
-    check_same_settings(json.loads(beside.read_text()), settings, what="output")
+    if found := differences(json.loads(beside.read_text()), settings):
+        lines = "".join(f"\n  {name}: {its!r} there, {ours!r} here" for name, (its, ours) in found.items())
+        raise SampleError(f"{output} was made with other settings:{lines}\nName another --output, or remove it")
     text = output.read_text(encoding="utf-8")
     kept = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     done = min(len(kept) // samples, len(prompts))

@@ -92,6 +92,7 @@ def starting_config(
     method: str,
     output: str,
     found: Found,
+    chat: Mapping[str, Any] = {},
 ) -> str:
     """Write a YAML that `vbon fit`, `predict`, `compare` and `sample` take as it is.
 
@@ -102,6 +103,7 @@ def starting_config(
         method: One of ``vbon``, ``kl_rl``, ``sft``, ``bon_sft`` and ``dpo``.
         output: The name of the file that it will be, for the commands in its head.
         found: What looking at the data brought.
+        chat: How conversations are rendered, where the tokenizer does not say.
     """
     stem = re.sub(r"[^\w.-]+", "-", Path(output).stem)
     run = f"runs/{method if stem == 'config' else stem}"
@@ -112,7 +114,7 @@ def starting_config(
     parts = [
         _head(output, run, reward is not None, method),
         "seed_everything: 0\n\nmodel:\n" + model,
-        _data(policy, source, reward, run, found, held, left, method),
+        _data(policy, source, reward, run, found, held, left, method, chat),
         _trainer(run, method),
     ]
     return "\n".join(parts)
@@ -147,6 +149,7 @@ def _data(
     held: int,
     left: int,
     method: str,
+    chat: Mapping[str, Any],
 ) -> str:
     lines = [
         "data:",
@@ -155,6 +158,8 @@ def _data(
         f"  # policy: {{name: {_scalar(policy)}, lora: {{r: 16, lora_alpha: 32}}}}",
         "  # The reference, which the policy stays close to, is its own start unless another is named (`reference`).",
     ]
+    if chat:
+        lines += ["  # How conversations are rendered; exports carry it.", f"  chat: {_scalar(dict(chat))}"]
     if reward is not None:
         lines += ["  reward:", *(f"    {name}: {_scalar(value)}" for name, value in reward.items())]
         if "label" in reward.get("init_args", {}):
@@ -212,15 +217,8 @@ def _reading(found: Found, source: Mapping[str, Any]) -> str:
 
 
 def _trainer(run: str, method: str) -> str:
-    watching = {
-        "KLMonitor": "KL to the reference, in nats",
-        "RewardMonitor": "the mean reward",
-        "BestOfNWinRate": "win rates over the reference and over Best-of-N",
-        "SampleTable": "responses to read",
-    }
-    # Supervised fine-tuning samples nothing that these could look at.
-    watched = {} if method == "sft" else watching
-    best = "monitor: val/loss, mode: min" if method == "sft" else "monitor: val/win_rate, mode: max"
+    best = "monitor: val/nll" if method == "sft" else "max_kl: 1.0"
+    what = "with the lowest loss" if method == "sft" else "with the highest win rate within so many nats of KL"
     lines = [
         "trainer:",
         "  accelerator: auto",
@@ -231,14 +229,14 @@ def _trainer(run: str, method: str) -> str:
         "  num_sanity_val_steps: 0",
         f"  gradient_clip_val: {20.0 if method in ('vbon', 'kl_rl') else 1.0}",
         "  log_every_n_steps: 5",
-        f"  # tensorboard --logdir {run}",
+        f"  # Reward, KL, win rates and samples: tensorboard --logdir {run}",
         f"  default_root_dir: {run}",
         "  callbacks:",
-        *(f"    - class_path: vbon_lightning.callbacks.{name}  # {what}" for name, what in watched.items()),
         f"    # Goes on after a kill: vbon fit ... --ckpt_path {run}/checkpoints/last.ckpt",
         "    - class_path: lightning.pytorch.callbacks.ModelCheckpoint",
-        f"      # With `{best}` the best one is kept.",
         f"      init_args: {{dirpath: {run}/checkpoints, every_n_train_steps: 50, save_last: true}}",
+        f"    # Keeps the checkpoint {what}, for `best: true` below:",
+        f"    # - {{class_path: BestPolicy, init_args: {{{best}}}}}",
         f"    # What to take home: {run}/export. `push_to_hub: ORGANISATION/NAME` uploads it too, `best: true` takes",
         "    # the best checkpoint's weights.",
         "    - class_path: vbon_lightning.callbacks.PolicyExport",

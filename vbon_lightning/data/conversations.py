@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,11 +41,14 @@ def as_conversation(value: Any) -> list[Message] | None:
     """Return a column's value as a list of messages, None where it is something else, such as text.
 
     Args:
-        value: A list of mappings with a ``role``, or, as some readers give it, a mapping of lists.
+        value: A list of mappings with a ``role``, or, as some readers give it, a mapping of lists; or such a list as
+            JSON, as tables of plain text have it.
 
     Raises:
         ConversationError: For a list of messages one of which lacks its role or content.
     """
+    if isinstance(value, str) and value.lstrip().startswith("[") and '"role"' in value:
+        value = _parsed(value)
     if isinstance(value, Mapping) and isinstance(value.get("role"), list | tuple):
         value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple) or not value or not all(isinstance(one, Mapping) for one in value):
@@ -61,6 +65,13 @@ def as_conversation(value: Any) -> list[Message] | None:
             raise ConversationError(f"message {number}, of the {message['role']}, has no content")
         messages.append(message)
     return messages
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None  # text that only looks like it
 
 
 def transcript(messages: Sequence[Message]) -> str:
@@ -93,6 +104,18 @@ def shown_prompts(texts: Sequence[str], conversations: Sequence[Sequence[Message
     return [readable(text) for text in texts]
 
 
+def unanswered(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation without the assistant's turn that it ends with: what there is to answer.
+
+    Raises:
+        ConversationError: If the assistant says all of it.
+    """
+    last = next((place for place in range(len(messages), 0, -1) if messages[place - 1]["role"] != "assistant"), 0)
+    if not last:
+        raise ConversationError("the assistant says all of it, and there is nothing to answer")
+    return list(messages[:last])
+
+
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[list[Message], ...]:
     """Split two whole conversations into the prompt that they share and what is said differently.
 
@@ -120,7 +143,7 @@ class Chat:
             message, and anything else for the template itself, such as ``enable_thinking``.
 
     Raises:
-        ConversationError: If there is no template.
+        ConversationError: If there is no template, or an option that it does not read.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> None:
@@ -134,6 +157,12 @@ class Chat:
                 "the tokenizer has no chat template, and the data holds conversations: name an instruct model, or give "
                 "a template as data.chat.template"
             )
+        for name in self.arguments:
+            if not re.search(rf"\b{re.escape(name)}\b", str(self.template)):
+                raise ConversationError(
+                    f"data.chat.{name}: the chat template reads nothing of that name; `template` and `system` go with "
+                    "every template"
+                )
 
     def _render(self, messages: Sequence[Message], *, open_turn: bool = False) -> str:
         try:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vbon_lightning.data.conversations import MESSAGES, Chat, ConversationError, Message
+from vbon_lightning.data.conversations import MESSAGES, Chat, ConversationError, Message, unanswered
 from vbon_lightning.data.sources import TextRow, TextSource
 from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids, shared_start
 from vbon_lightning.reference_table import prompt_key
@@ -51,6 +51,12 @@ class EncodedJudged(NamedTuple):
     def tokens(self) -> list[int]:
         """The longest of the texts."""
         return max(self.texts, key=len)
+
+
+def place(row: TextRow, source: TextSource | None) -> str:
+    """Name a row for a message, and the file that it is in."""
+    where = row.where or (None if source is None else source.called)
+    return f"{where}, row {row.row}" if where else f"row {row.row}"
 
 
 def encode_prompt_ids(
@@ -110,21 +116,20 @@ def encode_prompts(
     if max_tokens is not None and max_tokens < 1:
         raise PromptError(f"data.max_prompt_tokens must be at least 1, got {max_tokens}")
     encoded = []
-    called = "" if source is None else f"{source.called}, "
     for row, tokens in zip(rows, _encode_rows(tokenizer, rows, [row.prompt for row in rows]), strict=True):
-        where, text = f"{row.where}, " if row.where else called, row.prompt
+        where, text = place(row, source), row.prompt
         if not tokens:
-            raise PromptError(f"{where}row {row.row}: the prompt {row.prompt!r} has no tokens")
+            raise PromptError(f"{where}: the prompt {row.prompt!r} has no tokens")
         if max_tokens is not None and len(tokens) > max_tokens:
             if too_long == "error":
                 raise PromptError(
-                    f"{where}row {row.row}: the prompt has {len(tokens)} tokens, over data.max_prompt_tokens="
+                    f"{where}: the prompt has {len(tokens)} tokens, over data.max_prompt_tokens="
                     f"{max_tokens}: raise it, set data.too_long=truncate_left, or shorten the prompt"
                 )
             opening = tokens[:1] if tokens[0] == tokenizer.bos_token_id else []
             if len(opening) == max_tokens:
                 raise PromptError(
-                    f"{where}row {row.row}: data.max_prompt_tokens={max_tokens} leaves nothing of the prompt "
+                    f"{where}: data.max_prompt_tokens={max_tokens} leaves nothing of the prompt "
                     "but its BOS token: raise it"
                 )
             tokens = opening + tokens[len(tokens) - max_tokens + len(opening) :]
@@ -238,13 +243,18 @@ def _encode_turns(
     return EncodedText(tokens, 1, learnt)
 
 
-def render_conversations(rows: Sequence[TextRow], chat: Chat, *, whole: bool) -> list[TextRow]:
+def render_conversations(
+    rows: Sequence[TextRow], chat: Chat, *, whole: bool, source: TextSource | None = None
+) -> list[TextRow]:
     """Write conversations out as the chat template has them.
+
+    Of a conversation that ends with the assistant's turn the prompt is what comes before: that turn is the policy's.
 
     Args:
         rows: Rows of messages.
         chat: The template.
         whole: Whether a conversation without an answer beside it is a text to learn from, rather than a prompt.
+        source: Where they come from, for messages.
 
     Raises:
         PromptError: Naming a row that is no conversation, or one that the template cannot render.
@@ -252,18 +262,20 @@ def render_conversations(rows: Sequence[TextRow], chat: Chat, *, whole: bool) ->
     rendered = []
     for row in rows:
         if row.messages is None:
-            raise PromptError(f"row {row.row} is plain text, and others are conversations: give them apart")
+            raise PromptError(f"{place(row, source)} is plain text, and others are conversations: give them apart")
         try:
             if whole and row.answer is None:
                 text, spans = chat.text(row.messages)
                 rendered.append(row._replace(prompt=text, text=text, rendered=True, spans=spans))
                 continue
-            prompt = chat.prompt(row.messages)
+            messages = row.messages if row.answer is not None else unanswered(row.messages)
+            row = row._replace(messages=messages)
+            prompt = chat.prompt(messages)
             response, rejected = (
-                None if side is None else chat.response(row.messages, side) for side in (row.answer, row.worse)
+                None if side is None else chat.response(messages, side) for side in (row.answer, row.worse)
             )
         except ConversationError as problem:
-            raise PromptError(f"row {row.row}: {problem}") from problem
+            raise PromptError(f"{place(row, source)}: {problem}") from problem
         rendered.append(row._replace(prompt=prompt, text=prompt, response=response, rejected=rejected, rendered=True))
     return rendered
 
@@ -294,7 +306,11 @@ def encode_labelled(
     known = {name: index for index, name in enumerate(labels)} | {str(index): index for index in range(len(labels))}
     for row in rows:
         if row.label is None:
-            raise PromptError(f"row {row.row} has no label: name the column that holds it (label_column)")
+            pairs = row.rejected is not None or row.worse is not None
+            raise PromptError(
+                f"row {row.row} has no label: name the column that holds it (label_column)"
+                + (", or, since there are preferences, set model.objective to preference" if pairs else "")
+            )
         if str(row.label) not in known:
             raise PromptError(
                 f"row {row.row}: the label {row.label!r} is none of model.labels, {', '.join(labels)}, "

@@ -206,7 +206,7 @@ class AlignmentDataModule(LightningDataModule):
             found = find_columns(source)
             rows = read_rows(found, self._columns(kind))
             self._rows[split, kind] = Rows(self._prepared(split, kind, rows))
-            self._say_what_was_found(split, source, found, rows)
+            self._say_what_was_found(split, source, found, rows, kind)
         return self._rows[split, kind]
 
     def _source(self, split: str) -> TextSource:
@@ -238,13 +238,17 @@ class AlignmentDataModule(LightningDataModule):
         except ConversationError as problem:
             raise ValueError(f"data.{split}: {problem}") from problem
 
-    def _say_what_was_found(self, split: str, source: TextSource, found: TextSource, rows: Sequence[TextRow]) -> None:
+    def _say_what_was_found(
+        self, split: str, source: TextSource, found: TextSource, rows: Sequence[TextRow], kind: str
+    ) -> None:
         """Log which columns were taken where none was named, and what renders conversations."""
         names = ("column", "response_column", "rejected_column")
         news = [f"{name}={getattr(found, name)}" for name in names if getattr(found, name) != getattr(source, name)]
         if rows[0].messages is not None:
             whose = "data.chat.template" if "template" in self.actors.chat else "the tokenizer's chat template"
             news.append(f"conversations, rendered by {whose}")
+            if kind == "prompts" and rows[0].answer is None and rows[0].messages[-1]["role"] == "assistant":
+                news.append("without the assistant's turn that they end with, which is the policy's to write")
         if news:
             rank_zero_info(f"data.{split}: {', '.join(news)}")
 
@@ -265,7 +269,7 @@ class AlignmentDataModule(LightningDataModule):
         first = list(islice(stream_rows(found, self._columns(kind)), self.batch_size * self._ranks()[0]))
         self._check_enough(len(first))
         self._stream_digest = Rows(self._prepared("train", kind, first)).digest
-        self._say_what_was_found("train", source, found, first)
+        self._say_what_was_found("train", source, found, first, kind)
 
     def _check_enough(self, rows: int) -> None:
         world, _ = self._ranks()

@@ -58,7 +58,7 @@ def prepare_rows(
         PromptError: Naming a row that cannot be used.
     """
     if any(row.messages is not None for row in rows):
-        rows = render_conversations(rows, Chat(tokenizer, chat), whole=kind in ("text", "labelled"))
+        rows = render_conversations(rows, Chat(tokenizer, chat), whole=kind in ("text", "labelled"), source=source)
     if kind == "prompts":
         return encode_prompts(
             rows, tokenizer, source=source, key_columns=key_columns, max_tokens=max_prompt_tokens, too_long=too_long

@@ -15,7 +15,7 @@ from vbon_lightning.data.collating import collate_prompts
 from vbon_lightning.data.conversations import Message
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.data.preparing import prepare_rows
-from vbon_lightning.data.sources import as_row
+from vbon_lightning.data.sources import TextSource, as_row, read_rows
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.models import ModelSpec, as_spec
 from vbon_lightning.rewards import RewardCalls, RewardModel
@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
 
 def sample(
     policy: str | ModelSpec,
-    prompts: Sequence[str | list[Message]],
+    prompts: TextSource | Sequence[str | list[Message] | Mapping[str, Any]],
     *,
     decoder: Decoder | None = None,
     reward: RewardModel | None = None,
@@ -66,7 +66,8 @@ def sample(
     """Draw responses from a policy, or the best of several.
 
     ``for drawn in sample("runs/vbon/export", ["Once upon a time"]): print(drawn.response)``. A prompt may be a
-    conversation, a list of messages, which the policy's chat template renders. The noise of a
+    conversation, a list of messages, which the policy's chat template renders, or a row of a data set, a mapping, whose
+    other columns the reward may read. The noise of a
     response is that of the seed, of its prompt's place and of its own: the batch size changes nothing.
 
     Args:
@@ -94,8 +95,12 @@ def sample(
         ModelError: If the policy cannot be loaded.
     """
     spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens, chat, reward_calls)
-    rows = [as_row(prompt, place) for place, prompt in enumerate(prompts, start=1)]
-    encoded = prepare_rows(rows, "prompts", spec.load_tokenizer(), chat=spec.chat)
+    columns = tuple(getattr(reward, "columns", ()))
+    if isinstance(prompts, TextSource) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        rows = read_rows(TextSource.of(prompts), columns)  # type: ignore[arg-type]
+    else:
+        rows = [as_row(prompt, place) for place, prompt in enumerate(prompts, start=1)]  # type: ignore[arg-type]
+    encoded = prepare_rows(rows, "prompts", spec.load_tokenizer(), chat=spec.chat, key_columns=columns)
     actors = load_actors(spec, decoder, device)
     yield from draw(actors, enumerate(encoded), decoder=decoder, samples=samples, batch_size=batch_size, seed=seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +33,14 @@ class CallableReward(RewardModel):
     it by its name and arguments only: when its code changes, make the table again.
 
     Args:
-        function: Import path, ``package.module.attribute``.
+        function: Import path, ``package.module.attribute``; in Python the function itself, if it can be imported by its
+            name.
         arguments: Keyword arguments, passed at every call; for a class, passed once to its constructor.
     """
 
     def __init__(self, function: str, arguments: dict[str, Any] | None = None) -> None:
+        if callable(function):
+            function = _name_of(function)
         if "." not in function.strip(".") and ":" not in function:
             raise RewardError(f"`function` is {function!r}, expected an import path like package.module.attribute")
         self.function = function
@@ -107,6 +110,21 @@ class CallableReward(RewardModel):
         self._target, self._passed = target, arguments
         self._move()
         return how
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Return the import path of a function, by which a table's fingerprint knows it."""
+    path = f"{getattr(function, '__module__', None)}:{getattr(function, '__qualname__', None)}"
+    try:
+        found = _import(path)
+    except RewardError:
+        found = None
+    if found is not function:
+        raise RewardError(
+            f"a reward is known by the name under which it is imported, and {path.replace(':', '.')} does not lead to "
+            "what was given: put the function at the top level of a module, and give it from there"
+        )
+    return path.replace(":", ".")
 
 
 def _import(path: str) -> Any:

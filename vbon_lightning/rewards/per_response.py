@@ -18,7 +18,8 @@ class ResponseReward(RewardModel):
     """Base of rewards of a single response: a subclass says what one is worth.
 
     Args:
-        column: Column of the data set that holds the right answer; None where there is none to compare with.
+        column: Column of the data set that holds the right answer; None where there is none to compare with. Of a row
+            whose answer is null the reward says nothing.
     """
 
     reads_columns = True
@@ -53,10 +54,14 @@ class ResponseReward(RewardModel):
         check_columns(type(self).__name__, self.columns, columns or {})
         answers = [None] * len(prompts) if self.column is None else (columns or {})[self.column]
         rewards = [
-            [math.nan if (value := self.score(response, answer)) is None else float(value) for response in row]
-            for row, answer in zip(responses, answers, strict=True)
+            [self._scored(response, answer) for response in row] for row, answer in zip(responses, answers, strict=True)
         ]
         return torch.tensor(rewards, dtype=torch.float32)
+
+    def _scored(self, response: str, answer: Any) -> float:
+        """Return a score, NaN where there is none: nor is there where the row lacks the answer."""
+        value = None if self.column is not None and answer is None else self.score(response, answer)
+        return math.nan if value is None else float(value)
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by its class and arguments."""
