@@ -493,6 +493,14 @@ def test_runs_have_short_names(vbon: Run, files: Path, tmp_path: Path) -> None:
     assert runs(tmp_path / "runs") == {"mine", "mine/version_1", "mine/version_2"}
 
 
+def test_a_reference_table_is_no_run(vbon: Run, files: Path, tmp_path: Path) -> None:
+    table = ["--model", "ReferenceSampler", "--model.samples", "2", "--data.reference_table", "table"]
+    path = config(files, tmp_path / "config", trainer__logger=None, model=None)
+    vbon("predict", "--config", path, *table, "--trainer.default_root_dir", "runs/mine")
+    assert (tmp_path / "table").is_dir()
+    assert not runs(tmp_path)
+
+
 def test_a_run_without_a_directory_is_called_by_its_method(vbon: Run, files: Path, tmp_path: Path) -> None:
     vbon("fit", "--config", config(files, tmp_path / "config", trainer__logger=True))
     assert runs(tmp_path / "lightning_logs") == {"vbon"}
