@@ -34,7 +34,7 @@ def open_bytes(path: str | Path, error: type[Exception]) -> Iterator[IO[bytes]]:
     try:
         opened = fsspec.open(str(path), "rb", compression="infer").open()
     except FileNotFoundError as problem:
-        raise error(f"file {path} does not exist") from problem
+        raise error(f"file {path} does not exist, or cannot be reached") from problem
     except (OSError, ValueError, ImportError) as problem:
         raise error(f"file {path} cannot be opened: {type(problem).__name__}: {problem}") from problem
     with opened as stream:

@@ -6,7 +6,10 @@ import bz2
 import gzip
 import json
 import lzma
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,18 @@ def test_of_several_files_errors_name_the_one(tmp_path: Path) -> None:
     long = [rows[1]._replace(prompt="ab")]
     with pytest.raises(PromptError, match=r"1\.txt, row 1: the prompt has 2 tokens"):
         prepare_rows(long, "prompts", tiny_tokenizer(alphabet="ab"), max_prompt_tokens=1, source=TextSource("x.txt"))
+
+
+def test_files_of_a_web_server(tmp_path: Path) -> None:
+    FILES["a.jsonl.gz"](tmp_path / "a.jsonl.gz")
+    serve = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert read(f"{address}/a.jsonl.gz") == EXPECTED
+        with pytest.raises(SourceError, match=r"absent\.jsonl does not exist, or cannot be reached"):
+            read(f"{address}/absent.jsonl")
+        server.shutdown()
 
 
 def test_urls_that_cannot_be_opened_are_named() -> None:
