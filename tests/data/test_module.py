@@ -458,3 +458,6 @@ def test_what_a_stream_cannot_do_is_refused(make: Any, tmp_path: Path) -> None:
     limited = make(SimpleNamespace(batch_kind="text"), train=rows, max_text_tokens=7)
     limited.setup("fit")
     assert limited.longest() == 7
+    prompts = make(SimpleNamespace(batches_seen=0), train=rows, val=None, max_prompt_tokens=5)
+    prompts.setup("fit")
+    assert prompts.longest() == 5
