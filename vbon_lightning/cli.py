@@ -174,14 +174,16 @@ class VbonCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard under a short name of the run, unless a logger was given, or none."""
         trainer = self._get(self.config_init, "trainer")
-        if kwargs.get("logger", trainer["logger"]) in (None, True) and self.subcommand == "predict":
-            kwargs["logger"] = False  # a reference table has nothing to log, and would look like a run
-        elif kwargs.get("logger", trainer["logger"]) in (None, True):
-            root = trainer["default_root_dir"]
-            directory = Path("lightning_logs", type(self.model).__name__.lower()) if root is None else Path(root)
-            resumed = self._get(self.config_init, "ckpt_path") if self.subcommand == "fit" else None
-            kwargs["logger"] = RunLogger(directory, resumed_from=resumed, method=type(self.model).__name__)
+        if kwargs.get("logger", trainer["logger"]) in (None, True):
+            # A reference table has nothing to log, and would look like a run.
+            kwargs["logger"] = False if self.subcommand == "predict" else self._run_logger(trainer["default_root_dir"])
         return super().instantiate_trainer(**kwargs)
+
+    def _run_logger(self, root: str | Path | None) -> RunLogger:
+        method = type(self.model).__name__
+        directory = Path("lightning_logs", method.lower()) if root is None else Path(root)
+        resumed = self._get(self.config_init, "ckpt_path") if self.subcommand == "fit" else None
+        return RunLogger(directory, resumed_from=resumed, method=method)
 
 
 def run(args: ArgsType = None) -> VbonCLI:

@@ -343,13 +343,13 @@ class Actors:
             how: dict[str, Any] = {"seed": seed, "step": step}
             drawn = self._draw(caller, self.policy, prompts, num_samples=num_samples, stream=stream, **how)
             self.sampler_mismatch = getattr(self.sampler, "mismatch", None)
-            if self.reward_calls.workers == 1:
-                drawn.scored()  # nothing is won by leaving it for later
+            # With one worker nothing is won by leaving it for later.
+            scored = drawn.scored() if self.reward_calls.workers == 1 else None
             if reference_rewards is None and reference_samples > 0:
                 reference_rewards = self.reference_rewards(
                     prompts, num_samples=reference_samples, stream=f"{stream}/reference", caller=caller, **how
                 )
-            scored = drawn.scored()
+            scored = scored or drawn.scored()
         self.count_missing(scored.rewards, prompts, drawn.responses)
         predicted = None
         if (reference_rewards is None or predict_rewards) and self.value is not None:

@@ -53,7 +53,7 @@ class EncodedJudged(NamedTuple):
         return max(self.texts, key=len)
 
 
-def place(row: TextRow, source: TextSource | None) -> str:
+def row_name(row: TextRow, source: TextSource | None) -> str:
     """Name a row for a message, and the file that it is in."""
     where = row.where or (None if source is None else source.called)
     return f"{where}, row {row.row}" if where else f"row {row.row}"
@@ -117,7 +117,7 @@ def encode_prompts(
         raise PromptError(f"data.max_prompt_tokens must be at least 1, got {max_tokens}")
     encoded = []
     for row, tokens in zip(rows, _encode_rows(tokenizer, rows, [row.prompt for row in rows]), strict=True):
-        where, text = place(row, source), row.prompt
+        where, text = row_name(row, source), row.prompt
         if not tokens:
             raise PromptError(f"{where}: the prompt {row.prompt!r} has no tokens")
         if max_tokens is not None and len(tokens) > max_tokens:
@@ -262,7 +262,7 @@ def render_conversations(
     rendered = []
     for row in rows:
         if row.messages is None:
-            raise PromptError(f"{place(row, source)} is plain text, and others are conversations: give them apart")
+            raise PromptError(f"{row_name(row, source)} is plain text, and others are conversations: give them apart")
         try:
             if whole and row.answer is None:
                 text, spans = chat.text(row.messages)
@@ -275,7 +275,7 @@ def render_conversations(
                 None if side is None else chat.response(messages, side) for side in (row.answer, row.worse)
             )
         except ConversationError as problem:
-            raise PromptError(f"{place(row, source)}: {problem}") from problem
+            raise PromptError(f"{row_name(row, source)}: {problem}") from problem
         rendered.append(row._replace(prompt=prompt, text=prompt, response=response, rejected=rejected, rendered=True))
     return rendered
 

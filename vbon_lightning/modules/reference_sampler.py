@@ -204,10 +204,7 @@ class ReferenceSampler(AlignmentModule):
         def again(row: int, count: int, number: int) -> list[_Response]:
             prompt = _one_prompt(sampled.prompts, row, self.device)
             drawn = self._draw(prompt, sampled.keys[row : row + 1], count, stream="table/further", step=number)
-            with self.loaded.asking() as caller:
-                asked = caller.start(prompt.text, drawn.responses, drawn.token_ids, prompt.beside)
-                found = asked.result().rewards
-            self.loaded.count_missing(found, prompt, drawn.responses)
+            found = self.loaded.score(prompt, drawn.responses, drawn.token_ids, torch.tensor(drawn.finished))
             return _responses_of(drawn.rows(dict(enumerate(found.tolist())))[0])
 
         def named(row: int) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vbon_lightning.rewards.base import RewardError, RewardFailure, call_reward, check_rewards, failing_row, place_of
+from vbon_lightning.rewards.calling import Asked
 
 PerCall = Literal["batch", "prompt", "response"]
 OnMissing = Literal["stop", "skip"]
@@ -135,10 +136,7 @@ class _Piece(NamedTuple):
 
     row: int
     column: int
-    prompts: Sequence[str]
-    responses: Sequence[Sequence[str]]
-    token_ids: Sequence[Sequence[Sequence[int]]]
-    columns: dict[str, Sequence[Any]]
+    asked: Asked
 
 
 class RewardCaller:
@@ -195,7 +193,7 @@ class RewardCaller:
         """
         getattr(self.reward, "columns", ())  # a function is imported here, once, and not by several threads
         unit = self.calls.unit(self.reward)
-        pieces = list(_pieces(unit, prompts, responses, token_ids, columns or {}))
+        pieces = list(_pieces(unit, Asked(prompts, responses, token_ids, columns or {})))
         ask = in_these_modes(self._ask)
         if self._pool is None:
             return PendingRewards(self, prompts, responses, pieces, [lambda one=one: ask(one) for one in pieces])  # type: ignore[misc]
@@ -214,9 +212,7 @@ class RewardCaller:
         """
         for attempt in range(self.calls.retries + 1):
             try:
-                return within(
-                    lambda: Scored(*call_reward(self.reward, *piece[2:], abstains=True)), self.calls.timeout_s
-                )
+                return within(lambda: self._call(piece), self.calls.timeout_s)
             except RewardFailure as failure:
                 left = self.calls.retries - attempt
                 pause = min(self.calls.backoff_s * 2**attempt, _LONGEST_PAUSE)
@@ -229,7 +225,7 @@ class RewardCaller:
         raise AssertionError("a call ends in an answer or an error")
 
     def _call(self, piece: _Piece) -> Scored:
-        return Scored(*call_reward(self.reward, *piece[2:], abstains=True))
+        return Scored(*call_reward(self.reward, *piece.asked, abstains=True))
 
     def _where(self, piece: _Piece) -> str:
         """Say which row, or response, of the batch a call was for; nothing where it was for the whole batch."""
@@ -240,15 +236,14 @@ class RewardCaller:
         return f" (in the call for row {piece.row}{response})"
 
     def _described(self, failure: RewardFailure, piece: _Piece) -> str:
-        unit = self.calls.unit(self.reward)
+        unit, asked = self.calls.unit(self.reward), piece.asked
         if unit != "batch":
-            place = place_of(
-                piece.row, piece.prompts[0], piece.responses[0], piece.column if unit == "response" else None
-            )
+            response = piece.column if unit == "response" else None
+            place = place_of(piece.row, asked.prompts[0], asked.responses[0], response)
         elif self.calls.timeout_s is None:
-            place = failing_row(self.reward, *piece[2:])
+            place = failing_row(self.reward, *asked)
         else:  # to ask for each row by itself might hang
-            place = f"; rows 0 to {len(piece.prompts) - 1}"
+            place = f"; rows 0 to {len(asked.prompts) - 1}"
         again = f"; asked {self.calls.retries + 1} times" if self.calls.retries else ""
         return f"{failure}{place}{again}. VBON_TRACEBACK=1 shows the way there"
 
@@ -313,25 +308,20 @@ class PendingRewards:
         return Scored(put_together([one.rewards for one in found]), parts)
 
 
-def _pieces(
-    unit: PerCall,
-    prompts: Sequence[str],
-    responses: Sequence[Sequence[str]],
-    token_ids: Sequence[Sequence[Sequence[int]]],
-    columns: Mapping[str, Sequence[Any]],
-) -> Iterator[_Piece]:
+def _pieces(unit: PerCall, asked: Asked) -> Iterator[_Piece]:
+    prompts, responses, token_ids, columns = asked
     if unit == "batch" or not prompts or len(responses) != len(prompts) or not all(responses):
-        yield _Piece(0, 0, prompts, responses, token_ids, dict(columns))
+        yield _Piece(0, 0, asked)
         return
     for row, prompt in enumerate(prompts):
         beside = {name: values[row : row + 1] for name, values in columns.items()}
         ids = [list(group) for group in token_ids[row : row + 1]]
         if unit == "prompt":
-            yield _Piece(row, 0, [prompt], [responses[row]], ids, beside)
+            yield _Piece(row, 0, Asked([prompt], [responses[row]], ids, beside))
             continue
         for column, response in enumerate(responses[row]):
             own = [group[column : column + 1] for group in ids]
-            yield _Piece(row, column, [prompt], [[response]], own, beside)
+            yield _Piece(row, column, Asked([prompt], [[response]], own, beside))
 
 
 def within(call: Callable[[], _T], seconds: float | None) -> _T:
