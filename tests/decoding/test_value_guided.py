@@ -17,9 +17,9 @@ from tests.modules.setting import VowelReward, make_data, make_files
 from tests.sampling.test_decode import batch_of
 from tests.sampling.test_distilling import teacher_by_hand, worth
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.decoding import Decoded, ValueGuided
-from vbon_lightning.functional import bon_bin_log_weights, edge_log_cdf, predicted_log_cdf
-from vbon_lightning.sampling import lookahead, prompt_noise
+from vbon_lightning.decoding import Decoded, ValueGuided, value_guided
+from vbon_lightning.functional import bon_bin_log_weights, draw_candidates, edge_log_cdf, predicted_log_cdf
+from vbon_lightning.sampling import decode, lookahead, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest
 from vbon_lightning.sampling.plain import runs_plain
 from vbon_lightning.types import Completions, PromptBatch
@@ -189,6 +189,27 @@ def test_neighbours_and_padding_do_not_matter(rewards: bool, actors: Actors) -> 
             for ours, theirs in zip(group, whole[PROMPTS.index(row)], strict=True):
                 assert (ours[0], ours[2]) == (theirs[0], theirs[2])
                 assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"top": 5}, {"top": 2, "draws": 3}], ids=["top", "drawn"])
+def test_logits_are_weighed_some_rows_at_once(
+    options: dict[str, int], actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, sizes = ValueGuided(n=4, **options), []
+    whole = decoder(actors, prompts_of(), num_samples=SAMPLES, **OPTIONS)
+
+    def two_rows(logits: Tensor) -> list[slice]:
+        return decode.bounded_rows(logits, 2 * logits.shape[-1])
+
+    def sized(log_reference: Tensor, **given: Any) -> Any:
+        sizes.append(len(log_reference))
+        return draw_candidates(log_reference, **given)
+
+    monkeypatch.setattr(value_guided, "bounded_rows", two_rows)
+    monkeypatch.setattr(value_guided, "draw_candidates", sized)
+    found = decoder(actors, prompts_of(), num_samples=SAMPLES, **OPTIONS)
+    assert max(sizes) == 2
+    assert torch.equal(found.tokens, whole.tokens) and torch.equal(found.mask, whole.mask)
 
 
 def test_the_distribution_of_the_reward_is_the_tables_unless_amortised(actors: Actors) -> None:

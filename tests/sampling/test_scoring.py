@@ -15,6 +15,7 @@ from vbon_lightning.sampling import (
     response_statistics,
     sample_completions,
     scoring,
+    text_log_probs,
 )
 from vbon_lightning.sampling.request import SamplingRequest
 from vbon_lightning.types import Completions, Responses
@@ -195,6 +196,33 @@ def test_log_probs_of_one_model_are_those_of_the_statistics(kind, max_logits):
     weighted(expected, torch.zeros_like(got)).backward()
     for one, other in zip(ours, gradients(policy), strict=True):
         assert torch.allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "gemma2"])
+@pytest.mark.parametrize("max_logits", [1, 3 * VOCABULARY])
+def test_chosen_tokens_of_whole_texts(kind, max_logits):
+    model = BUILD[kind](VOCABULARY, seed=9)
+    rows = [[3, 4, 5, 6, 2], [7, 8], [5, 5, 5]]
+    tokens = torch.tensor([row + [PAD] * (5 - len(row)) for row in rows])
+    mask = torch.tensor([[place < len(row) for place in range(5)] for row in rows])
+    asked = mask & (tokens != 5)
+    found = text_log_probs(model, tokens, mask, asked, max_logits=max_logits)
+    for row, ids in enumerate(rows):
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        for place in range(1, 5):
+            right = 0.0
+            if asked[row, place]:
+                right = float(logits[place - 1].log_softmax(-1)[ids[place]])
+            assert float(found[row, place - 1]) == pytest.approx(right, abs=1e-5)
+
+
+def test_the_head_is_found_while_dropout_is_on():
+    model = tiny_gpt2(VOCABULARY, seed=9).train()
+    model.transformer.wte.eval()
+    before = torch.get_rng_state()
+    assert scoring.output_head(model) is model.lm_head
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and model.transformer.drop.training and not model.transformer.wte.training
 
 
 def test_responses_without_tokens_have_probability_one(model):

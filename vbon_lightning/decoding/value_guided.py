@@ -22,7 +22,8 @@ from vbon_lightning.functional import (
 )
 from vbon_lightning.functional.sequences import scaled_logits
 from vbon_lightning.sampling import prompt_noise
-from vbon_lightning.sampling.decode import caching, choose_tokens, prefill
+from vbon_lightning.sampling.decode import bounded_rows, caching, choose_tokens, prefill
+from vbon_lightning.sampling.distilling import join_candidates
 from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, prompt_trunk
 from vbon_lightning.sampling.request import check_request
 from vbon_lightning.types import PromptBatch
@@ -101,15 +102,12 @@ class ValueGuided(Decoder):
         active = torch.arange(rows, device=device)
         for place in range(length):
             seen = torch.tensor(place, device=device)
-            log_reference = scaled_logits(logits, actors.temperature).log_softmax(-1)
             uniforms = noise[active, place]
-            candidates = draw_candidates(
-                log_reference, top=self.top, draws=self.draws, uniforms=uniforms[:, 1:] if self.draws else None
-            )
+            candidates = self._candidates(logits, uniforms[:, 1:], actors.temperature)
             ahead = look_ahead_one(scorer.model, trunk, attended, candidates.tokens)
             values = prefix_log_values(scorer.model.forecast(ahead, seen + 1), log_weights[active, None])
             teacher = candidate_teacher(candidates, values, state)
-            chosen = _choose(log_reference, candidates, teacher, uniforms[:, :1], drawn=bool(self.draws))
+            chosen = self._choose(logits, candidates, teacher, uniforms[:, :1], actors.temperature)
             tokens[active, place], mask[active, place] = chosen, True
             token_kl[active, place] = teacher.tilt.clamp(min=0)
             finished[active] = torch.isin(chosen, ends)
@@ -137,17 +135,30 @@ class ValueGuided(Decoder):
             cost=DecodingCost(cost[0], cost[1], 0),
         )
 
+    def _candidates(self, logits: Tensor, uniforms: Tensor, temperature: float) -> Candidates:
+        """Draw each row's candidates of its logits ``[N, V]``, so many rows at once that the memory is bounded."""
+        parts = []
+        for rows in bounded_rows(logits):
+            log_reference = scaled_logits(logits[rows], temperature).log_softmax(-1)
+            drawn = uniforms[rows] if self.draws else None
+            parts.append(draw_candidates(log_reference, top=self.top, draws=self.draws, uniforms=drawn))
+        return join_candidates(parts)
 
-def _choose(
-    log_reference: Tensor, candidates: Candidates, teacher: Teacher, uniforms: Tensor, *, drawn: bool
-) -> Tensor:
-    """Draw a token of the teacher's distribution for each row."""
-    if drawn:  # none but the candidates can be chosen
-        share = teacher.correction + candidates.log_mass.exp()
-        place = choose_tokens(share.clamp(min=torch.finfo(share.dtype).tiny).log(), uniforms, 1.0)[0]
-        return candidates.tokens.gather(-1, place).squeeze(-1)
-    guided = teacher_probs(log_reference.exp(), candidates.tokens, teacher.correction, teacher.scale)
-    return choose_tokens(guided.clamp(min=torch.finfo(guided.dtype).tiny).log(), uniforms, 1.0)[0].squeeze(-1)
+    def _choose(
+        self, logits: Tensor, candidates: Candidates, teacher: Teacher, uniforms: Tensor, temperature: float
+    ) -> Tensor:
+        """Draw a token of the teacher's distribution for each row, ``[N]``."""
+        if self.draws:  # none but the candidates can be chosen
+            share = teacher.correction + candidates.log_mass.exp()
+            place = choose_tokens(share.clamp(min=torch.finfo(share.dtype).tiny).log(), uniforms, 1.0)[0]
+            return candidates.tokens.gather(-1, place).squeeze(-1)
+        parts = []
+        for rows in bounded_rows(logits):
+            reference = scaled_logits(logits[rows], temperature).log_softmax(-1).exp()
+            guided = teacher_probs(reference, candidates.tokens[rows], teacher.correction[rows], teacher.scale[rows])
+            floored = guided.clamp(min=torch.finfo(guided.dtype).tiny).log()
+            parts.append(choose_tokens(floored, uniforms[rows], 1.0)[0].squeeze(-1))
+        return torch.cat(parts)
 
 
 def _next_logits(model: Any, cache: Cache, attended: Tensor, tokens: Tensor, padded: bool) -> Tensor:

@@ -61,9 +61,12 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def scaled_logits(logits: Tensor, temperature: float) -> Tensor:
-    """Return ``logits / temperature`` in float32 or wider, without a copy where none is needed."""
+    """Return ``logits / temperature``, up to a constant a row, in float32 or wider; no copy where none is needed.
+
+    The greatest logit is taken off before the division, so that what is rounded is small where the logits are large.
+    """
     wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-    return wide if temperature == 1 else wide / temperature
+    return wide if temperature == 1 else (wide - wide.detach().amax(-1, keepdim=True)) / temperature
 
 
 def check_logits(logits: Tensor, tokens: Tensor, temperature: float) -> None:
@@ -90,9 +93,9 @@ def token_log_probs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0)
         ValueError: if the shapes do not fit or ``temperature <= 0``.
     """
     check_logits(logits, tokens, temperature)
-    z = scaled_logits(logits, temperature)
-    chosen = z.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-    return chosen - z.logsumexp(-1)
+    # Not z[token] - logsumexp(z): of large logits that difference keeps few digits.
+    log_probs = scaled_logits(logits, temperature).log_softmax(-1)
+    return log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
 
 def sequence_log_prob(token_log_probs: Tensor, mask: Tensor) -> Tensor:

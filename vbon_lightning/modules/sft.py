@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.functional import token_log_probs
 from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.modules.supervised import SupervisedModule
+from vbon_lightning.sampling import text_log_probs
 from vbon_lightning.types import TextBatch
 
 
@@ -74,11 +73,6 @@ class SFT(SupervisedModule):
 
     def _negative_log_likelihood(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Return the summed negative log-likelihood and the number of tokens it is over."""
-        output = self.loaded.policy(
-            input_ids=batch.tokens,
-            attention_mask=None if bool(batch.mask.all()) else batch.mask.long(),
-            use_cache=False,
-        )
-        log_probs = token_log_probs(output.logits[:, :-1], batch.tokens[:, 1:])
-        counted = batch.loss_mask[:, 1:] & batch.valid[:, None]
-        return -torch.where(counted, log_probs, 0.0).sum(), counted.sum()
+        counted = batch.loss_mask & batch.valid[:, None]
+        log_probs = text_log_probs(self.loaded.policy, batch.tokens, batch.mask, counted)
+        return -log_probs.sum(), counted[:, 1:].sum()

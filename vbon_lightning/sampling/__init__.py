@@ -6,7 +6,7 @@ from vbon_lightning.sampling.noise import noise_seed, prompt_noise
 from vbon_lightning.sampling.passes import Sampler
 from vbon_lightning.sampling.picking import pick_best, pick_groups, pick_some, pick_weighted
 from vbon_lightning.sampling.request import SamplingRequest
-from vbon_lightning.sampling.scoring import response_log_probs, response_logits, response_statistics
+from vbon_lightning.sampling.scoring import response_log_probs, response_logits, response_statistics, text_log_probs
 
 __all__ = [
     "SAMPLERS",
@@ -25,4 +25,5 @@ __all__ = [
     "response_logits",
     "response_statistics",
     "sample_completions",
+    "text_log_probs",
 ]

@@ -20,6 +20,9 @@ from vbon_lightning.types import Completions
 _COMPACT_BELOW = 0.875
 """Finished rows are dropped from the cache once the running ones are fewer than this share of it."""
 
+MAX_CHOSEN = 2**23
+"""Logits that are turned into tokens at once: 128 MiB, of 16 bytes each."""
+
 
 @lru_cache(maxsize=64)
 def _takes_logits_to_keep(model_class: Any) -> bool:
@@ -78,19 +81,39 @@ def sample_completions(model: PreTrainedModel, request: SamplingRequest) -> Comp
         return (_decode_plain if runs_plain(model) else _decode)(model, request)
 
 
-def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def choose_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, *, max_logits: int = MAX_CHOSEN
+) -> tuple[Tensor, Tensor]:
     """Invert the cumulative distribution of each row at its uniform.
 
     Args:
         logits: ``[N, V]``.
         uniforms: ``[N, 1]`` float64 on [0, 1).
         temperature: Sampling temperature, > 0.
+        max_logits: Logits of as many rows at once as this, which bounds the memory; at least a row.
 
     Returns:
         The tokens ``[N, 1]`` and their log-probabilities ``[N, 1]``, in float32.
     """
-    scaled = logits.float() / temperature
+    pieces = [_choose(logits[rows], uniforms[rows], temperature) for rows in bounded_rows(logits, max_logits)]
+    if len(pieces) == 1:
+        return pieces[0]
+    tokens, log_probs = zip(*pieces, strict=True)
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def bounded_rows(logits: Tensor, max_logits: int = MAX_CHOSEN) -> list[slice]:
+    """Cut ``[N, V]`` logits into slices of rows with at most so many logits, and at least a row."""
+    rows = max(1, max_logits // logits.shape[-1])
+    return [slice(start, start + rows) for start in range(0, max(1, len(logits)), rows)]
+
+
+def _choose(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    scaled = logits.float()
+    # Before it is divided: a peaked row's logits are large, and their last digits would be multiplied.
     scaled = scaled - scaled.amax(-1, keepdim=True)
+    if temperature != 1:
+        scaled /= temperature
     # Summed in float64: the last of many small probabilities must not be lost.
     cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]

@@ -104,7 +104,7 @@ def distil(
         flat = None if uniforms is None else uniforms.flatten(0, -2)
         # Forward, the reference's tokens are weighed; in reverse, those that the policy would take.
         source = ours if reverse else theirs
-        candidates = _join([_candidates(source, rows, request, flat, temperature) for rows in pieces])
+        candidates = join_candidates([_candidates(source, rows, request, flat, temperature) for rows in pieces])
         everywhere = candidates.tokens.new_zeros(mask.numel(), candidates.tokens.shape[-1])
         everywhere[real] = candidates.tokens
         after = scorer.candidate_log_values(prompts, responses, everywhere.view(*mask.shape, -1), log_weights)
@@ -138,7 +138,8 @@ def distil(
     )
 
 
-def _join(parts: list[Candidates]) -> Candidates:
+def join_candidates(parts: list[Candidates]) -> Candidates:
+    """Lay the candidates of some rows end to end."""
     rest = [part.log_rest for part in parts if part.log_rest is not None]
     return Candidates(
         torch.cat([part.tokens for part in parts]),

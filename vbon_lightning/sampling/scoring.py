@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -96,7 +96,9 @@ def response_statistics(
     ours = response_states(policy, prompts, completions, hidden=hidden)
     with torch.no_grad(), context as model:
         theirs = base_states(model, ours) or response_states(model, prompts, completions)
-    log_probs, reference_log_probs, kl = _by_chunks(_chunk, [ours, theirs], completions, temperature, max_logits)
+    log_probs, reference_log_probs, kl = _by_chunks(
+        _chunk, [ours, theirs], completions.tokens, completions.mask, temperature, max_logits
+    )
     states = None if ours.hidden is None else ours.hidden.view(*completions.mask.shape, -1)
     return ResponseStatistics(log_probs, reference_log_probs, kl, states)
 
@@ -122,7 +124,36 @@ def response_log_probs(
         ``[B, G, T]``, differentiable, 0 outside the mask.
     """
     states = response_states(model, prompts, completions)
-    (log_probs,) = _by_chunks(_log_prob_chunk, [states], completions, temperature, max_logits)
+    (log_probs,) = _by_chunks(
+        _log_prob_chunk, [states], completions.tokens, completions.mask, temperature, max_logits
+    )
+    return log_probs
+
+
+def text_log_probs(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, asked: Tensor, *, max_logits: int = MAX_LOGITS
+) -> Tensor:
+    """Compute log-probabilities of some tokens of whole texts, with logits at those places only.
+
+    Args:
+        model: A causal language model; gradients flow to it where they are enabled.
+        tokens: ``[B, T]`` token ids, padded on the right.
+        mask: ``[B, T]`` bool, True on what is no padding.
+        asked: ``[B, T]`` bool: the tokens that are wanted. What stands first has no probability.
+        max_logits: Logits that live at once.
+
+    Returns:
+        ``[B, T - 1]``: of each token but the first; 0 where it is not asked for.
+    """
+    head = output_head(model)
+    given = {"input_ids": tokens, "attention_mask": None if bool(mask.all()) else mask.long(), "use_cache": False}
+    if head is None:
+        logits = model(**given).logits[:, :-1]
+        states = States(logits.flatten(0, 1), None, logits.shape[-1], None)
+    else:
+        hidden = _body_and_head(model)[0](**given).last_hidden_state[:, :-1]
+        states = States(hidden.flatten(0, 1), head, head.out_features, None)
+    (log_probs,) = _by_chunks(_log_prob_chunk, [states], tokens[:, 1:], asked[:, 1:], 1.0, max_logits)
     return log_probs
 
 
@@ -165,11 +196,24 @@ def output_head(model: PreTrainedModel) -> Head | None:
     Some models scale or squash their logits. A forward pass over two tokens tells; it is made once a model.
     """
     if model not in _HEADS:
-        _HEADS[model] = _plain_head(model)
+        with _evaluating(model):
+            _HEADS[model] = _plain_head(model)
     return cast(Head, _body_and_head(model)[1]) if _HEADS[model] else None
 
 
 _HEADS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while: two passes could not be compared, and would use up random numbers."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -261,22 +305,23 @@ def base_states(reference: PreTrainedModel, ours: States) -> States | None:
 def _by_chunks(
     chunk: Callable[..., tuple[Tensor, ...]],
     models: list[States],
-    completions: Completions | Responses,
+    tokens: Tensor,
+    mask: Tensor,
     temperature: float,
     max_logits: int,
 ) -> list[Tensor]:
-    """Turn states into what is known of each real token, ``max_logits`` at a time: tensors ``[B, G, T]``.
+    """Turn states into what is known of each real token, ``max_logits`` at a time: tensors of the mask's shape.
 
     Args:
         chunk: Computes it for some tokens, from each model's states and its features there, tokens, temperature.
         models: The states; those of the first carry the gradient.
-        completions: ``[B, G, T]`` responses.
+        tokens: Token ids, a row of states each.
+        mask: Which of them count, of the same shape.
         temperature: The sampling temperature.
         max_logits: Logits of each model that live at once.
     """
-    mask = completions.mask
     real = mask.reshape(-1).nonzero().squeeze(-1)
-    tokens = completions.tokens.reshape(-1)[real]
+    tokens = tokens.reshape(-1)[real]
     size = max(1, max_logits // models[0].vocabulary)
     again = len(real) > size and torch.is_grad_enabled()
     pieces = []
