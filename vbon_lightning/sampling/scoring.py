@@ -124,9 +124,7 @@ def response_log_probs(
         ``[B, G, T]``, differentiable, 0 outside the mask.
     """
     states = response_states(model, prompts, completions)
-    (log_probs,) = _by_chunks(
-        _log_prob_chunk, [states], completions.tokens, completions.mask, temperature, max_logits
-    )
+    (log_probs,) = _by_chunks(_log_prob_chunk, [states], completions.tokens, completions.mask, temperature, max_logits)
     return log_probs
 
 
