@@ -3,8 +3,8 @@
 python -m benchmarks.vocabulary
 
 A Llama of one layer and 64 hidden units has 151,936 tokens: what it takes is logits, and hardly anything else. Peak
-memory is the process's above what it held with the model loaded, its gradients there. Each number is of a process of its
-own. transformers samples with ``generate``, and scores and trains on the logits of one pass over whole texts.
+memory is the process's above what it held with the model loaded, its gradients there. Each number is of a process
+of its own. transformers samples with ``generate``, and scores and trains on the logits of one pass over whole texts.
 """
 
 from __future__ import annotations
