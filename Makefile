@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint docs notebooks clean
@@ -13,8 +14,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" bash configs/demo/run.sh
 
+# A file stays in one process: its fixtures are made once.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP) docs
 	$(BIN)/ruff check .

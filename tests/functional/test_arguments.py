@@ -550,7 +550,9 @@ def test_values_are_in_the_dtype_of_the_kl() -> None:
 def test_nothing_is_copied_at_temperature_one() -> None:
     logits = torch.randn(2, 3)
     assert scaled_logits(logits, 1.0) is logits
-    assert torch.equal(scaled_logits(logits, 2.0), logits / 2)
+    scaled = scaled_logits(logits, 2.0)
+    assert torch.equal(scaled.amax(-1), torch.zeros(2))
+    torch.testing.assert_close(scaled.diff(dim=-1), (logits / 2).diff(dim=-1))
 
 
 def test_a_row_without_numbers_leaves_the_others_alone() -> None:
