@@ -21,6 +21,7 @@ from vbon_lightning.callbacks.defaults import missing_callbacks
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.request import check_context
+from vbon_lightning.sharding import spread_state
 from vbon_lightning.types import Rollout
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -347,7 +348,7 @@ class AlignmentModule(LightningModule):
             frozen = {key: value for key, value in self.state_dict().items() if key not in trained}
             state_dict = frozen | dict(state_dict)
         try:
-            return nn.Module.load_state_dict(self, state_dict, strict=True, assign=assign)
+            return nn.Module.load_state_dict(self, spread_state(self, state_dict), strict=True, assign=assign)
         except RuntimeError as problem:
             raise ValueError(f"the checkpoint does not hold this policy's weights: {problem}") from problem
 

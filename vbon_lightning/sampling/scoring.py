@@ -15,8 +15,10 @@ from transformers.generation import GenerationMixin
 
 from vbon_lightning.functional import token_log_probs, token_statistics
 from vbon_lightning.models.tilted import JointHead, TiltedLM
+from vbon_lightning.sampling.cache import can_share_prompts
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
 from vbon_lightning.sampling.plain import prompts_with_room, runs_plain
+from vbon_lightning.sharding import is_sharded
 from vbon_lightning.types import Completions, PromptBatch, Responses
 
 MAX_LOGITS = 2**25
@@ -170,6 +172,16 @@ def output_head(model: PreTrainedModel) -> Head | None:
 
 
 _HEADS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def try_out(model: PreTrainedModel) -> None:
+    """Find out now what is otherwise found out when it is first needed, by passes over a few tokens.
+
+    Once a model is sharded no process can make a pass alone.
+    """
+    if isinstance(model, GenerationMixin) and not runs_plain(model):
+        can_share_prompts(model)
+    output_head(model)
 
 
 @torch.no_grad()
@@ -351,6 +363,10 @@ def _predictions(
     """
     _, samples, length = completions.tokens.shape
     tokens = completions.tokens.reshape(-1, length)
+    if length == 1 and is_sharded(model):
+        # Of one token there is no second pass, which another process may need.
+        filled = Responses(*(torch.nn.functional.pad(part, (0, 1)) for part in (completions.tokens, completions.mask)))
+        return [values[:, :1] for values in _predictions(model, part, prompts, filled, read, **arguments)]
     if isinstance(model, GenerationMixin) and runs_plain(model):
         return _plain_predictions(part, prompts, tokens, samples, read, **arguments)
     prompt_mask = prompts.mask.long()
