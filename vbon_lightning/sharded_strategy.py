@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from vbon_lightning.callbacks import DialCalibration
 from vbon_lightning.sampling.scoring import try_out
-from vbon_lightning.sharding import forget_passes, is_sharded, remember_outline, shard, spread_like, whole
+from vbon_lightning.sharding import forget_passes, remember_outline, shard, spread_like, whole
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed")
 """Lightning's precisions that a sharded policy may have."""
@@ -74,14 +74,17 @@ class ShardedStrategy(DDPStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def _shard(self, module: LightningModule) -> _Step:
-        actors: Any = getattr(module, "actors", None)
-        actors.place()  # in the policy's precision
-        models = [model for model in (module.policy, actors.reference) if isinstance(model, PreTrainedModel)]
-        for model in models:
-            try_out(model)
-        assert isinstance(module.policy, nn.Module)
-        remember_outline(module.policy)
-        step = _Step(module, actors.reference)
+        actors: Any = module.actors
+        reference = None
+        if actors is not None:
+            actors.place()  # in the policy's precision
+            reference = actors.reference
+        policy: Any = module.policy
+        for model in (policy, reference):
+            if isinstance(model, PreTrainedModel):
+                try_out(model)
+        remember_outline(policy)
+        step = _Step(module, reference)
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         mixed = self.precision_plugin.precision == "bf16-mixed"
         shard(step, mesh, param_dtype=torch.bfloat16 if mixed else None)
@@ -187,5 +190,3 @@ def _check_further_draws(module: LightningModule, trainer: Trainer, spec: Any) -
             "would need different numbers: set data.reward_calls.on_missing to error, or train on a reference table"
         )
 
-
-__all__ = ["PRECISIONS", "ShardedStrategy", "check_can_shard", "is_sharded"]

@@ -1,28 +1,34 @@
-"""Models whose weights are spread over processes: each holds a part of every matrix, and a layer's are put together
-for the time that it runs (fully sharded data parallelism, torch's ``fully_shard``)."""
+"""Models whose weights are spread over processes: each holds a part of every matrix.
+
+A layer's are put together for the time that it runs: fully sharded data parallelism, torch's ``fully_shard``.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_SHARDED: WeakSet[nn.Module] = WeakSet()
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether a model's weights are spread over processes."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return model in _SHARDED
 
 
-def shard(root: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> None:
+def is_part(value: Any) -> bool:
+    """Return whether a tensor is one of which each process holds a part."""
+    return hasattr(value, "full_tensor")
+
+
+def shard(root: nn.Module, mesh: Any, *, param_dtype: torch.dtype | None = None) -> None:
     """Spread the weights of a module over processes, in place.
 
     A layer's weights are put together while it runs. Those of no layer (embeddings, output head) are while ``root``
@@ -30,10 +36,12 @@ def shard(root: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None 
 
     Args:
         root: A module, on the CPU; its parts are moved to the mesh's device one by one.
-        mesh: The processes.
+        mesh: The processes, a ``torch.distributed.DeviceMesh``.
         param_dtype: Precision in which weights are put together and computed with; their own by default. Gradients are
             added up in float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=None if param_dtype is None else torch.float32,
@@ -42,10 +50,14 @@ def shard(root: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None 
     for layer in _layers(root):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    _SHARDED.update(root.modules())
 
 
 def _layers(root: nn.Module) -> list[nn.Module]:
-    """Return the layers of all models in a module: what their outermost lists hold, but for what shares weights."""
+    """Return the layers of all models in a module: what their outermost lists hold.
+
+    But for what shares weights, and for single matrices, which others may read without calling them.
+    """
     owners: dict[nn.Parameter, int] = {}
     for module in root.modules():
         for parameter in module.parameters(recurse=False):
@@ -56,20 +68,20 @@ def _layers(root: nn.Module) -> list[nn.Module]:
         for child in module.children():
             if not isinstance(module, nn.ModuleList):
                 search(child)
-            elif (own := list(child.parameters())) and all(owners[parameter] == 1 for parameter in own):
+            elif any(child.children()) and all(owners[parameter] == 1 for parameter in child.parameters()):
                 found.append(child)
 
     search(root)
     return found
 
 
-def forget_passes(root: FSDPModule | nn.Module) -> None:
+def forget_passes(root: nn.Module) -> None:
     """Forget passes that no gradient is taken of: torch keeps their order for a backward pass, which would never come.
 
     Args:
         root: A module that was given to :func:`shard`.
     """
-    state: Any = root._get_fsdp_state()  # type: ignore[union-attr,operator]
+    state: Any = root._get_fsdp_state()  # type: ignore[operator]
     state._comm_ctx.post_forward_order.clear()
     for part in state._state_ctx.all_states:
         for group in getattr(part, "_fsdp_param_groups", None) or [part._fsdp_param_group]:
@@ -87,7 +99,7 @@ def whole(value: Any, *, keep: bool = True) -> Any:
         value: A tensor, or a mapping or list that holds some, also deeper down.
         keep: Whether this process needs the result; its tensors are empty otherwise.
     """
-    if isinstance(value, DTensor):
+    if is_part(value):
         full = value.detach().full_tensor()
         return full.to("cpu", copy=True) if keep else full.new_empty(0, device="cpu")
     if isinstance(value, Mapping):
@@ -99,10 +111,10 @@ def whole(value: Any, *, keep: bool = True) -> Any:
 
 def spread_like(like: Any, value: Any) -> Any:
     """Return this process's part of a whole tensor, as another tensor is spread; anything else as it is."""
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+    if not is_part(like) or is_part(value) or getattr(value, "shape", None) != like.shape:
         return value
-    if value.shape != like.shape:
-        return value
+    from torch.distributed.tensor import distribute_tensor
+
     # Every process has the whole tensor: nothing need be sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 

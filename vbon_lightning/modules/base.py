@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ class AlignmentModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what watches KL, reward, win rate and samples; what the Trainer was given comes first."""
+        check_strategy(self.trainer.strategy)
         return missing_callbacks(self.trainer, self.watched_by)
 
     # -- models ------------------------------------------------------------------------------------
@@ -351,6 +353,19 @@ class AlignmentModule(LightningModule):
             return nn.Module.load_state_dict(self, spread_state(self, state_dict), strict=True, assign=assign)
         except RuntimeError as problem:
             raise ValueError(f"the checkpoint does not hold this policy's weights: {problem}") from problem
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse the strategies of Lightning that spread a module's weights, which would be there in ``forward`` alone.
+
+    Raises:
+        ValueError: Naming the strategy, and the one that does.
+    """
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"{type(strategy).__name__} cannot shard a policy that also samples: set trainer.strategy to fsdp, or to "
+            "vbon_lightning.ShardedStrategy() in Python"
+        )
 
 
 def _missing(rollout: Rollout) -> Tensor:

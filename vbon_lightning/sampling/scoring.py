@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from vbon_lightning.functional import token_log_probs, token_statistics
+from vbon_lightning.models.loading import evaluating
 from vbon_lightning.models.tilted import JointHead, TiltedLM
 from vbon_lightning.sampling.cache import can_share_prompts
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
@@ -179,9 +180,10 @@ def try_out(model: PreTrainedModel) -> None:
 
     Once a model is sharded no process can make a pass alone.
     """
-    if isinstance(model, GenerationMixin) and not runs_plain(model):
-        can_share_prompts(model)
-    output_head(model)
+    with evaluating(model):
+        if isinstance(model, GenerationMixin) and not runs_plain(model):
+            can_share_prompts(model)
+        output_head(model)
 
 
 @torch.no_grad()
