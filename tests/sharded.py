@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -23,19 +24,16 @@ from vbon_lightning.sampling.scoring import try_out
 from vbon_lightning.sharding import is_part, shard, whole
 from vbon_lightning.types import PromptBatch, Responses
 
-STEPS = 3
-
 CASES: dict[str, dict[str, Any]] = {
     "vbon": {"trainer": {"gradient_clip_val": 0.5}},
     "ppo": {},
     "sft": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}},
     "dpo": {"table": True},
-    "bonsft": {"table": True},
     "valuemodelling": {"table": True, "model": {"probe": 0}},
     "tilted": {"kind": "distillation", "model": {"states": "policy", "divergence": "reverse", "n_range": [2, 8]}},
     "lora": {"kind": "klrl", "policy": {"lora": {"r": 2, "target_modules": "all-linear"}}},
-    "recomputing": {"kind": "klrl", "policy": {"gradient_checkpointing": True}},
-    "tied": {"kind": "klrl", "directory": "tied"},
+    "recomputing": {"kind": "klrl", "policy": {"gradient_checkpointing": True}, "directory": "tied"},
+    "bf16-mixed": {"kind": "klrl", "trainer": {"precision": "bf16-mixed"}},
 }
 """Whose weights are compared with those of one process."""
 
@@ -93,34 +91,42 @@ def setting(kind: str, files: Path, *, ranks: int) -> tuple[Any, LightningModule
     """Return the data of a case, and its module."""
     case = CASES[kind]
     name = str(files / case.get("directory", "two"))
-    options: dict[str, Any] = {"policy": ModelSpec(name, **case.get("policy", {})), "max_new_tokens": 8}
+    options: dict[str, Any] = {"policy": ModelSpec(name, **case.get("policy", {})), "max_new_tokens": 4}
     if kind == "sft":
         options["train"] = TextSource(path=str(files / "texts.txt"))
     if case.get("table"):
-        options |= {"reference_table": str(files / "table"), "policy": str(files / "llama"), "max_new_tokens": 4}
-    if kind == "tilted":
+        options |= {"reference_table": str(files / "table"), "policy": str(files / "llama")}
+    elif kind == "tilted":
         value = str(files / "value")
-        options |= {"policy": ModelSpec(str(files / "llama"), tilt=value), "value_model": value, "max_new_tokens": 4}
+        options |= {"policy": ModelSpec(str(files / "llama"), tilt=value), "value_model": value}
+    else:
+        options |= {"end_tokens": list("abcde"), "max_new_tokens": 8}  # many responses are short
     # The batch is the same in all; three validation rows fill no two ranks evenly.
     data = make_data(files, batch_size=4 // ranks, eval_batch_size=1, **options)
     model = case.get("model", {}) | ({"dropout": False} if kind == "sft" else {})
     return data, make_module(case.get("kind", kind), data, **model)
 
 
-def fit(
-    kind: str, files: Path, directory: Path, *, ranks: int, resume: Path | None = None, **changes: Any
-) -> dict[str, Any]:
-    """Train and return the weights, what was seen, and what was written."""
+def fit(kind: str, files: Path, directory: Path, *, ranks: int, resume: str | None = None) -> dict[str, Any]:
+    """Train and return the weights and what was seen; ``vbon`` is validated, checkpointed and exported on the way."""
     data, module = setting(kind, files, ranks=ranks)
     remember = Remember()
-    callbacks: list[Callback] = [remember, PolicyExport(str(directory / "export"))]
+    callbacks: list[Callback] = [remember]
+    options: dict[str, Any] = {"steps": 2, "enable_checkpointing": False, "limit_val_batches": 0}
     if kind == "vbon":
         best = BestPolicy(monitor="val/reward", mode="min", dirpath=directory)
         callbacks += [KLMonitor(), RewardMonitor(), BestOfNWinRate(), best]
-        callbacks += [PolicyExport(str(directory / "best"), best=True)]
-    options = strategy(ranks) | CASES[kind].get("trainer", {}) | changes
-    trainer = make_trainer(directory, *callbacks, **{"steps": STEPS, "val_check_interval": 2, **options})
-    trainer.fit(module, data, ckpt_path=resume)
+        callbacks += [
+            PolicyExport(str(directory / "best"), best=True),
+            ModelCheckpoint(directory, "{step}", every_n_train_steps=2, save_top_k=-1),
+        ]
+        options = {"steps": 4, "val_check_interval": 2}
+    if kind in ("vbon", "tilted", "lora", "recomputing"):
+        callbacks.append(PolicyExport(str(directory / "export")))
+    trainer = make_trainer(
+        directory, **(strategy(ranks) | CASES[kind].get("trainer", {}) | options), callbacks=callbacks
+    )
+    trainer.fit(module, data, ckpt_path=None if resume is None else directory / resume)
     weights: dict[str, Tensor] = whole(dict(module.state_dict()))
     seen = {name: getattr(remember, name) for name in ("lengths", "texts", "logs", "held")}
     return {"weights": {name: value.clone() for name, value in weights.items()}, **seen}
@@ -182,7 +188,8 @@ def passes(files: Path, rank: int, *, sharded: bool) -> dict[str, Any]:
 if __name__ == "__main__":
     files, directory, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    results: dict[str, Any] = {kind: fit(kind, files, directory / kind, ranks=2) for kind in (["vbon"] if __import__("os").environ.get("FEW") else CASES)}
+    results: dict[str, Any] = {kind: fit(kind, files, directory / kind, ranks=2) for kind in CASES}
+    results["resumed"] = fit("vbon", files, directory / "vbon", ranks=2, resume="step=2.ckpt")
     predict(files, directory, ranks=2)
     results["passes"] = passes(files, rank, sharded=True)
     torch.save(results, directory / f"rank{rank}.pt")

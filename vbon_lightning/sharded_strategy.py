@@ -11,8 +11,10 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
@@ -49,7 +51,14 @@ class ShardedStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         check_can_shard(module, module.trainer)
+        self.forbid_saving_in_a_signal()
         super().setup_environment()
+
+    def forbid_saving_in_a_signal(self) -> None:
+        """Leave Slurm's requeue signal alone: all processes save together, and it finds each at another pass."""
+        if isinstance(self.cluster_environment, SLURMEnvironment) and self.cluster_environment.auto_requeue:
+            self.cluster_environment.auto_requeue = False
+            rank_zero_info("a sharded policy is not saved at Slurm's signal: docs/scaling.md requeues another way")
 
     def setup(self, trainer: Trainer) -> None:
         """Shard the models, then make the optimizer of what this process holds."""
@@ -189,4 +198,3 @@ def _check_further_draws(module: LightningModule, trainer: Trainer, spec: Any) -
             "trainer.strategy fsdp cannot draw further reference responses for those without a reward, since processes "
             "would need different numbers: set data.reward_calls.on_missing to error, or train on a reference table"
         )
-

@@ -59,7 +59,7 @@ def _layers(root: nn.Module) -> list[nn.Module]:
     But for what shares weights, and for single matrices, which others may read without calling them.
     """
     owners: dict[nn.Parameter, int] = {}
-    for module in root.modules():
+    for _, module in root.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
     found: list[nn.Module] = []
