@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tilted": {"kind": "distillation", "model": {"states": "policy", "divergence": "reverse", "n_range": [2, 8]}},
     "lora": {"kind": "klrl", "policy": {"lora": {"r": 2, "target_modules": "all-linear"}}},
     "recomputing": {"kind": "klrl", "policy": {"gradient_checkpointing": True}, "directory": "tied"},
-    "bf16-mixed": {"kind": "klrl", "trainer": {"precision": "bf16-mixed"}},
+    "bf16-mixed": {"kind": "sft", "trainer": {"precision": "bf16-mixed"}},
 }
 """Whose weights are compared with those of one process."""
 
@@ -90,9 +90,10 @@ def strategy(ranks: int) -> dict[str, Any]:
 def setting(kind: str, files: Path, *, ranks: int) -> tuple[Any, LightningModule]:
     """Return the data of a case, and its module."""
     case = CASES[kind]
+    method = case.get("kind", kind)
     name = str(files / case.get("directory", "two"))
     options: dict[str, Any] = {"policy": ModelSpec(name, **case.get("policy", {})), "max_new_tokens": 4}
-    if kind == "sft":
+    if method == "sft":
         options["train"] = TextSource(path=str(files / "texts.txt"))
     if case.get("table"):
         options |= {"reference_table": str(files / "table"), "policy": str(files / "llama")}
@@ -103,8 +104,8 @@ def setting(kind: str, files: Path, *, ranks: int) -> tuple[Any, LightningModule
         options |= {"end_tokens": list("abcde"), "max_new_tokens": 8}  # many responses are short
     # The batch is the same in all; three validation rows fill no two ranks evenly.
     data = make_data(files, batch_size=4 // ranks, eval_batch_size=1, **options)
-    model = case.get("model", {}) | ({"dropout": False} if kind == "sft" else {})
-    return data, make_module(case.get("kind", kind), data, **model)
+    model = case.get("model", {}) | ({"dropout": False} if method == "sft" else {})
+    return data, make_module(method, data, **model)
 
 
 def fit(kind: str, files: Path, directory: Path, *, ranks: int, resume: str | None = None) -> dict[str, Any]:
