@@ -66,7 +66,6 @@ class ShardedStrategy(DDPStrategy):
         assert module is not None
         assert accelerator is not None
         accelerator.setup(trainer)
-        self.precision_plugin.convert_module(module)
         step = module.__dict__.get("_sharded_step")
         if step is None:
             step = module.__dict__["_sharded_step"] = self._shard(module)
@@ -82,7 +81,8 @@ class ShardedStrategy(DDPStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, module: LightningModule) -> _Step:
+    def _shard(self, module: Any) -> _Step:
+        self.precision_plugin.convert_module(module)
         actors: Any = module.actors
         reference = None
         if actors is not None:
@@ -93,6 +93,10 @@ class ShardedStrategy(DDPStrategy):
             if isinstance(model, PreTrainedModel):
                 try_out(model)
         remember_outline(policy)
+        # All but the policy, which no device may hold whole.
+        module.policy = None
+        module.to(self.root_device)
+        module.policy = policy
         step = _Step(module, reference)
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         mixed = self.precision_plugin.precision == "bf16-mixed"
@@ -100,13 +104,11 @@ class ShardedStrategy(DDPStrategy):
         return step
 
     def teardown(self) -> None:
-        """End without moving to the CPU what is sharded on another device."""
-        module, self.model = self.lightning_module, self.lightning_module
-        self._lightning_module = None
-        try:
-            super().teardown()
-        finally:
-            self._lightning_module = module
+        """End, as Lightning's other sharding strategies do, without moving the weights to the CPU."""
+        self.model = self.lightning_module
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
+            assert part is not None
+            part.teardown()
 
     # -- checkpoints -------------------------------------------------------------------------------
 
