@@ -22,7 +22,7 @@ from vbon_lightning.callbacks.defaults import missing_callbacks
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.request import check_context
-from vbon_lightning.sharding import spread_state
+from vbon_lightning.sharding import is_sharded, spread_state
 from vbon_lightning.types import Rollout
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -115,6 +115,17 @@ class AlignmentModule(LightningModule):
                 value=self.uses_value_model,
             )
             self.policy = self.actors.policy
+
+    def call_whole(self, method: str) -> Any:
+        """Call a method that runs the models outside a step; where they are sharded, all ranks must.
+
+        Args:
+            method: Name of one of this module's methods, which takes no argument.
+        """
+        if not is_sharded(self):
+            return getattr(self, method)()
+        strategy: Any = self.trainer.strategy
+        return strategy._forward_redirection(strategy.model, self, method)  # as Lightning calls steps
 
     @property
     def response_room(self) -> int:
