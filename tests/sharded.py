@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"kind": "klrl", "policy": {"lora": {"r": 2, "target_modules": "all-linear"}}},
     "recomputing": {"kind": "klrl", "policy": {"gradient_checkpointing": True}, "directory": "tied"},
     "bf16-mixed": {"kind": "sft", "trainer": {"precision": "bf16-mixed"}},
+    "replicated": {"kind": "klrl", "strategy": {"replicas": 2}},
 }
 """Whose weights are compared with those of one process."""
 
@@ -82,9 +83,9 @@ def held(tensors: Any) -> int:
     return sum((value.to_local() if is_part(value) else value).numel() for value in tensors)
 
 
-def strategy(ranks: int) -> dict[str, Any]:
+def strategy(ranks: int, **options: Any) -> dict[str, Any]:
     """Return the trainer's arguments for a number of processes; one does without sharding."""
-    return {"devices": ranks, "strategy": ShardedStrategy() if ranks > 1 else "auto"}
+    return {"devices": ranks, "strategy": ShardedStrategy(**options) if ranks > 1 else "auto"}
 
 
 def setting(kind: str, files: Path, *, ranks: int) -> tuple[Any, LightningModule]:
@@ -108,7 +109,9 @@ def setting(kind: str, files: Path, *, ranks: int) -> tuple[Any, LightningModule
     return data, make_module(method, data, **model)
 
 
-def fit(kind: str, files: Path, directory: Path, *, ranks: int, resume: str | None = None) -> dict[str, Any]:
+def fit(
+    kind: str, files: Path, directory: Path, *, ranks: int, resume: str | None = None, **changes: Any
+) -> dict[str, Any]:
     """Train and return the weights and what was seen; ``vbon`` is validated, checkpointed and exported on the way."""
     data, module = setting(kind, files, ranks=ranks)
     remember = Remember()
@@ -124,9 +127,8 @@ def fit(kind: str, files: Path, directory: Path, *, ranks: int, resume: str | No
         options = {"steps": 4, "val_check_interval": 2}
     if kind in ("vbon", "tilted", "lora", "recomputing"):
         callbacks.append(PolicyExport(str(directory / "export")))
-    trainer = make_trainer(
-        directory, **(strategy(ranks) | CASES[kind].get("trainer", {}) | options), callbacks=callbacks
-    )
+    options |= strategy(ranks, **CASES[kind].get("strategy", {})) | CASES[kind].get("trainer", {}) | changes
+    trainer = make_trainer(directory, **options, callbacks=callbacks)
     trainer.fit(module, data, ckpt_path=None if resume is None else directory / resume)
     weights: dict[str, Tensor] = whole(dict(module.state_dict()))
     seen = {name: getattr(remember, name) for name in ("lengths", "texts", "logs", "held")}
@@ -191,6 +193,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     results: dict[str, Any] = {kind: fit(kind, files, directory / kind, ranks=2) for kind in CASES}
     results["resumed"] = fit("vbon", files, directory / "vbon", ranks=2, resume="step=2.ckpt")
+    results["resumed by ddp"] = fit("vbon", files, directory / "vbon", ranks=2, resume="step=2.ckpt", strategy="ddp")
     predict(files, directory, ranks=2)
     results["passes"] = passes(files, rank, sharded=True)
     torch.save(results, directory / f"rank{rank}.pt")

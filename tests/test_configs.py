@@ -130,6 +130,14 @@ def test_the_commands_of_a_guide_parse(guide: str, monkeypatch: pytest.MonkeyPat
                 assert tasks == processes[0] * processes[1]
 
 
+def test_the_yaml_of_the_page_on_scaling_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (ROOT / "docs/scaling.md").read_text().split("```yaml\n")[1:]
+    (tmp_path / "overlay.yaml").write_text(block.split("```")[0])
+    words = shlex.split("fit --config configs/demo/data.yaml --config configs/demo/sft.yaml --config")
+    config: Any = parse([*words, str(tmp_path / "overlay.yaml")], monkeypatch)
+    assert config.trainer.strategy.class_path.endswith("ShardedStrategy")
+
+
 def test_the_readers_of_guides_see_what_they_are_to_check() -> None:
     head = "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --requeue\n"
     text = f"{head}srun --a=1 vbon fit \\\n --x 1 &\nwait $!\n# vbon test\n# It's said of vbon.\nvbonx y\n"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import sharded
-from tests.modules.setting import make_data, make_files, make_module, weights
+from tests.modules.setting import make_data, make_files, make_module, make_trainer, weights
 from tests.ranks import run_two
-from vbon_lightning import ReferenceSampler, ShardedStrategy, cli
+from vbon_lightning import ReferenceSampler, ShardedStrategy, TextSource, cli
 from vbon_lightning.callbacks import DialCalibration
 from vbon_lightning.reference_table import ReferenceTable
 from vbon_lightning.rewards import RewardCalls
@@ -137,6 +137,17 @@ def test_a_resumed_run_ends_with_the_same_bits(together: Any) -> None:
         assert found["resumed"]["texts"] == found["vbon"]["texts"][2:]
 
 
+def test_a_checkpoint_is_resumed_without_sharding(together: Any) -> None:
+    for found in together:
+        close(found["resumed by ddp"]["weights"], found["vbon"]["weights"])
+        assert found["resumed by ddp"]["held"]["policy"] > 1.8 * found["vbon"]["held"]["policy"]
+
+
+def test_a_group_holds_a_whole(together: Any, alone: Any) -> None:
+    for found in together:
+        assert found["replicated"]["held"] == alone("replicated")["held"]
+
+
 @pytest.mark.parametrize("export", ["vbon/export", "vbon/best", "lora/export", "tilted/export", "recomputing/export"])
 def test_exports_are_those_of_one_process(export: str, two: Path, one: Path, alone: Any) -> None:
     alone(export.split("/")[0])
@@ -242,6 +253,30 @@ def test_processes_wait_as_long_as_they_are_told() -> None:
     assert ShardedStrategy(process_group_backend="gloo").process_group_backend == "gloo"
     with pytest.raises(ValueError, match="timeout_minutes of ShardedStrategy must be positive, got 0"):
         ShardedStrategy(timeout_minutes=0)
+
+
+def test_groups_are_of_one_size() -> None:
+    with pytest.raises(ValueError, match="replicas of ShardedStrategy must be at least 1, got 0"):
+        ShardedStrategy(replicas=0)
+
+
+def test_options_that_only_processes_and_models_tell_are_refused(tiny: Path) -> None:
+    def fit(policy: Any = None, **options: Any) -> None:
+        train = TextSource(path=str(tiny / "texts.txt"))
+        data = make_data(tiny, train=train, val=None, **({} if policy is None else {"policy": policy}))
+        make_trainer(tiny, steps=1, enable_checkpointing=False, callbacks=[], strategy=ShardedStrategy(**options)).fit(
+            make_module("sft", data), data
+        )
+
+    with pytest.raises(ValueError, match="replicas=3 of ShardedStrategy does not divide the 1 processes"):
+        fit(replicas=3)
+    skipping = {"model_type": "opt", "hidden_size": 8, "ffn_dim": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    sizes = {"word_embed_proj_dim": 8, "layerdrop": 0.5, "max_position_embeddings": 32}
+    try:
+        with pytest.raises(ValueError, match="`layerdrop` does: set model.dropout to false"):
+            fit({"config": skipping | sizes, "tokenizer": str(tiny / "llama")})
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_no_checkpoint_is_written_in_the_middle_of_a_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,20 @@ class ShardedStrategy(DDPStrategy):
     response. Checkpoints are those of one process or of ``ddp``, one file with the whole weights, and resume there.
 
     Args:
+        replicas: How many groups of processes hold a whole each, neighbours together: the number of machines, where
+            weights should be put together within a machine and only gradients travel between them.
         process_group_backend: ``nccl`` or ``gloo``; by default what the device takes.
         timeout_minutes: How long processes wait for each other before they fail, > 0.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout_minutes: float = 30.0) -> None:
+    def __init__(
+        self, replicas: int = 1, process_group_backend: str | None = None, timeout_minutes: float = 30.0
+    ) -> None:
+        if replicas < 1:
+            raise ValueError(f"replicas of ShardedStrategy must be at least 1, got {replicas}")
         if not timeout_minutes > 0:
             raise ValueError(f"timeout_minutes of ShardedStrategy must be positive, got {timeout_minutes}")
+        self.replicas = replicas
         super().__init__(process_group_backend=process_group_backend, timeout=timedelta(minutes=timeout_minutes))
 
     def setup_environment(self) -> None:
@@ -52,6 +59,9 @@ class ShardedStrategy(DDPStrategy):
         assert module is not None
         check_can_shard(module, module.trainer)
         self.forbid_saving_in_a_signal()
+        processes = self.num_nodes * self.num_processes
+        if processes % self.replicas:
+            raise ValueError(f"replicas={self.replicas} of ShardedStrategy does not divide the {processes} processes")
         super().setup_environment()
 
     def forbid_saving_in_a_signal(self) -> None:
@@ -89,6 +99,11 @@ class ShardedStrategy(DDPStrategy):
             actors.place()  # in the policy's precision
             reference = actors.reference
         policy: Any = module.policy
+        if any(getattr(part, "layerdrop", 0) for part in policy.modules()):
+            raise ValueError(
+                "trainer.strategy fsdp cannot leave out layers at random, as this policy's `layerdrop` does: set "
+                "model.dropout to false"
+            )
         for model in (policy, reference):
             if isinstance(model, PreTrainedModel):
                 try_out(model)
@@ -98,7 +113,10 @@ class ShardedStrategy(DDPStrategy):
         module.to(self.root_device)
         module.policy = policy
         step = _Step(module, reference)
-        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        sizes = {"replicate": self.replicas, "shard": self.world_size // self.replicas}
+        if self.replicas == 1:
+            del sizes["replicate"]
+        mesh = init_device_mesh(self.root_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         mixed = self.precision_plugin.precision == "bf16-mixed"
         shard(step, mesh, param_dtype=torch.bfloat16 if mixed else None)
         return step
