@@ -34,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run everything over two processes, once."""
     directory = tmp_path_factory.mktemp("two")
-    run_two("tests.sharded", str(files), str(directory))
+    run_two("tests.sharded", str(files), str(directory), timeout=150)
     return directory
 
 
@@ -238,6 +238,12 @@ def test_a_precision_that_scales_the_loss_is_refused(tiny: Path, monkeypatch: py
     brought = make_data(tiny)
     with pytest.raises(ValueError, match="takes trainer.precision 32-true, .*; got 16-mixed"):
         check(make_module("klrl", brought), brought)
+
+
+def test_an_older_torch_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.distributed.fsdp, "fully_shard")
+    with pytest.raises(ValueError, match=f"needs torch 2.6 or newer, and this is {torch.__version__[:4]}"):
+        check(LightningModule(), None)
 
 
 def test_further_draws_for_a_table_and_other_modules_are_refused(tiny: Path) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -180,6 +181,8 @@ def check_can_shard(module: LightningModule, trainer: Trainer) -> None:
     Raises:
         ValueError: Naming the option.
     """
+    if not hasattr(fsdp, "fully_shard"):
+        raise ValueError(f"trainer.strategy fsdp needs torch 2.6 or newer, and this is {torch.__version__}")
     spec: Any = getattr(module, "actor_spec", None)
     if spec is None:
         raise ValueError(f"trainer.strategy fsdp shards this package's modules, and {type(module).__name__} is none")
