@@ -14,12 +14,22 @@ import vbon_lightning
 PACKAGE = Path(vbon_lightning.__file__).parent
 
 LAYERS = [
-    {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
+    {
+        "adapters",
+        "functional",
+        "paths",
+        "_json_lines",
+        "_markdown",
+        "checks",
+        "sharding",
+        "data.conversations",
+        "data.readers",
+    },
     {"types"},
     {"loggers", "metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
     {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
     {"actors", "callbacks"},
-    {"data.module", "decoding"},
+    {"data.module", "decoding", "sharded_strategy"},
     {"data"},
     {"modules"},
     {"evaluation", "cli", "dialling", "commands"},
@@ -53,7 +63,17 @@ TESTED_ELSEWHERE = {
 NOTHING_TO_TEST = {"types.py"}
 """Modules that hold records alone."""
 
-LIGHTNING = {"data.module", "modules", "callbacks", "cli", "evaluation", "dialling", "commands", "loggers"}
+LIGHTNING = {
+    "data.module",
+    "modules",
+    "callbacks",
+    "cli",
+    "evaluation",
+    "dialling",
+    "commands",
+    "loggers",
+    "sharded_strategy",
+}
 
 
 ROOMS = {"data"}

@@ -2,9 +2,11 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from torch.distributed import run as torch_run
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from vbon_lightning import cli
@@ -31,14 +33,27 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     return seen["config"]
 
 
-def commands(text: str) -> list[list[str]]:
-    """Return the `vbon ...` commands of comments or of a shell block, continued lines joined."""
+STARTERS = {"vbon": ["vbon"], "srun": ["vbon"], "torchrun": ["-m", "vbon_lightning"]}
+"""What a command line may begin with, and what stands right before the words that `vbon` gets."""
+
+
+def launched(text: str) -> list[tuple[list[str], list[str]]]:
+    """Return the `vbon ...` commands of comments or of a shell block, continued lines joined, and what starts each."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         line = line.removeprefix("# ").strip()
-        if line.startswith("vbon "):
-            found.append(shlex.split(line, comments=True)[1:])
+        before = STARTERS.get(line.split(" ")[0])
+        if before is not None:
+            words = shlex.split(line.removesuffix("&"), comments=True)
+            place = words.index(before[-1]) + 1
+            assert words[place - len(before) : place] == before, line
+            found.append((words[: place - len(before)], words[place:]))
     return found
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the `vbon ...` commands of :func:`launched`."""
+    return [words for _, words in launched(text)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
@@ -61,6 +76,74 @@ def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         words = [part for word in words for part in (data if word == "$data" else [word])]
         config = parse(words, monkeypatch)
         assert config is not None
+
+
+GUIDES = ["docs/scaling.md"]
+
+SBATCH = {
+    "array",
+    "cpus-per-task",
+    "gpus-per-node",
+    "gpus-per-task",
+    "job-name",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "requeue",
+    "signal",
+    "time",
+}
+"""Options of `sbatch` (its manual) that the guides use."""
+
+
+def shell_blocks(guide: str) -> list[str]:
+    """Return the shell blocks of a page."""
+    return [block.split("```")[0] for block in (ROOT / guide).read_text().split("```sh\n")[1:]]
+
+
+def sbatch_options(block: str) -> dict[str, str]:
+    """Return the options at the head of a batch script; empty for other blocks."""
+    lines = [line.removeprefix("#SBATCH --") for line in block.splitlines() if line.startswith("#SBATCH")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_commands_of_a_guide_parse(guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for block in shell_blocks(guide):
+        found = launched(block)
+        assert found, block
+        script = sbatch_options(block)
+        for starter, words in found:
+            config: Any = parse(words, monkeypatch)
+            processes = config.trainer.num_nodes, int(config.trainer.devices)
+            if starter[:1] == ["torchrun"]:
+                given = torch_run.get_args_parser().parse_args([*starter[1:], "-m", "vbon_lightning"])
+                assert (int(given.nnodes.split(":")[-1]), int(given.nproc_per_node)) == processes
+            assert bool(script) == (starter[:1] == ["srun"])
+            if script:
+                assert set(script) <= SBATCH
+                assert block.startswith("#!/bin/bash\n#SBATCH"), "options behind the first command are ignored"
+                tasks = (
+                    int(script.get("ntasks-per-node", 1)) * int(script.get("nodes", 1)) * int(script.get("ntasks", 1))
+                )
+                assert tasks == processes[0] * processes[1]
+
+
+def test_the_yaml_of_the_page_on_scaling_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (ROOT / "docs/scaling.md").read_text().split("```yaml\n")[1:]
+    (tmp_path / "overlay.yaml").write_text(block.split("```")[0])
+    words = shlex.split("fit --config configs/demo/data.yaml --config configs/demo/sft.yaml --config")
+    config: Any = parse([*words, str(tmp_path / "overlay.yaml")], monkeypatch)
+    assert config.trainer.strategy.class_path.endswith("ShardedStrategy")
+
+
+def test_the_readers_of_guides_see_what_they_are_to_check() -> None:
+    head = "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --requeue\n"
+    text = f"{head}srun --a=1 vbon fit \\\n --x 1 &\nwait $!\n# vbon test\n# It's said of vbon.\nvbonx y\n"
+    assert launched(text) == [(["srun", "--a=1"], ["fit", "--x", "1"]), ([], ["test"])]
+    assert sbatch_options(text) == {"nodes": "2", "requeue": ""}
+    assert launched("torchrun --nnodes 2 -m vbon_lightning fit") == [(["torchrun", "--nnodes", "2"], ["fit"])]
 
 
 def test_the_adapters_of_the_summarisation_setting_fit_its_kind_of_model() -> None:

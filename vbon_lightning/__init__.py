@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ValueModelling,
         VBoN,
     )
+    from vbon_lightning.sharded_strategy import ShardedStrategy
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "ModelSpec",
     "ReferenceSampler",
     "RewardModelling",
+    "ShardedStrategy",
     "TextSource",
     "VBoN",
     "ValueModelling",
@@ -52,6 +54,7 @@ _HOMES = {
     "ModelSpec": "models",
     "ReferenceSampler": "modules",
     "RewardModelling": "modules",
+    "ShardedStrategy": "sharded_strategy",
     "TextSource": "data",
     "VBoN": "modules",
     "ValueModelling": "modules",

@@ -34,6 +34,7 @@ from vbon_lightning.modules import (
     VBoN,
 )
 from vbon_lightning.reference_table import ReferenceTableError
+from vbon_lightning.sharded_strategy import ShardedStrategy
 
 __all__ = [
     "COMMANDS",
@@ -172,8 +173,10 @@ class VbonCLI(LightningCLI):
             self.config.predict.return_predictions = False
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard under a short name of the run, unless a logger was given, or none."""
+        """Log to TensorBoard under a short name of the run, unless a logger was given, or none; ``fsdp`` shards."""
         trainer = self._get(self.config_init, "trainer")
+        if kwargs.get("strategy", trainer["strategy"]) == "fsdp":  # Lightning's own shards another way
+            kwargs["strategy"] = ShardedStrategy()
         if kwargs.get("logger", trainer["logger"]) in (None, True):
             # A reference table has nothing to log, and would look like a run.
             kwargs["logger"] = False if self.subcommand == "predict" else self._run_logger(trainer["default_root_dir"])

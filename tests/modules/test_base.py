@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from transformers import AutoTokenizer
 
 from tests.helpers import save_tiny_classifier, save_tiny_model
 from tests.models.setting import make_valued_files
 from tests.modules.setting import ALPHABET, make_data, make_module, make_trainer
-from vbon_lightning import RewardModelling, TextSource
+from vbon_lightning import ReferenceSampler, RewardModelling, TextSource
 from vbon_lightning.callbacks import RewardMonitor
 from vbon_lightning.models import ModelError
+from vbon_lightning.modules.base import check_strategy
 from vbon_lightning.rewards import ClassifierReward
 
 
@@ -38,6 +40,22 @@ def test_a_scheduler_that_watches_a_metric(files: Path, tmp_path: Path) -> None:
     make_trainer(tmp_path, RewardMonitor(), max_epochs=4, steps=-1).fit(
         again, make_data(files), ckpt_path=str(tmp_path / "last.ckpt")
     )
+
+
+@pytest.mark.parametrize("kind", ["klrl", "sft", "table"])
+def test_lightnings_own_sharding_is_refused(kind: str, files: Path, tmp_path: Path) -> None:
+    """They would put weights together in ``forward`` alone, and a step also samples."""
+    data = make_data(files, reference_table=str(tmp_path / "table") if kind == "table" else None)
+    module = ReferenceSampler(data.actors, samples=2) if kind == "table" else make_module(kind, data)
+    trainer = make_trainer(tmp_path)
+    trainer.strategy.__class__ = ModelParallelStrategy  # it needs a GPU
+    module.trainer = trainer
+    with pytest.raises(ValueError, match="ModelParallelStrategy cannot shard .* set trainer.strategy to fsdp"):
+        module.configure_callbacks()
+    for strategy in (FSDPStrategy(), ModelParallelStrategy()):
+        with pytest.raises(ValueError, match=f"{type(strategy).__name__} cannot shard"):
+            check_strategy(strategy)
+    check_strategy(DDPStrategy())
 
 
 def test_a_scheduler_that_watches_nothing_is_refused(files: Path, tmp_path: Path) -> None:

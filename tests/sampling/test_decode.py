@@ -16,6 +16,7 @@ from vbon_lightning.sampling import prompt_noise, response_logits, sample_comple
 from vbon_lightning.sampling.cache import can_share_prompts
 from vbon_lightning.sampling.plain import runs_plain
 from vbon_lightning.sampling.request import SamplingRequest
+from vbon_lightning.sharding import Lockstep
 from vbon_lightning.types import Completions, PromptBatch
 
 VOCABULARY, PAD = 24, 0
@@ -377,3 +378,32 @@ def other_model(kind: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(3)
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+
+
+class _Waiting(Lockstep):
+    """Stands for another process whose longest response has ten tokens."""
+
+    def rows_to_run(self, running: Tensor) -> Tensor | None:
+        return running if len(running) else running.new_zeros(1)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("plain", [False, True])
+def test_passes_for_another_process_change_no_response(kind: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[kind](VOCABULARY, **DEEPER[kind])
+    tokens, mask = pad_left(PROMPTS)
+    request = SamplingRequest(tokens, mask, noise_of([0, 1, 2, 3], samples=2), list(range(12)), PAD)
+    monkeypatch.setattr(decode_module, "runs_plain", lambda model: plain)
+    monkeypatch.setattr(decode_module, "refuse_plain", lambda *_: None)
+    expected = sample_completions(model, request)
+    longest = expected.tokens.shape[-1]
+    assert longest < 10, "all responses are to end early"
+    monkeypatch.setattr(decode_module, "Lockstep", _Waiting)
+    found = sample_completions(model, request)
+    assert found.tokens.shape[-1] == 10
+    assert torch.equal(found.finished, expected.finished)
+    for ours, theirs, fill in zip(found[:2], expected[:2], (PAD, False), strict=True):
+        assert torch.equal(ours[..., :longest], theirs)
+        assert (ours[..., longest:] == fill).all()
+    assert torch.equal(found.log_probs[..., :longest], expected.log_probs)
+    assert not found.log_probs[..., longest:].any()

@@ -38,6 +38,7 @@ from vbon_lightning.sampling import (
 )
 from vbon_lightning.sampling.further import TooManyMissingError, replace_missing
 from vbon_lightning.sampling.passes import InPasses, join_completions
+from vbon_lightning.sharding import is_sharded
 from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses, select_prompts
 
 
@@ -171,7 +172,7 @@ class Actors:
         parameter = next(self.policy.parameters())
         where = (parameter.device, parameter.dtype)
         if self._placed != where:
-            if self.reference is not None:
+            if self.reference is not None and not is_sharded(self.reference):
                 nn.Module.to(self.reference, device=parameter.device, dtype=parameter.dtype)
             if self.reward is not None and hasattr(self.reward, "to"):
                 self.reward.to(parameter.device)

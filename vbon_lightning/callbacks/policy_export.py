@@ -15,10 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.callbacks.model_card import BestWeights, model_card
 from vbon_lightning.models import HubError, HubTarget, ReadBackError, as_hub_target, save_pretrained
+from vbon_lightning.sharding import is_part, is_sharded, plain_copy
 
 
 class PolicyExport(Callback):
@@ -86,13 +88,22 @@ class PolicyExport(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint | None = None) -> None:
         if self._target is None:
             return
-        if trainer.is_global_zero:
+        # A sharded policy is put together by all, and written by one.
+        if trainer.is_global_zero or is_sharded(pl_module):
             with nullcontext() if checkpoint is None else _weights_of(checkpoint, pl_module) as best:
-                self._write(trainer, pl_module, self._target, best)
+                policy = plain_copy(cast(PreTrainedModel, pl_module.policy))
+                if policy is not None:
+                    self._write(trainer, pl_module, policy, self._target, best)
         trainer.strategy.barrier("policy export")
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, target: Path, best: BestWeights | None) -> None:
-        policy = cast(PreTrainedModel, pl_module.policy)
+    def _write(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        policy: PreTrainedModel,
+        target: Path,
+        best: BestWeights | None,
+    ) -> None:
         tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
         settings = getattr(pl_module, "generation_settings", None) if policy.can_generate() else None
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +115,7 @@ class PolicyExport(Callback):
                 )
             except ReadBackError as error:
                 kept = target.with_name(f"{target.name}.state_dict.pt")
-                torch.save(pl_module.state_dict(), kept)
+                torch.save({f"policy.{name}": value for name, value in policy.state_dict().items()}, kept)
                 raise ReadBackError(f"{error}; the policy's weights are in {kept}, and checkpoints stay") from error
             name = None if self.push_to_hub is None else self.push_to_hub.repo_id
             Path(staged, "README.md").write_text(model_card(trainer, pl_module, best, name), encoding="utf-8")
@@ -138,13 +149,18 @@ def _weights_of(checkpoint: ModelCheckpoint, pl_module: LightningModule) -> Iter
     """Give the module the weights of the best checkpoint for a while."""
     # Written by this run, and may hold whatever its callbacks keep.
     content: dict[str, Any] = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=False)
-    own = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.state_dict().items()}
+    own = {name: _kept(value.detach()) for name, value in pl_module.state_dict().items()}
     score = checkpoint.best_model_score
     try:
         pl_module.load_state_dict(content["state_dict"])
         yield BestWeights(content["global_step"], str(checkpoint.monitor), float("nan" if score is None else score))
     finally:
         pl_module.load_state_dict(own)
+
+
+def _kept(value: Tensor) -> Tensor:
+    # A part of a sharded weight is small, and stays where its parts are.
+    return value.clone() if is_part(value) else value.to("cpu", copy=True)
 
 
 def replace_directory(staged: Path, target: Path) -> None:

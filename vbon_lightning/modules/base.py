@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from vbon_lightning.callbacks.defaults import missing_callbacks
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.request import check_context
+from vbon_lightning.sharding import is_sharded, spread_state
 from vbon_lightning.types import Rollout
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -81,6 +83,7 @@ class AlignmentModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what watches KL, reward, win rate and samples; what the Trainer was given comes first."""
+        check_strategy(self.trainer.strategy)
         return missing_callbacks(self.trainer, self.watched_by)
 
     # -- models ------------------------------------------------------------------------------------
@@ -112,6 +115,17 @@ class AlignmentModule(LightningModule):
                 value=self.uses_value_model,
             )
             self.policy = self.actors.policy
+
+    def call_whole(self, method: str) -> Any:
+        """Call a method that runs the models outside a step; where they are sharded, all ranks must.
+
+        Args:
+            method: Name of one of this module's methods, which takes no argument.
+        """
+        if not is_sharded(self):
+            return getattr(self, method)()
+        strategy: Any = self.trainer.strategy
+        return strategy._forward_redirection(strategy.model, self, method)  # as Lightning calls steps
 
     @property
     def response_room(self) -> int:
@@ -347,9 +361,22 @@ class AlignmentModule(LightningModule):
             frozen = {key: value for key, value in self.state_dict().items() if key not in trained}
             state_dict = frozen | dict(state_dict)
         try:
-            return nn.Module.load_state_dict(self, state_dict, strict=True, assign=assign)
+            return nn.Module.load_state_dict(self, spread_state(self, state_dict), strict=True, assign=assign)
         except RuntimeError as problem:
             raise ValueError(f"the checkpoint does not hold this policy's weights: {problem}") from problem
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse the strategies of Lightning that spread a module's weights, which would be there in ``forward`` alone.
+
+    Raises:
+        ValueError: Naming the strategy, and the one that does.
+    """
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"{type(strategy).__name__} cannot shard a policy that also samples: set trainer.strategy to fsdp, or to "
+            "vbon_lightning.ShardedStrategy() in Python"
+        )
 
 
 def _missing(rollout: Rollout) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.data.collating import batch_keys
-from vbon_lightning.modules.base import AlignmentModule
+from vbon_lightning.modules.base import AlignmentModule, check_strategy
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, TableRow
 from vbon_lightning.rewards import RewardError
@@ -22,6 +22,7 @@ from vbon_lightning.rewards.base import shorten
 from vbon_lightning.rewards.calls import PendingRewards, RewardCaller
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.further import TooManyMissingError, replace_missing
+from vbon_lightning.sharding import is_sharded, most
 from vbon_lightning.types import PromptBatch, select_prompts
 
 
@@ -113,6 +114,7 @@ class ReferenceSampler(AlignmentModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the writer along, so that no sampled table is ever lost."""
+        check_strategy(self.trainer.strategy)
         return [self.writer]
 
     def finished_keys(self) -> set[str]:
@@ -151,12 +153,16 @@ class ReferenceSampler(AlignmentModule):
         """
         rows: list[TableRow] = []
         try:
-            for group in self._groups(batch):
+            groups = list(self._groups(batch))
+            more = self._groups_of_others(len(groups))
+            for group in groups:
                 sampled = self._sample(group)
                 rows += self._finish_scoring()
                 self._pending = _Asked(sampled, self._ask(sampled))
                 if not self._overlaps:
                     rows += self._finish_scoring()
+            for _ in range(more):
+                self._sample(select_prompts(batch, [0]))
             progress: Any = self.trainer.predict_loop.batch_progress
             if progress.is_last_batch:
                 rows += self._finish_scoring()
@@ -251,6 +257,15 @@ class ReferenceSampler(AlignmentModule):
             width = int(batch.mask[rows].sum(-1).max())
             some = select_prompts(batch, rows.tolist())
             yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
+
+    def _groups_of_others(self, groups: int) -> int:
+        """Return how many more groups another process has to sample, where all hold the reference together.
+
+        This process then makes its passes too; nothing of them is kept.
+        """
+        if self._source is not None or not is_sharded(self.loaded.policy):
+            return 0
+        return most(groups, self.device) - groups
 
     def _sample(self, prompts: PromptBatch) -> _Sampled:
         self.loaded.place()

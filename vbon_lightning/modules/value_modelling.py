@@ -27,6 +27,7 @@ from vbon_lightning.modules.offline import check_at_least_one, select_responses
 from vbon_lightning.modules.supervised import SupervisedModule
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.sampling import pick_some
+from vbon_lightning.sharding import spread_like
 from vbon_lightning.types import TableBatch
 
 
@@ -167,7 +168,15 @@ class ValueModelling(SupervisedModule):
 
     @torch.no_grad()
     def _start_head(self) -> None:
-        """Fit the head to whole responses."""
+        """Give the head its start."""
+        # Each rank has found the same, to rounding, and the ranks are to stay the same exactly.
+        found = self.trainer.strategy.broadcast(self.call_whole("fit_head"))
+        head = cast(ValueModel, self.policy).head
+        for parameter, value in zip((head.weight, head.bias), found, strict=True):
+            parameter.copy_(spread_like(parameter, value))
+
+    def fit_head(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias of a head that is fitted to whole responses."""
         model, bins = cast(ValueModel, self.policy), cast(RewardBins, self._bins)
         data: Any = getattr(self.trainer, "datamodule", None)
         prompts = data.prompts("train")
@@ -184,11 +193,8 @@ class ValueModelling(SupervisedModule):
             rewards.append(_rewards(batch)[..., None].expand(mask.shape)[mask].cpu())
             whole.append((place == batch.responses.mask.sum(-1, keepdim=True))[mask].cpu())
         model.train()
-        found = forecast_head(torch.cat(features), torch.cat(rewards), bins, fit=torch.cat(whole))
-        # Each rank has found the same, to rounding, and the ranks are to stay the same exactly.
-        weight, bias = self.trainer.strategy.broadcast(found)
-        model.head.weight.copy_(weight)
-        model.head.bias.copy_(bias)
+        weight, bias = forecast_head(torch.cat(features), torch.cat(rewards), bins, fit=torch.cat(whole))
+        return weight, bias
 
     # -- checkpoints -------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend, can_share_prompts, shared_prompts
 from vbon_lightning.sampling.plain import prompts_with_room, refuse_plain, runs_plain
 from vbon_lightning.sampling.request import SamplingRequest, check_request
+from vbon_lightning.sharding import Lockstep
 from vbon_lightning.types import Completions
 
 _COMPACT_BELOW = 0.875
@@ -159,6 +160,7 @@ def _decode(model: PreTrainedModel, request: SamplingRequest) -> Completions:
     next_position = lengths.repeat_interleave(samples)
     attention = prompt_mask.long().repeat_interleave(samples, dim=0) if padded else None
     active = torch.arange(rows, device=device)
+    lockstep = Lockstep(model)
 
     for step in range(length):
         chosen, log_p = choose_tokens(logits, noise[active, step, None], temperature)
@@ -171,8 +173,8 @@ def _decode(model: PreTrainedModel, request: SamplingRequest) -> Completions:
         if step + 1 == length:
             break
 
-        keep = (~finished[active]).nonzero().squeeze(-1)
-        if keep.numel() == 0:
+        keep = lockstep.rows_to_run((~finished[active]).nonzero().squeeze(-1))
+        if keep is None:
             break
         if keep.numel() < _COMPACT_BELOW * active.numel():
             cache.batch_select_indices(keep)
@@ -203,19 +205,22 @@ def _decode_plain(model: PreTrainedModel, request: SamplingRequest) -> Completio
     ends = torch.as_tensor(list(end_ids), device=device)
     text, lengths = prompts_with_room(prompt_tokens, prompt_mask.bool(), samples, length)
     tokens, log_probs, mask, finished = _nothing_yet(rows, length, pad_id, device)
+    lockstep, active = Lockstep(model), torch.arange(rows, device=device)
     for step in range(length):
-        active = (~finished).nonzero().squeeze(-1)
         seen = int(lengths[active].max()) + step
         logits = model(input_ids=text[active, :seen], use_cache=False).logits
         last = logits[torch.arange(len(active), device=device), lengths[active] + step - 1]
         chosen, log_p = choose_tokens(last, uniforms[active, step, None], temperature)
         chosen = chosen.squeeze(-1)
-        tokens[active, step], log_probs[active, step] = chosen, log_p.squeeze(-1)
-        mask[active, step] = True
+        running = ~finished[active]
+        tokens[active, step] = torch.where(running, chosen, pad_id)
+        log_probs[active, step] = torch.where(running, log_p.squeeze(-1), 0.0)
+        mask[active, step] = running
         text[active, lengths[active] + step] = chosen
         finished[active] |= torch.isin(chosen, ends)
-        if finished.all():
+        if step + 1 == length or (left := lockstep.rows_to_run((~finished).nonzero().squeeze(-1))) is None:
             break
+        active = left
     forget_casts(device)
     return _completions((batch, samples, step + 1), tokens, log_probs, mask, finished)
 

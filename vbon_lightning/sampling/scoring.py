@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -14,9 +14,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from vbon_lightning.functional import token_log_probs, token_statistics
+from vbon_lightning.models.loading import evaluating
 from vbon_lightning.models.tilted import JointHead, TiltedLM
+from vbon_lightning.sampling.cache import can_share_prompts
 from vbon_lightning.sampling.decode import forget_casts, keep_logits, recomputes
 from vbon_lightning.sampling.plain import prompts_with_room, runs_plain
+from vbon_lightning.sharding import is_sharded
 from vbon_lightning.types import Completions, PromptBatch, Responses
 
 MAX_LOGITS = 2**25
@@ -194,7 +197,7 @@ def output_head(model: PreTrainedModel) -> Head | None:
     Some models scale or squash their logits. A forward pass over two tokens tells; it is made once a model.
     """
     if model not in _HEADS:
-        with _evaluating(model):
+        with evaluating(model):
             _HEADS[model] = _plain_head(model)
     return cast(Head, _body_and_head(model)[1]) if _HEADS[model] else None
 
@@ -202,16 +205,15 @@ def output_head(model: PreTrainedModel) -> Head | None:
 _HEADS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while: two passes could not be compared, and would use up random numbers."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def try_out(model: PreTrainedModel) -> None:
+    """Find out now what is otherwise found out when it is first needed, by passes over a few tokens.
+
+    Once a model is sharded no process can make a pass alone.
+    """
+    with evaluating(model):
+        if isinstance(model, GenerationMixin) and not runs_plain(model):
+            can_share_prompts(model)
+        output_head(model)
 
 
 @torch.no_grad()
@@ -394,6 +396,10 @@ def _predictions(
     """
     _, samples, length = completions.tokens.shape
     tokens = completions.tokens.reshape(-1, length)
+    if length == 1 and is_sharded(model):
+        # Of one token there is no second pass, which another process may need.
+        filled = Responses(*(torch.nn.functional.pad(part, (0, 1)) for part in (completions.tokens, completions.mask)))
+        return [values[:, :1] for values in _predictions(model, part, prompts, filled, read, **arguments)]
     if isinstance(model, GenerationMixin) and runs_plain(model):
         return _plain_predictions(part, prompts, tokens, samples, read, **arguments)
     prompt_mask = prompts.mask.long()
