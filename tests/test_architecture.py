@@ -14,7 +14,17 @@ import vbon_lightning
 PACKAGE = Path(vbon_lightning.__file__).parent
 
 LAYERS = [
-    {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
+    {
+        "adapters",
+        "functional",
+        "paths",
+        "_json_lines",
+        "_markdown",
+        "_visible",
+        "checks",
+        "data.conversations",
+        "data.readers",
+    },
     {"types"},
     {"loggers", "metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
     {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
@@ -31,7 +41,6 @@ TESTS = Path(__file__).parent
 
 TESTED_ELSEWHERE = {
     "_json_lines.py": "data/test_readers.py",
-    "_markdown.py": "callbacks/test_sample_table.py",
     "actors/value_model.py": "models/test_value.py",
     "callbacks/reference_table_writer.py": "modules/test_reference_sampler.py",
     "callbacks/rollout_callback.py": "callbacks/test_rollout_metrics.py",

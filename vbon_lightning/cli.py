@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from vbon_lightning import __version__, callbacks  # noqa: F401 (callbacks: so that a configuration may name them)
+from vbon_lightning._visible import visible
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.loggers import RunLogger
 from vbon_lightning.modules import (
@@ -100,7 +101,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or _wants_traceback():
             super().error(message, ex)
-        self.exit(2, f"vbon: {_brief(message)}\n")
+        self.exit(2, visible(f"vbon: {_brief(message)}\n"))
 
 
 def _brief(message: str) -> str:
@@ -245,7 +246,7 @@ def main() -> None:
     sys.path.append(os.getcwd())  # where a user's own rewards lie, as `python -m` has it
     name, *rest = sys.argv[1:] or [""]
     if name and not name.startswith("-") and name not in COMMANDS:
-        print(f"vbon: {_unknown(name)}", file=sys.stderr)
+        print(visible(f"vbon: {_unknown(name)}"), file=sys.stderr)
         sys.exit(2)
     try:
         if name in COMMANDS and COMMANDS[name].module is not None:
@@ -258,7 +259,7 @@ def main() -> None:
         # jsonargparse wraps what a constructor raises.
         while isinstance(problem.__cause__, _USER_ERRORS) and str(problem).startswith(_PADDING):
             problem = problem.__cause__
-        sys.exit(f"vbon: {problem}{_where(problem)}")
+        sys.exit(visible(f"vbon: {problem}{_where(problem)}"))
 
 
 def _unknown(name: str) -> str:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
 from vbon_lightning._json_lines import read_json_lines
+from vbon_lightning._visible import visible, visible_json
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.checks import differences, plain
 from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
@@ -225,7 +226,8 @@ def _replace(path: Path, text: str) -> None:
 
 def _write(drawn: Iterator[Drawn], stream: TextIO) -> None:
     for one in drawn:
-        stream.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
+        line = json.dumps(one._asdict(), ensure_ascii=False)
+        stream.write((visible_json(line) if stream is sys.stdout else line) + "\n")
         stream.flush()
 
 
@@ -244,7 +246,8 @@ def _converse(actors: Actors, spec: ActorSpec, drawing: dict[str, Any], chat: bo
         row = as_row(text, number + 1)
         prompts = prepare_rows([_said(row) if said else row], "prompts", actors.tokenizer, chat=spec.chat)
         for one in draw(actors, enumerate(prompts), step=number, **drawing):
-            print(one.response if one.reward is None else f"{one.response}    [reward {one.reward:.3f}]")
+            said = visible(one.response)
+            print(said if one.reward is None else f"{said}    [reward {one.reward:.3f}]")
 
 
 def build_parser() -> ArgumentParser:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from vbon_lightning._visible import visible
 from vbon_lightning.actors import Actors
 from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule
@@ -140,7 +141,7 @@ def compare(
     # Each batch prompts x samples rows; the loader is rebuilt for every policy, so that all see the same batches.
     def batches(label: str, limit: int | None = None) -> Iterator[PromptBatch]:
         loader = data.split_dataloader(split)
-        for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
+        for done, batch in enumerate(tqdm(loader, desc=visible(label), leave=False, disable=limit is not None)):
             if limit is not None and done * data.eval_batch_size >= limit:
                 return
             yield on_device(batch, place)
@@ -181,7 +182,7 @@ def compare(
         reports += predicted_bon_reports(torch.cat(predicted), scorer.bins, n_values=n)
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
-        for batch in tqdm(data.split_dataloader(split), desc=name, leave=False):
+        for batch in tqdm(data.split_dataloader(split), desc=visible(name), leave=False):
             found.append(_decode(actors, decoder, on_device(batch, place), samples=samples, seed=seed))
         reports.append(
             evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n, scorer=scorer)
@@ -219,7 +220,7 @@ def compare(
         written += write_cards(
             reports, exports, dataset=_dataset(data, split), split=split, settings=_settings(data, seed, judge)
         )
-    print("\n".join(f"wrote {path}" for path in written))
+    print(visible("\n".join(f"wrote {path}" for path in written)))
     return reports
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._markdown import markdown_block, markdown_cell, markdown_table
 from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.logs import log_comparison, loggers_of
@@ -54,7 +54,7 @@ def write_comparison(
         "pareto.png": image.getvalue(),
     }
     if samples:
-        contents["samples.md"] = f"# {title}: samples\n\n{samples_markdown(samples)}".encode()
+        contents["samples.md"] = f"# {markdown_cell(title)}: samples\n\n{samples_markdown(samples)}".encode()
     written = {}
     for name, content in contents.items():
         written[name] = directory / name
@@ -76,7 +76,7 @@ def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command:
         "finished": [report.finished for report in reports],
     }
     columns: dict[str, list[str]] = {
-        "policy": [f"**{markdown_cell(report.name)}**" if report.n is None else report.name for report in reports],
+        "policy": [_bold(report) for report in reports],
         "method": [markdown_cell(report.method) for report in reports],
         "reward": [str(report.reward) for report in reports],
         "KL (nats)": [str(report.kl) for report in reports],
@@ -91,8 +91,13 @@ def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command:
     }
     rows = list(zip(*columns.values(), strict=True))
     table = markdown_table(list(columns), rows, align="ll" + "r" * (len(columns) - 2))
-    shown = "" if command is None else f"```sh\n{command}\n```\n\n"
-    return f"# {title}\n\n{shown}{table}\n{_notes(reports)}{_costs(reports)}"
+    shown = "" if command is None else markdown_block(command, "sh") + "\n"
+    return f"# {markdown_cell(title)}\n\n{shown}{table}\n{_notes(reports)}{_costs(reports)}"
+
+
+def _bold(report: PolicyReport) -> str:
+    name = markdown_cell(report.name)
+    return f"**{name}**" if report.n is None else name
 
 
 def _costs(reports: Sequence[PolicyReport]) -> str:
