@@ -45,7 +45,6 @@ TESTED_ELSEWHERE = {
     "callbacks/reference_table_writer.py": "modules/test_reference_sampler.py",
     "callbacks/rollout_callback.py": "callbacks/test_rollout_metrics.py",
     "callbacks/reward_monitor.py": "callbacks/test_rollout_metrics.py",
-    "commands/parsers.py": "commands/test_init.py",
     "commands/starting_config.py": "commands/test_init.py",
     "decoding/base.py": "decoding/test_best_of_n.py",
     "dialling.py": "models/test_tilted.py",

@@ -45,6 +45,11 @@ def visible_json(line: str) -> str:
     return _SUSPECT.sub(written, line)
 
 
+def is_text(value: str) -> bool:
+    """Say whether text is made of whole characters; JSON and YAML can write halves of them, lone surrogates."""
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 @cache
 def is_hidden(letter: str) -> bool:
     """Say whether a character is a command to whatever shows it, or shows nothing."""

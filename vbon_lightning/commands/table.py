@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from vbon_lightning._visible import visible
-from vbon_lightning.commands.parsers import description_of
+from vbon_lightning.commands.parsers import ArgumentParser, description_of
 from vbon_lightning.data.conversations import readable
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, table_summary

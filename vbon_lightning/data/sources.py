@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vbon_lightning._visible import is_text
 from vbon_lightning.data.conversations import (
     MESSAGES,
     ConversationError,
@@ -360,6 +361,9 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
             if MESSAGES in columns and talk is None:
                 raise SourceError(f"{place}: there are no messages, which the reward reads: the prompt is plain text")
             text, filled = _filled(source, record, fields, place) if talk is None else (transcript(talk[0]), None)
+            for turns in talk or ():
+                if turns is not None and not is_text(transcript(turns)):
+                    raise SourceError(f"{place}: half a character (a lone surrogate) in a message")
             words = len(text.split())
             if words < (source.min_words or 0) or (source.max_words is not None and words > source.max_words):
                 continue
@@ -495,6 +499,8 @@ def _template_fields(template: str) -> list[str]:
 def _text(value: Any, column: str, place: str) -> str:
     if not isinstance(value, str):
         raise SourceError(f"{place}: column {column!r} must hold text, got {value!r} ({type(value).__name__})")
+    if not is_text(value):
+        raise SourceError(f"{place}: half a character (a lone surrogate) in column {column!r}: {value[:80]!r}")
     return value
 
 

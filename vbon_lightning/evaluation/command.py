@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,12 +19,13 @@ from transformers import PreTrainedModel
 
 from vbon_lightning._visible import visible
 from vbon_lightning.actors import Actors
-from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
+from vbon_lightning.commands.parsers import ArgumentParser, description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
+from vbon_lightning.evaluation.guards import check_names, check_numbers, check_weights
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
     REFERENCE,
@@ -103,6 +103,8 @@ def compare(
     """
     if not policies and not decoders:
         raise ValueError("name at least one policy to compare: --policies.NAME DIRECTORY")
+    check_names(policies, decoders)
+    check_numbers(n=n, samples=samples, shown_prompts=shown_prompts, shown_samples=shown_samples)
     guided = [name for name, decoder in decoders.items() if decoder.needs_value_model]
     if guided and data.actors.value_model is None:
         raise ValueError(f"the decoder {guided[0]!r} needs a value model: set data.value_model")
@@ -122,8 +124,9 @@ def compare(
             "nothing says what the reference's rewards are: name a reference table (data.reference_table), or for "
             "prompts that none holds a value model (data.value_model)"
         )
-    for path in policies.values():
+    for name, path in policies.items():
         check_same_vocabulary(data.tokenizer, load_tokenizer(as_spec(path)))
+        check_weights(name, path)
 
     actors = Actors.load(
         spec.replaced(policy=spec.reference_spec, reference=None),

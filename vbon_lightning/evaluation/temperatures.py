@@ -19,8 +19,8 @@ from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, label_of, policy_styles, style_axes
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
 from vbon_lightning.evaluation.reports import REFERENCE, mean_of, win_rates
+from vbon_lightning.evaluation.writing import write_together
 from vbon_lightning.prefix_scorer import PrefixScorer
-from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.types import ScoredResponses
 
 
@@ -158,7 +158,7 @@ def _shifts(count: int, temperatures: Sequence[float]) -> list[float]:
 def write_temperatures(
     reports: Sequence[TemperatureReport], directory: str | Path, *, title: str, trained_at: float
 ) -> dict[str, Path]:
-    """Write ``temperatures.json``, ``temperatures.md`` and ``temperatures.png``, each atomically."""
+    """Write ``temperatures.json``, ``temperatures.md`` and ``temperatures.png``, all of them or none."""
     image = io.BytesIO()
     temperature_figure(reports, title=title, trained_at=trained_at).savefig(image, format="png")
     plain = {"title": title, "reports": [report.to_dict() for report in reports]}
@@ -167,9 +167,4 @@ def write_temperatures(
         "temperatures.md": temperature_markdown(reports, title=title, trained_at=trained_at).encode(),
         "temperatures.png": image.getvalue(),
     }
-    written = {}
-    for name, content in contents.items():
-        written[name] = Path(directory) / name
-        with atomic_file(written[name]) as stream:
-            stream.write(content)
-    return written
+    return write_together(Path(directory), contents)

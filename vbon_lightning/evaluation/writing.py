@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
@@ -28,7 +29,9 @@ def write_comparison(
     samples: Sequence[TextSample] = (),
     logger: bool | Logger | Sequence[Logger] = True,
 ) -> dict[str, Path]:
-    """Write ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md``, each atomically.
+    """Write ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md``, all of them or none.
+
+    Where ``comparison.json`` is there the others are of the same comparison: it goes first and comes last.
 
     Args:
         reports: Policies and Best-of-N, in the order the table should have.
@@ -55,13 +58,31 @@ def write_comparison(
     }
     if samples:
         contents["samples.md"] = f"# {markdown_cell(title)}: samples\n\n{samples_markdown(samples)}".encode()
-    written = {}
-    for name, content in contents.items():
-        written[name] = directory / name
-        with atomic_file(written[name]) as stream:
-            stream.write(content)
+    written = write_together(directory, contents)
     for one in loggers_of(logger, directory):
         log_comparison(one, reports, title=title, table=table, samples=samples)
+    return written
+
+
+def write_together(directory: Path, contents: Mapping[str, bytes]) -> dict[str, Path]:
+    """Write files that belong together: nothing changes before all are on the disk.
+
+    Args:
+        directory: Where to.
+        contents: What each file is to hold, by its name. The first one is removed before the others are replaced, and
+            there again when all of them are.
+
+    Returns:
+        The files, by name.
+    """
+    written = {name: directory / name for name in contents}
+    with ExitStack() as files:  # which are put in place from the last to the first
+        for name, content in contents.items():
+            stream = files.enter_context(atomic_file(written[name]))
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        next(iter(written.values())).unlink(missing_ok=True)
     return written
 
 
