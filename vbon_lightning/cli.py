@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from vbon_lightning import __version__, callbacks  # noqa: F401 (callbacks: so that a configuration may name them)
-from vbon_lightning._visible import visible
+from vbon_lightning._visible import is_text, visible
 from vbon_lightning.commands.parsers import PADDING, TRACEBACK, OneLineErrors, wants_traceback
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.loggers import RunLogger
@@ -218,6 +218,9 @@ def main() -> None:
     quiet()
     sys.path.append(os.getcwd())  # where a user's own rewards lie, as `python -m` has it
     name, *rest = sys.argv[1:] or [""]
+    for number, word in enumerate(sys.argv[1:], start=1):
+        if not is_text(word):
+            sys.exit(f"vbon: argument {number}, {word!a}, is not UTF-8 text")
     if name and not name.startswith("-") and name not in COMMANDS:
         print(visible(f"vbon: {_unknown(name)}"), file=sys.stderr)
         sys.exit(2)

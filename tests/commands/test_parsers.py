@@ -11,7 +11,6 @@ import jsonargparse
 import pytest
 
 from vbon_lightning import cli
-from vbon_lightning.commands.parsers import ConfigError
 
 Said = Callable[..., str]
 
@@ -80,8 +79,14 @@ def test_yaml_that_repeats_nothing_is_taken_as_ever(tmp_path: Path) -> None:
     load: Any = jsonargparse.get_loader("yaml")
     merged = "a: &x {b: 1, c: 2}\nd: {<<: *x, b: 3}\ne: *x\n"
     assert load(merged) == {"a": {"b": 1, "c": 2}, "d": {"b": 3, "c": 2}, "e": {"b": 1, "c": 2}}
-    with pytest.raises(ConfigError, match="line 2: half a character"):
-        load('a: 1\nb: "x\\ud800"')
+
+
+def test_half_characters_are_none(said: Said, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text('title: "x\\ud800"\n')
+    assert "invalid Unicode character escape" in said("compare", "--config", "config.yaml")
+    (tmp_path / "config.yaml").write_bytes(b"title: \xff\n")
+    assert "utf-8" in said("compare", "--config", "config.yaml")
+    assert "argument 3, '\\udcff', is not UTF-8 text" in said("compare", "--title", "\udcff")
 
 
 def test_a_description_goes_without_the_arguments() -> None:

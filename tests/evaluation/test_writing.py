@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -134,18 +135,23 @@ class _Work:
         assert "Something to keep." in card and card.startswith("---\n")
 
 
+class _Drawn(Figure):
+    def savefig(self, fname: Any, **_: Any) -> None:
+        fname.write(b"\x89PNG IEND\xaeB`\x82")
+
+
 @pytest.fixture
 def work(tmp_path: Path, reports: list[PolicyReport], monkeypatch: pytest.MonkeyPatch) -> _Work:
-    for module in ("writing", "logs"):  # the figure itself takes its time, and has tests of its own
-        small = Figure(figsize=(1, 1))
-        FigureCanvasAgg(small)
+    small = _Drawn(figsize=(1, 1))  # to draw takes its time, and has tests of its own
+    FigureCanvasAgg(small)
+    for module in ("writing", "logs"):
         monkeypatch.setattr(f"vbon_lightning.evaluation.{module}.pareto_figure", lambda *_, made=small, **__: made)
     monkeypatch.setattr("vbon_lightning.evaluation.temperatures.temperature_figure", lambda *_, made=small, **__: made)
     out, export = tmp_path / "here" / "out", tmp_path / "here" / "run" / "export"
     export.mkdir(parents=True)
     (export / "README.md").write_text("---\ntags:\n- vbon-lightning\n---\n\n# Mine\n\nSomething to keep.\n")
     work = _Work(reports, out, export)
-    work("old one")
+    work("old one", logger=False)
     return work
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 from typing import Any
 
 import numpy as np
@@ -125,32 +124,34 @@ class _Leaving(SystemExit):
     """A way out of somebody's own."""
 
 
+CALLS: list[dict[str, Any]] = [
+    {},
+    {"workers": 3},
+    {"timeout_s": 20.0},
+    {"workers": 2, "retries": 1, "backoff_s": 0.0},
+]
+
+
+def asked(reward: Any, calls: dict[str, Any]) -> None:
+    with RewardCaller(reward, RewardCalls(**calls), CallRecord(), ahead=False) as caller:
+        caller.start(PROMPTS, RESPONSES, [[[1]] * 3] * 2).result()
+
+
+@pytest.mark.filterwarnings("ignore:the reward function raised")  # where it is asked again
 @pytest.mark.parametrize("kind", [SystemExit, _Leaving, asyncio.CancelledError, RuntimeError])
-@pytest.mark.parametrize(
-    "calls", [{}, {"workers": 3}, {"timeout_s": 20.0}, {"workers": 2, "retries": 1, "backoff_s": 0.0}]
-)
+@pytest.mark.parametrize("calls", CALLS)
 def test_a_reward_that_ends_the_program_is_an_error_that_names_it(kind: Any, calls: dict[str, Any]) -> None:
     def leaves(prompts: Any, responses: Any, token_ids: Any) -> Any:
         raise kind(3)
 
-    with (
-        RewardCaller(leaves, RewardCalls(**calls), CallRecord(), ahead=False) as caller,
-        pytest.raises(
-            RewardError, match=rf"the reward function raised {kind.__name__}: 3; in leaves .*; row 0: prompt"
-        ),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # of what is asked again
-        caller.start(PROMPTS, RESPONSES, [[[1]] * 3] * 2).result()
+    with pytest.raises(RewardError, match=rf"the reward function raised {kind.__name__}: 3; in leaves .*; row"):
+        asked(leaves, calls)
 
 
-@pytest.mark.parametrize("calls", [{}, {"workers": 2}, {"timeout_s": 20.0}])
+@pytest.mark.parametrize("calls", CALLS)
 def test_an_interrupt_stays_one(calls: dict[str, Any]) -> None:
     def interrupted(prompts: Any, responses: Any, token_ids: Any) -> Any:
         raise KeyboardInterrupt
 
-    with (
-        pytest.raises(KeyboardInterrupt),
-        RewardCaller(interrupted, RewardCalls(**calls), CallRecord(), ahead=False) as caller,
-    ):
-        caller.start(PROMPTS, RESPONSES, [[[1]] * 3] * 2).result()
+    with pytest.raises(KeyboardInterrupt):
+        asked(interrupted, calls)

@@ -12,7 +12,7 @@ import jsonargparse
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from vbon_lightning._visible import is_text, visible
+from vbon_lightning._visible import visible
 
 TRACEBACK = "VBON_TRACEBACK"
 """Environment variable: set it to 1 to see where an error comes from."""
@@ -32,7 +32,7 @@ PADDING = (
 
 
 class ConfigError(ValueError):
-    """YAML that says a thing twice, or holds what is no text."""
+    """YAML that says a thing twice."""
 
 
 def wants_traceback() -> bool:
@@ -91,7 +91,7 @@ def _strict(load: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _check_node(node: yaml.Node | None) -> None:
-    """Refuse what repeats a key, or holds half a character, anywhere below a node."""
+    """Refuse what repeats a key, anywhere below a node."""
     waiting, seen = [node], set[int]()
     while waiting:
         one = waiting.pop()
@@ -112,8 +112,6 @@ def _check_node(node: yaml.Node | None) -> None:
                 waiting += [key, value]
         elif isinstance(one, yaml.SequenceNode):
             waiting += one.value
-        elif isinstance(one, yaml.ScalarNode) and not is_text(one.value):
-            raise ConfigError(f"line {one.start_mark.line + 1}: half a character (a lone surrogate) in {one.value!r}")
 
 
 set_loader("yaml", _strict(get_loader("yaml")), (yaml.YAMLError,))
