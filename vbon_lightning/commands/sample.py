@@ -259,6 +259,9 @@ def _converse(actors: Actors, spec: ActorSpec, drawing: dict[str, Any], chat: bo
             break
         if not text.strip():
             break
+        if not is_text(text):
+            print("that is not UTF-8 text; again, please", file=sys.stderr)
+            continue
         row = as_row(text, number + 1)
         prompts = prepare_rows([_said(row) if said else row], "prompts", actors.tokenizer, chat=spec.chat)
         for one in draw(actors, enumerate(prompts), step=number, **drawing):

@@ -234,6 +234,7 @@ def encode_texts(
     if max_tokens is not None and max_tokens < 2:
         raise PromptError(f"data.max_text_tokens must be at least 2, got {max_tokens}")
     encoded = []
+    marked = PlainText(tokenizer)
     # Those whose turns are marked are encoded by themselves, with the places of their tokens.
     plain = [row for row in rows if row.spans is None]
     pairs = [row for row in plain if row.response is not None]
@@ -242,7 +243,7 @@ def encode_texts(
     prompts = iter(_encode_rows(tokenizer, pairs, [row.prompt for row in pairs]))
     for row in rows:
         if row.spans is not None:
-            encoded.append(_encode_turns(row, tokenizer, {eos, *ends}, max_tokens))
+            encoded.append(_encode_turns(row, marked, {eos, *ends}, max_tokens))
             continue
         tokens, context = next(wholes), 1
         if row.response is None:
@@ -280,10 +281,10 @@ def _through_the_end(tokens: list[int], context: int, ends: Collection[int]) -> 
 
 
 def _encode_turns(
-    row: TextRow, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], max_tokens: int | None
+    row: TextRow, plain: PlainText, ends: Collection[int], max_tokens: int | None
 ) -> EncodedText:
     """Encode a rendered conversation, to be learnt where the assistant speaks, through the token that ends a turn."""
-    tokens, offsets = PlainText(tokenizer).encode_hidden(row.text, row.hidden)
+    tokens, offsets = plain.encode_hidden(row.text, row.hidden)
     learnt = [False] * len(tokens)
     for start, stop in row.spans or ():
         # A token that straddles the seam belongs to the turn, as a response's does.

@@ -40,6 +40,7 @@ from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_t
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer, locate
+from vbon_lightning.paths import PACKAGE_PREFIX
 from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.rewards.calls import CallRecord, RewardCaller
@@ -228,9 +229,9 @@ def compare(
 
 
 def _directory(model: str | ModelSpec) -> str | None:
-    """Return the directory that a policy lies in, None for one of the hub."""
+    """Return the directory that a policy lies in, None for one of the hub or of an installed package."""
     name = as_spec(model).name
-    if name is None:
+    if name is None or str(name).startswith(PACKAGE_PREFIX):
         return None
     place, _ = locate("policies", str(name))
     return place if Path(place).is_dir() else None

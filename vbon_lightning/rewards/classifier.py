@@ -95,6 +95,7 @@ class ClassifierReward(RewardModel):
         """Texts that lost the start of their prompt, or the end of their response, so far."""
         self._device = torch.device("cpu")
         self._loaded: tuple[Any, PreTrainedTokenizerBase, int] | None = None
+        self._plain: PlainText | None = None
 
     def __call__(
         self,
@@ -107,8 +108,9 @@ class ClassifierReward(RewardModel):
         del token_ids
         if self._loaded is None:
             self._loaded = self._load()
-        said = responses
-        reading = _Reading(PlainText(self._loaded[1]))
+        if self._plain is None:
+            self._plain = PlainText(self._loaded[1])
+        said, reading = responses, _Reading(self._plain)
         if columns and "messages" in columns and self.text == "prompt_and_response":
             prompts, said, reading = self._in_its_own_words(columns["messages"], responses, reading)
         elif self.rendered and self.text == "prompt_and_response":
