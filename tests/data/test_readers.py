@@ -257,3 +257,8 @@ def test_whole_characters_that_are_written_out_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 \\\\ud800"}\n')
     (row,) = read_rows(TextSource(str(tmp_path / "a.jsonl")))
     assert row.prompt == "\U0001f600 \\ud800"
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,,\na,,\n")  # as spreadsheets write empty columns
+    assert [row.prompt for row in read_rows(TextSource(str(tmp_path / "a.csv")))] == ["a"]

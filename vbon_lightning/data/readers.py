@@ -109,9 +109,9 @@ def check_columns(what: str, held: Collection[str], needed: Mapping[str, str]) -
 
 
 def _check_names(what: str, names: Sequence[str]) -> None:
-    """Refuse columns of the same name, of which a row would keep the last."""
+    """Refuse columns of the same name, of which a row would keep the last; nobody asks for those without one."""
     for name in names:
-        if names.count(name) > 1:
+        if name.strip() and names.count(name) > 1:
             raise SourceError(
                 f"{what}: the column {name!r} is there {names.count(name)} times: rename or leave out others"
             )
