@@ -20,6 +20,7 @@ from vbon_lightning._visible import visible
 from vbon_lightning.evaluation import Estimate, PolicyReport, ScoredText, TextSample, write_comparison
 from vbon_lightning.evaluation.cards import write_cards
 from vbon_lightning.evaluation.temperatures import TemperatureReport, write_temperatures
+from vbon_lightning.evaluation.writing import write_together
 
 
 def test_the_files_of_a_comparison(tmp_path: Path, reports: list[PolicyReport]) -> None:
@@ -186,7 +187,7 @@ def test_a_kill_while_it_is_logged_keeps_no_other_from_going_on(work: _Work, tmp
 @pytest.mark.parametrize("fatal", [False, True])
 def test_a_disk_that_is_full_leaves_the_comparison_that_was_there(work: _Work, fatal: bool) -> None:
     sizes = sorted(path.stat().st_size for path in work.out.iterdir() if path.is_file())
-    for size in (0, *(size - 1 for size in sizes[:-1])):
+    for size in sorted({0, *sizes[:-1], *(size - 1 for size in sizes[:-1])}):  # at some only the largest fails
         before = {path.name: path.read_bytes() for path in work.out.glob("comparison.*")}
         ended = with_files_of(size, lambda: work("new one", logger=False), fatal=fatal)
         assert ended == ("died" if fatal else "failed")
@@ -196,3 +197,12 @@ def test_a_disk_that_is_full_leaves_the_comparison_that_was_there(work: _Work, f
             assert fatal or not list(work.out.glob(".*.tmp"))
     work("new one")
     work.check({"new one"})
+
+
+@pytest.mark.parametrize("fatal", [False, True])
+def test_files_that_belong_together_are_replaced_together(fatal: bool, tmp_path: Path) -> None:
+    old = {"first": b"old", "second": b"old"}
+    write_together(tmp_path, old)
+    ended = with_files_of(100, lambda: write_together(tmp_path, {"first": b"x" * 200, "second": b"y"}), fatal=fatal)
+    assert ended == ("died" if fatal else "failed"), "small as they are, all are on the disk before one is in place"
+    assert {name: (tmp_path / name).read_bytes() for name in old} == old

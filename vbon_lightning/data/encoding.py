@@ -280,9 +280,7 @@ def _through_the_end(tokens: list[int], context: int, ends: Collection[int]) -> 
     return tokens[: closing[-1] + 1] if closing else tokens
 
 
-def _encode_turns(
-    row: TextRow, plain: PlainText, ends: Collection[int], max_tokens: int | None
-) -> EncodedText:
+def _encode_turns(row: TextRow, plain: PlainText, ends: Collection[int], max_tokens: int | None) -> EncodedText:
     """Encode a rendered conversation, to be learnt where the assistant speaks, through the token that ends a turn."""
     tokens, offsets = plain.encode_hidden(row.text, row.hidden)
     learnt = [False] * len(tokens)
