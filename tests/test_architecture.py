@@ -20,6 +20,7 @@ LAYERS = [
         "paths",
         "_json_lines",
         "_markdown",
+        "_visible",
         "checks",
         "sharding",
         "data.conversations",
@@ -41,12 +42,10 @@ TESTS = Path(__file__).parent
 
 TESTED_ELSEWHERE = {
     "_json_lines.py": "data/test_readers.py",
-    "_markdown.py": "callbacks/test_sample_table.py",
     "actors/value_model.py": "models/test_value.py",
     "callbacks/reference_table_writer.py": "modules/test_reference_sampler.py",
     "callbacks/rollout_callback.py": "callbacks/test_rollout_metrics.py",
     "callbacks/reward_monitor.py": "callbacks/test_rollout_metrics.py",
-    "commands/parsers.py": "commands/test_init.py",
     "commands/starting_config.py": "commands/test_init.py",
     "decoding/base.py": "decoding/test_best_of_n.py",
     "dialling.py": "models/test_tilted.py",

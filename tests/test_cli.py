@@ -430,7 +430,7 @@ def by_vowels(prompts, responses):
 """
 
 
-@pytest.mark.parametrize("kind", ["ValueError", "KeyError", "OSError"])
+@pytest.mark.parametrize("kind", ["ValueError", "KeyError", "OSError", "SystemExit"])
 def test_an_error_in_a_users_reward_says_where(
     kind: str, vbon: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

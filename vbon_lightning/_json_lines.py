@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import fsspec
 
+from vbon_lightning._visible import is_text
+
 
 def is_url(path: str | Path) -> bool:
     """Say whether a path is a URL, which fsspec opens: ``s3://``, ``https://``, ``memory://`` and so on."""
@@ -63,6 +65,48 @@ def read_lines(path: str | Path, error: type[Exception]) -> Iterator[tuple[int, 
         raise error(f"file {path}: broken data after line {number}: {problem}") from problem
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON, in which no key of an object stands twice and all text is made of whole characters.
+
+    Args:
+        text: the JSON.
+
+    Raises:
+        ValueError: for JSON that is malformed, repeats a key, or has half a character (a lone surrogate).
+    """
+    twice: list[tuple[dict[str, Any], str]] = []
+
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice.append((record, next(name for name in names if names.count(name) > 1)))
+        return record
+
+    found = json.loads(text, object_pairs_hook=each_once)
+    if twice:
+        (record, name), *_ = twice
+        place = next(place for place, part in _parts(found, "") if part is record)
+        raise ValueError(f"the key {name!r} is there twice{place and f' in {place}'}: leave one of them")
+    if "\\ud" in text or "\\uD" in text:  # halves are nothing but written out
+        for place, part in _parts(found, ""):
+            if isinstance(part, str) and not is_text(part):
+                raise ValueError(f"half a character (a lone surrogate){place and f' in {place}'}: {part[:80]!r}")
+    return found
+
+
+def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield all that a value holds, itself and keys too, each with its place: ``[2].messages[1].content``."""
+    yield place, value
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield place, name
+            yield from _parts(part, f"{place}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for number, part in enumerate(value, start=1):
+            yield from _parts(part, f"{place}[{number}]")
+
+
 def read_json_lines(path: str | Path, error: type[Exception]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield ``(line number, object)`` of a JSON Lines file; blank lines are passed over.
 
@@ -71,13 +115,13 @@ def read_json_lines(path: str | Path, error: type[Exception]) -> Iterator[tuple[
         error: the exception to raise.
 
     Raises:
-        error: as :func:`read_lines`, and for a line that is not a JSON object.
+        error: as :func:`read_lines`, and for a line that is not a JSON object, or none that :func:`parse_json` takes.
     """
     for number, line in read_lines(path, error):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as problem:
             raise error(f"file {path}, line {number}: not valid JSON: {problem}") from problem
         if not isinstance(record, dict):

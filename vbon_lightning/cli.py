@@ -12,7 +12,7 @@ import traceback
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,6 +20,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from vbon_lightning import __version__, callbacks  # noqa: F401 (callbacks: so that a configuration may name them)
+from vbon_lightning._visible import is_text, visible
+from vbon_lightning.commands.parsers import PADDING, TRACEBACK, OneLineErrors, wants_traceback
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.loggers import RunLogger
 from vbon_lightning.modules import (
@@ -76,9 +78,6 @@ COMMANDS = {
 }
 """All commands, in the order of the help."""
 
-TRACEBACK = "VBON_TRACEBACK"
-"""Environment variable: set it to 1 to see where an error comes from."""
-
 _USER_ERRORS = (ValueError, OSError, MisconfigurationException, ReferenceTableError)
 
 
@@ -87,8 +86,8 @@ def _whole_seed(seed: int | bool) -> int:
     return int(seed)
 
 
-class _Parser(LightningArgumentParser):
-    """A parser that says in one line what is wrong, without a page of usage before it."""
+class _Parser(OneLineErrors, LightningArgumentParser):
+    """The parser of Lightning's commands, and of all of them."""
 
     commands: Any = None
     """What holds the subcommands, of the parser that has some."""
@@ -97,31 +96,6 @@ class _Parser(LightningArgumentParser):
         """Add subcommands, and keep what holds them."""
         self.commands = super().add_subcommands(*args, **kwargs)
         return self.commands
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error or _wants_traceback():
-            super().error(message, ex)
-        self.exit(2, f"vbon: {_brief(message)}\n")
-
-
-def _brief(message: str) -> str:
-    """Leave out what jsonargparse says about types and values around the reason."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(_PADDING)]
-    return " ".join(kept) or message
-
-
-_PADDING = (
-    "Does not validate against any of the Union",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "Expected a <class 'NoneType'>",
-)
-
-
-def _wants_traceback() -> bool:
-    return os.environ.get(TRACEBACK, "0") not in ("", "0")
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -247,21 +221,28 @@ def main() -> None:
     quiet()
     sys.path.append(os.getcwd())  # where a user's own rewards lie, as `python -m` has it
     name, *rest = sys.argv[1:] or [""]
+    for number, word in enumerate(sys.argv[1:], start=1):
+        if not is_text(word):
+            sys.exit(f"vbon: argument {number}, {word!a}, is not UTF-8 text")
     if name and not name.startswith("-") and name not in COMMANDS:
-        print(f"vbon: {_unknown(name)}", file=sys.stderr)
+        print(visible(f"vbon: {_unknown(name)}"), file=sys.stderr)
         sys.exit(2)
     try:
         if name in COMMANDS and COMMANDS[name].module is not None:
             command_module(name).main(rest)
         else:
             run()
+    except SystemExit as leaving:
+        if not (where := _where(leaving)):
+            raise
+        sys.exit(visible(f"vbon: what was imported or called ended the program, sys.exit({leaving.code!r}){where}"))
     except _USER_ERRORS as problem:
-        if _wants_traceback():
+        if wants_traceback():
             raise
         # jsonargparse wraps what a constructor raises.
-        while isinstance(problem.__cause__, _USER_ERRORS) and str(problem).startswith(_PADDING):
+        while isinstance(problem.__cause__, _USER_ERRORS) and str(problem).startswith(PADDING):
             problem = problem.__cause__
-        sys.exit(f"vbon: {problem}{_where(problem)}")
+        sys.exit(visible(f"vbon: {problem}{_where(problem)}"))
 
 
 def _unknown(name: str) -> str:

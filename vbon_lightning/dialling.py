@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
-from vbon_lightning.commands.parsers import description_of
+from vbon_lightning.commands.parsers import ArgumentParser, description_of
 from vbon_lightning.models import ModelSpec, load_causal_lm, load_tokenizer, save_pretrained
 
 

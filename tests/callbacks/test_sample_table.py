@@ -72,8 +72,8 @@ def test_responses_of_a_prompt_stand_side_by_side(tmp_path: Path) -> None:
     shown = texts(tmp_path, "val/samples")
     assert list(shown) == [1, 2, 3, 4, 5, 6, 7]
     first, second = shown[2].split("\n\n**")
-    assert first.startswith("**prompt \\| 0**\n\n| step 1 | step 2 |\n")
-    assert second.startswith("prompt \\| 1**")
+    assert first.startswith("**prompt &#124; 0**\n\n| step 1 | step 2 |\n")
+    assert second.startswith("prompt &#124; 1**")
     line = first.splitlines()[5].strip("| ").split(" | ")  # the second sample
     assert [cell.split("<br>")[0].removesuffix(" […]") for cell in line] == ["response 0.1 of 1", "response 0.1 of 2"]
     assert line[0].endswith(f"*reward {val[0].rewards[0, 1]:.3f}, {val[0].completions.mask[0, 1].sum()} tokens*")
@@ -127,7 +127,7 @@ def test_conversations_are_shown_turn_by_turn(tmp_path: Path) -> None:
     for directory, shown in ((tmp_path / "talked", talked), (tmp_path / "plain", plain)):
         make_trainer(directory, SampleTable()).fit(Replay([make_rollout()], [shown]))
     assert "**user: Hello**" in texts(tmp_path / "talked", "val/samples")[1]
-    assert "**system: Be \\| brief**" in texts(tmp_path / "talked", "val/samples")[1]
+    assert "**system: Be &#124; brief**" in texts(tmp_path / "talked", "val/samples")[1]
     assert "**user: Hello<br><br>assistant:**" in texts(tmp_path / "plain", "val/samples")[1]
     (path,) = (tmp_path / "talked").rglob("val-*.jsonl")
     assert [row["prompt"] for row in read(path)] == ["user: Hello", "system: Be | brief"]
@@ -182,7 +182,7 @@ def test_any_text_fits_a_cell() -> None:
     response = {"text": "a|b\n<b>`c`\n\n", "reward": 0.5, "tokens": 3, "finished": False}
     shown = sample_markdown({7: [{"prompt": "", "responses": [response]}]})
     assert shown == (
-        "**(empty)**\n\n| step 7 |\n| :--- |\n| a\\|b<br>&lt;b>\\`c\\`<br><br> […]<br>*reward 0.500, 3 tokens* |\n"
+        "**(empty)**\n\n| step 7 |\n| :--- |\n| a&#124;b<br>&lt;b>\\`c\\` […]<br>*reward 0.500, 3 tokens* |\n"
     )
 
 

@@ -14,6 +14,7 @@ from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET
 from vbon_lightning import cli, sample
 from vbon_lightning.commands import sample as command
+from vbon_lightning.decoding.drawing import Drawn
 from vbon_lightning.rewards import CallableReward, RewardCalls, RewardError
 
 REWARD = """
@@ -248,3 +249,67 @@ def test_text_for_a_model_with_a_template_is_said_to_be_text(files: Path, capsys
     assert "--chat true makes each a user's turn" in capsys.readouterr().err
     vbon("--prompts", "prompts.txt", "--chat", "true", "--output", "b.out")
     assert "--chat true" not in capsys.readouterr().err
+
+
+# -- what nobody should obey, and what is refused --------------------------------------------------
+
+
+def test_what_a_model_says_is_no_command_to_the_terminal(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    said = "\x1b]0;title\x07a\x9b2J\u202eb\r\x00\nnext line"
+    one = Drawn(0, 0, said, said, None, -1.0, [3], True)
+    monkeypatch.setattr(command, "draw", lambda *_, **__: iter([one]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n"))
+    vbon()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable() and json.loads(line) == one._asdict()
+    vbon("--prompts", "prompts.txt", "--output", "out.jsonl")
+    assert read("out.jsonl") == [one._asdict()], "and lossless in a file"
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed = iter(["ab", "\udcff", "ab", ""])
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    capsys.readouterr()
+    vbon()
+    shown = capsys.readouterr()
+    assert shown.out == "\\x1b]0;title\\x07a\\x9b2J\\u202eb\\r\\x00\nnext line\n" * 2
+    assert "that is not UTF-8 text" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "message"),
+    [
+        (["--samples", "0"], "ab", "samples must be an integer >= 1, got 0"),
+        (["--batch_size", "0", "--output", "out.jsonl"], "ab", "batch_size must be an integer >= 1, got 0"),
+        (["--max_new_tokens", "0"], "ab", "max_new_tokens must be an integer >= 1, got 0"),
+        (["--temperature", "0"], "ab", "--temperature must be positive and finite, got 0"),
+        (["--temperature", ".inf"], "ab", "--temperature must be positive and finite, got inf"),
+        (["--device", "cuda:77"], "ab", "device 'cuda:77' is not there"),
+        (["--decoder", "best_of_n", "--n", "0"], "ab", "n must be an integer >= 1, got 0"),
+        ([], '{"text": "a"}\n\n{"text": "b", "text": "c"}', "standard input, line 3: the key 'text' is there twice"),
+        ([], '{"text": "\\ud800"}', "standard input, line 1: half a character"),
+        ([], "a\n\udcff", "standard input, line 2: not UTF-8 text"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(
+    arguments: list[str], typed: str, message: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(command, "load_actors", refuse)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    with pytest.raises(ValueError, match=message):
+        vbon(*arguments)
+    assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.parametrize("options", [{"samples": 0}, {"batch_size": 0}, {"max_new_tokens": 0}, {"temperature": 0.0}])
+def test_numbers_are_refused_in_python_too(options: dict[str, Any], files: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        next(sample("./policy", ["ab"], **options))

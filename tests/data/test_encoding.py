@@ -33,8 +33,8 @@ def with_template(single: str, **arguments: object) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def row(text: str, response: str | None = None, number: int = 1) -> TextRow:
-    return TextRow(number, text, response, text)
+def row(text: str, response: str | None = None, number: int = 1, **more: object) -> TextRow:
+    return TextRow(number, text, response, text, **more)
 
 
 PLAIN = tiny_tokenizer(alphabet="abcdefgh")
@@ -57,17 +57,17 @@ def test_a_written_bos_gets_no_other(single):
     """What `apply_chat_template(tokenize=False)` renders begins with the BOS."""
     tokenizer = with_template(single)
     closing = [EOS] if single.endswith("</s>") else []
-    assert encode_prompt_ids(tokenizer, ["<s>ab"])[0] == [BOS, A, B]
+    assert encode_prompt_ids(tokenizer, ["<s>ab"], marked=True)[0] == [BOS, A, B]
     assert encode_prompt_ids(tokenizer, ["ab"])[0] == [BOS, A, B]
-    (text,) = encode_texts([row("<s>ab")], tokenizer)
+    (text,) = encode_texts([row("<s>ab", marked=True)], tokenizer)
     assert text.tokens == [BOS, A, B, EOS]
-    (pair,) = encode_texts([row("<s>ab", "cd")], tokenizer)
+    (pair,) = encode_texts([row("<s>ab", "cd", marked=True)], tokenizer)
     assert pair == EncodedText([BOS, A, B, C, D, EOS], 3)
-    rows = [TextRow(1, "<s>ab", "c", "<s>ab", rejected="d"), TextRow(2, "ab", "c", "ab", rejected="d")]
+    rows = [row(text, "c", rejected="d", marked=True) for text in ("<s>ab", "ab")]
     for limit in (None, 20):
         for judged in encode_comparisons(rows, tokenizer, max_tokens=limit):
             assert judged.texts == [[BOS, A, B, C, *closing], [BOS, A, B, D, *closing]]
-    labelled = [TextRow(1, "<s>abcd", None, "<s>abcd", label="0"), TextRow(2, "abcd", None, "abcd", label="0")]
+    labelled = [row(text, label="0", marked=True) for text in ("<s>abcd", "abcd")]
     for limit in (None, 20, 3 + len(closing)):
         one, other = encode_labelled(labelled, tokenizer, labels=["x"], max_tokens=limit)
         assert one == other, f"cut to {limit}, both have the same room"
@@ -76,8 +76,8 @@ def test_a_written_bos_gets_no_other(single):
 
 
 def test_a_bos_that_the_tokenizer_does_not_add_stays():
-    assert encode_prompt_ids(PLAIN, ["<s>ab"])[0] == [BOS, A, B]
-    assert encode_prompt_ids(PLAIN, ["<s><s>ab"])[0] == [BOS, BOS, A, B]
+    assert encode_prompt_ids(PLAIN, ["<s>ab"], marked=True)[0] == [BOS, A, B]
+    assert encode_prompt_ids(PLAIN, ["<s><s>ab"], marked=True)[0] == [BOS, BOS, A, B]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_bos_that_the_tokenizer_does_not_add_stays():
     ],
 )
 def test_an_eos_of_the_prompt_itself_stays(single, expected):
-    assert encode_prompt_ids(with_template(single), ["a</s>"])[0] == expected
+    assert encode_prompt_ids(with_template(single), ["a</s>"], marked=True)[0] == expected
 
 
 def test_encoded_prompts_carry_text_and_key():
@@ -135,9 +135,9 @@ def test_truncation_on_the_left_keeps_the_text_as_it_was_written(single, text, e
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", BOS)])
     tokenizer.clean_up_tokenization_spaces = True  # as many tokenizers are saved: decoding joins " ." to the word
-    (encoded,) = encode_prompts([row(text)], tokenizer, max_tokens=10, too_long="truncate_left")
+    (encoded,) = encode_prompts([row(text, marked=True)], tokenizer, max_tokens=10, too_long="truncate_left")
     assert encoded.text == expected
-    assert encode_prompt_ids(tokenizer, [encoded.text])[0] == encoded.tokens
+    assert encode_prompt_ids(tokenizer, [encoded.text], marked=True)[0] == encoded.tokens
 
 
 def test_limits_that_leave_nothing_are_refused():
@@ -240,7 +240,7 @@ def test_a_text_that_ends_itself_gets_no_other_end(text, response):
 
 
 def test_an_empty_response_teaches_to_stop_whatever_the_prompt_ends_in():
-    (encoded,) = encode_texts([row("ab</s>", "")], with_template("<s> $A"))
+    (encoded,) = encode_texts([row("ab</s>", "", marked=True)], with_template("<s> $A"))
     assert encoded.tokens == [BOS, A, B, EOS, EOS] and encoded.context == 4
 
 

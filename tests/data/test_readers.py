@@ -15,6 +15,8 @@ from typing import Any
 
 import datasets
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import tiny_tokenizer
@@ -188,3 +190,75 @@ def test_parts_read_only_the_columns_that_are_asked_for(tmp_path: Path) -> None:
     (part,) = open_parts(str(tmp_path / "a.parquet"))
     assert next(part.rows({"answer": ""})) == (1, {"answer": "1"})
     assert next(part.rows({})) == (1, ROWS[0])
+
+
+# -- what a file says twice, and half characters ---------------------------------------------------
+
+DOUBTFUL: dict[str, tuple[str, str]] = {
+    "twice.jsonl": (
+        '{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        r"twice\.jsonl, line 2: not valid JSON: the key 'text' is there twice",
+    ),
+    "within.jsonl": (
+        '{"text": "a", "more": [{"x": {"y": 1, "y": 2}}]}\n',
+        r"line 1: not valid JSON: the key 'y' is there twice in more\[1\]\.x",
+    ),
+    "twice.json": (
+        '[{"text": "a"},\n {"text": "b", "text": "c"}]',
+        r"twice\.json: not valid JSON: the key 'text' is there twice in \[2\]",
+    ),
+    "twice.csv": ("text,answer,text\na,b,c\n", r"twice\.csv, line 1: the column 'text' is there 2 times"),
+    "twice.tsv": ("text\ttext\na\tb\n", r"twice\.tsv, line 1: the column 'text' is there 2 times"),
+    "half.jsonl": (
+        '{"text": "fine \\\\ud83d"}\n{"text": "a\\ud83d"}\n',
+        r"half\.jsonl, line 2: not valid JSON: half a character \(a lone surrogate\) in text",
+    ),
+    "half.json": ('[{"text": "a"}, {"text": ["\\uDE00"]}]', r"half\.json: .* half a character .* in \[2\]\.text\[1\]"),
+    "key.jsonl": ('{"text": "a", "\\ude00": 1}\n', r"key\.jsonl, line 1: .* half a character"),
+    "talk.csv": (
+        'messages\n"[{""role"": ""user"", ""role"": ""user"", ""content"": ""a""}]"\n',
+        r"talk\.csv, line 2: messages as JSON: the key 'role' is there twice in \[1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_what_a_file_says_twice_or_by_half_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
+    text, message = DOUBTFUL[name]
+    (tmp_path / name).write_text(text)
+    source = TextSource(str(tmp_path / name), column="messages" if "talk" in name else "text")
+    with pytest.raises(SourceError, match=message):
+        read_rows(source)
+
+
+@pytest.mark.parametrize("end", ["parquet", "arrow"])
+def test_columns_of_one_name(end: str, tmp_path: Path) -> None:
+    path = tmp_path / f"twice.{end}"
+    columns = pa.table([["a"], ["b"]], names=["text", "text"])
+    if end == "parquet":
+        pq.write_table(columns, path)
+    else:
+        with pa.ipc.new_stream(path, columns.schema) as stream:
+            stream.write_table(columns)
+    with pytest.raises(SourceError, match=rf"twice\.{end}: the column 'text' is there 2 times"):
+        read_rows(TextSource(str(path), column="text"))
+
+
+def test_half_characters_in_memory() -> None:
+    said = [{"role": "user", "content": "a\ud800"}]
+    for row, message in (({"text": "a\ud800"}, "in column 'text'"), ({"messages": said}, "in a message")):
+        with pytest.raises(
+            SourceError, match=rf"the rows given, row 1: half a character \(a lone surrogate\) {message}"
+        ):
+            read_rows(TextSource([row]))
+
+
+def test_whole_characters_that_are_written_out_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 \\\\ud800"}\n')
+    (row,) = read_rows(TextSource(str(tmp_path / "a.jsonl")))
+    assert row.prompt == "\U0001f600 \\ud800"
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,,\na,,\n")  # as spreadsheets write empty columns
+    assert [row.prompt for row in read_rows(TextSource(str(tmp_path / "a.csv")))] == ["a"]

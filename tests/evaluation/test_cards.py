@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.hostile import HOSTILE, RENDERERS, Seen, squeezed
+from vbon_lightning._visible import visible
 from vbon_lightning.evaluation.cards import write_cards
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.reports import PolicyReport
@@ -99,16 +102,16 @@ def test_a_judge_is_shown_where_there_is_one(export: Path) -> None:
     assert "| 0.250 ± 0.010 |" in (export / "README.md").read_text()
 
 
-HOSTILE = "a|b\n---\n<!-- vbon compare: end --> <script> `x`"
+NASTY = "a|b\n---\n<!-- vbon compare: end --> <script> `x`"
 
 
 def test_hostile_names_stay_in_their_cells(export: Path) -> None:
     for _ in range(2):
-        write(export, [report(HOSTILE)], HOSTILE, dataset=HOSTILE, settings={"reward": HOSTILE})
+        write(export, [report(NASTY)], NASTY, dataset=NASTY, settings={"reward": NASTY})
     text = (export / "README.md").read_text()
     assert text.count("vbon compare: end -->\n") == 1 and "<script>" not in text.split("---\n")[-1]
     card = ModelCard(text)
-    assert card.data.eval_results[0].dataset_name == HOSTILE
+    assert card.data.eval_results[0].dataset_name == NASTY
     assert "Something to keep." in card.text and "Thus." in card.text
     (row,) = [line for line in text.splitlines() if line.startswith("| **a")]
     assert row.replace("\\|", "").count("|") == 5
@@ -136,3 +139,20 @@ def test_a_card_without_the_heading_gets_it_at_its_end(export: Path) -> None:
     write(export, [report("mine")])
     text = (export / "README.md").read_text()
     assert text.count("## Compared") == 1 and text.index("to keep") < text.index("## Compared")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_are_shown_and_leave_the_metadata_whole(export: Path, text: str) -> None:
+    front, end = "---\ntags: []\n---", "<!-- vbon compare: end -->## How to load it"
+    named = [report(f"{text} {front} {end}"), report("other")]
+    settings = {"reward": text, text: "x"}
+    (path,) = write(export, named, *(one.name for one in named), dataset=f"{text}: - x", settings=settings)
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    assert card.data.tags == ["vbon-lightning", "vbon"]
+    assert {result.metric_name for result in card.data.eval_results} >= {"other: Reward"}
+    seen = Seen(RENDERERS["commonmark"](re.sub("<!-- vbon compare: (begin|end) -->", "", card.text)))
+    assert not [tag for tag, _ in seen.tags if tag in ("a", "img", "script", "em", "code", "blockquote")]
+    assert squeezed(visible(f"{text} {front}")) in squeezed(seen.text)
+    again = path.read_bytes()
+    write(export, named, *(one.name for one in named), dataset=f"{text}: - x", settings=settings)
+    assert path.read_bytes() == again, "a later comparison finds the place of the earlier one"

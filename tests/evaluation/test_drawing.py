@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import pytest
@@ -56,3 +57,12 @@ def test_a_figure_without_win_rates_says_so(reports: list[PolicyReport]) -> None
 def test_a_figure_needs_reports() -> None:
     with pytest.raises(ValueError, match="at least one report"):
         pareto_figure([])
+
+
+def test_titles_and_names_are_no_formulas(reports: list[PolicyReport]) -> None:
+    reports[4].name, reports[4].method = "$\\frac{$\n$ \\$ \x1b", "a $x^2$ b"
+    figure = pareto_figure(reports, title="$\\undefined$")  # as formulas these could not be drawn
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg")
+    assert figure.get_suptitle() == r"\$\undefined\$"
+    assert drawn.getvalue().startswith(b"<?xml") and b"\x1b" not in drawn.getvalue()

@@ -51,7 +51,7 @@ def test_the_files(tmp_path: Path) -> None:
     assert [report["temperature"] for report in plain["reports"]] == [0.5, 1.0, 1.0]
     table = temperature_markdown(reports, title="Title", trained_at=0.7)
     assert table == (tmp_path / "temperatures.md").read_text()
-    assert f"| b\\|c | - | {reports[2].win_rate} |" in table
+    assert f"| b&#124;c | - | {reports[2].win_rate} |" in table
     assert "its own temperature, 0.7" in table
     assert (tmp_path / "temperatures.png").read_bytes().startswith(b"\x89PNG")
 

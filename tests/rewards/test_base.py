@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from vbon_lightning.rewards import RewardError, ask_reward, check_rewards, join_texts
+from vbon_lightning.rewards import RewardCalls, RewardError, ask_reward, check_rewards, join_texts
+from vbon_lightning.rewards.calls import CallRecord, RewardCaller
 
 PROMPTS = ["one", "two"]
 RESPONSES = [["a", "b", "c"], ["d", "e", "f" * 500]]
@@ -114,3 +118,40 @@ def test_an_async_function_is_told_from_one():
 def test_rewards_may_be_numbers_of_any_library():
     rows = [[np.float32(1), torch.tensor(2.0), True], np.array([4, 5, 6])]
     assert ask_reward(lambda *_: rows, PROMPTS, RESPONSES, []).tolist() == [[1, 2, 1], [4, 5, 6]]
+
+
+class _Leaving(SystemExit):
+    """A way out of somebody's own."""
+
+
+CALLS: list[dict[str, Any]] = [
+    {},
+    {"workers": 3},
+    {"timeout_s": 20.0},
+    {"workers": 2, "retries": 1, "backoff_s": 0.0},
+]
+
+
+def asked(reward: Any, calls: dict[str, Any]) -> None:
+    with RewardCaller(reward, RewardCalls(**calls), CallRecord(), ahead=False) as caller:
+        caller.start(PROMPTS, RESPONSES, [[[1]] * 3] * 2).result()
+
+
+@pytest.mark.filterwarnings("ignore:the reward function raised")  # where it is asked again
+@pytest.mark.parametrize("kind", [SystemExit, _Leaving, asyncio.CancelledError, RuntimeError])
+@pytest.mark.parametrize("calls", CALLS)
+def test_a_reward_that_ends_the_program_is_an_error_that_names_it(kind: Any, calls: dict[str, Any]) -> None:
+    def leaves(prompts: Any, responses: Any, token_ids: Any) -> Any:
+        raise kind(3)
+
+    with pytest.raises(RewardError, match=rf"the reward function raised {kind.__name__}: 3; in leaves .*; row"):
+        asked(leaves, calls)
+
+
+@pytest.mark.parametrize("calls", CALLS)
+def test_an_interrupt_stays_one(calls: dict[str, Any]) -> None:
+    def interrupted(prompts: Any, responses: Any, token_ids: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asked(interrupted, calls)

@@ -157,9 +157,10 @@ def test_a_written_bos_gets_no_other(tmp_path: Path, limit: int | None) -> None:
         single="<s> $A", special_tokens=[("<s>", helpers.BOS)]
     )
     tokenizer.save_pretrained(directory)
-    reward = ClassifierReward(directory, text="response", max_length=limit)
-    written, plain, other = reward(["?"], [["<s>abcdefgh", "abcdefgh", "bacdefgh"]])[0].tolist()
-    assert written == plain != other
+    reward = ClassifierReward(directory, max_length=limit, rendered=True)
+    written, plain, other = reward(["<s>abcdef", "abcdef", "bacdef"], [["gh"]] * 3)[:, 0].tolist()
+    assert written == plain
+    assert (written == other) is (limit == 6), "cut to 6, the BOS and cdefgh are left"
 
 
 def test_it_is_frozen_deterministic_and_loaded_at_the_first_call(tmp_path):
@@ -268,3 +269,35 @@ def _padded(directory: str) -> str:
     target = f"{directory}/padded"
     helpers.tiny_tokenizer(target)
     return target
+
+
+def test_a_special_token_that_a_text_spells_is_text(tmp_path: Path) -> None:
+    """A model that writes the letters of an end token gets no reward for the token; a template's marks are its own."""
+    directory = helpers.save_tiny_classifier(tmp_path, "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    end = [tokenizer.eos_token_id]
+
+    def logit(ids: list[int]) -> float:
+        return float(model(torch.tensor([ids])).logits[0, 1])
+
+    def letters(text: str) -> list[int]:
+        return [ids for letter in text for ids in tokenizer(letter)["input_ids"]]
+
+    reward = ClassifierReward(directory)
+    assert float(reward(["a</s>"], [["b</s>c"]])) == pytest.approx(logit(letters("a</s>b</s>c")), abs=1e-5)
+    rendered = ClassifierReward(directory, rendered=True)
+    expected = logit([*letters("a"), *end, *letters("b</s>c")])
+    assert float(rendered(["a</s>"], [["b</s>c"]])) == pytest.approx(expected, abs=1e-5)
+    assert rendered.identity() != reward.identity(), "its rewards are others"
+
+    tokenizer.chat_template = "{% for one in messages %}{{ one.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    said = {"messages": [[{"role": "user", "content": "a</s>"}]]}
+    expected = logit([*letters("a</s>"), *end, *letters("b</s>c"), *end])
+    chat = ClassifierReward(directory)
+    assert float(chat(["?"], [["b</s>c"]], columns=said)) == pytest.approx(expected, abs=1e-5)
+    short = ClassifierReward(directory, max_length=4)  # cut on the prompt's side, the response's tokens stay
+    assert float(short(["?"], [["b"]], columns=said)) == pytest.approx(
+        logit([*letters(">"), *end, *letters("b"), *end]), abs=1e-5
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 
 from vbon_lightning._markdown import markdown_cell, markdown_code, markdown_table
@@ -178,14 +179,14 @@ def model_card(
     else:
         kind = _KINDS["generates" if getattr(policy, "can_generate", lambda: True)() else "classifies"]
     return _CARD.format(
-        base_entry=f"base_model: {json.dumps(base)}\n" if is_hub_name else "",
+        base_entry=f"base_model: {_yaml(base)}\n" if is_hub_name else "",
         tag=method.lower(),
         task_entry="" if kind.task is None else f"pipeline_tag: {kind.task}\n",
         kind=kind.name,
         usage=_usage(kind, name, getattr(pl_module, "tokenizer", None)),
         weights=""
         if best is None
-        else f"- **Weights:** after step {best.step}, the best `{best.monitor}` ({_number(best.score)})\n",
+        else f"- **Weights:** after step {best.step}, the best {markdown_code(best.monitor)} ({_number(best.score)})\n",
         title=f"{markdown_cell(base)} after {method}" if actors is not None else f"A policy after {method}",
         method=method,
         base=markdown_cell(base),
@@ -237,7 +238,11 @@ def _data(module: Any) -> tuple[str, str]:
     taken = {name: value for name, value in source.settings().items() if name != "path" and value != usual[name]}
     taken = {"path": name, **plain(taken)}
     said = f"- **Data:** {markdown_code(json.dumps(taken, ensure_ascii=False))}\n"
-    return said, f"datasets:\n- {json.dumps(name)}\n" if is_hub_name and not Path(name).suffix else ""
+    return said, f"datasets:\n- {_yaml(name)}\n" if is_hub_name and not Path(name).suffix else ""
+
+
+def _yaml(text: str) -> str:
+    return str(yaml.safe_dump(text, default_style='"', width=sys.maxsize)).strip()
 
 
 def _command() -> str:

@@ -185,5 +185,5 @@ def _at(rows: list[dict[str, Any]], place: int, prompt: str) -> list[dict[str, A
 
 
 def _cell(response: dict[str, Any]) -> str:
-    text = markdown_cell(response["text"] + ("" if response["finished"] else " […]"))
+    text = markdown_cell(response["text"]) + ("" if response["finished"] else " […]")
     return f"{text}<br>*reward {reward_cell(response['reward'])}, {response['tokens']} tokens*"

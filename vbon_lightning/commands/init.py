@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from transformers import AutoConfig
 
 from vbon_lightning import rewards
 from vbon_lightning.commands.layouts import FIRST_WORDS, Layout, layout_of
-from vbon_lightning.commands.parsers import description_of
+from vbon_lightning.commands.parsers import ArgumentParser, description_of
 from vbon_lightning.commands.starting_config import Found, starting_config
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data.sources import SourceError, TextSource, first_records
@@ -176,7 +175,7 @@ def _imported(name: str) -> Any:
         return None
     try:
         return pkgutil.resolve_name(name)
-    except Exception:  # whatever an import may raise
+    except (Exception, SystemExit):  # whatever an import may raise
         return None
 
 

@@ -1,16 +1,120 @@
-"""What the parsers of the commands share: their descriptions, and that they read the YAML of a training run too."""
+"""What the parsers of the commands share: how they fail, their descriptions, that they read the YAML of a run too."""
 
 from __future__ import annotations
 
 import inspect
+import os
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+import jsonargparse
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from vbon_lightning._visible import visible
+
+TRACEBACK = "VBON_TRACEBACK"
+"""Environment variable: set it to 1 to see where an error comes from."""
 
 RUN_SECTIONS = ("seed_everything", "model", "trainer", "ckpt_path", "weights_only")
 """What a run's YAML says beside its data."""
+
+
+PADDING = (
+    "Does not validate against any of the Union",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+)
+"""How lines begin that jsonargparse puts around the reason of an error."""
+
+
+class ConfigError(ValueError):
+    """YAML that says a thing twice."""
+
+
+def wants_traceback() -> bool:
+    """Say whether errors are to be shown with where they come from."""
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
+
+
+class OneLineErrors:
+    """Lets a parser say in one line what is wrong, and take an option by its whole name alone."""
+
+    exit_on_error: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Leave with the reason in one line, without a page of usage before it."""
+        if not self.exit_on_error or wants_traceback():
+            super().error(message, ex)  # type: ignore[misc]
+        self.exit(2, visible(f"vbon: {_brief(message)}\n"))  # type: ignore[attr-defined]
+        raise AssertionError("unreachable")
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a file; what is wrong with its YAML is said with its name."""
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)  # type: ignore[misc]
+        except ConfigError as problem:
+            raise ConfigError(f"{cfg_path}, {problem}") from problem
+
+
+class ArgumentParser(OneLineErrors, jsonargparse.ArgumentParser):
+    """The parser of a command of this package."""
+
+
+def _brief(message: str) -> str:
+    """Leave out what jsonargparse says about types and values around the reason."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(PADDING)]
+    return " ".join(kept) or message
+
+
+def _strict(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a loader of YAML that refuses repeated keys, of which YAML itself takes the last in silence."""
+
+    def loaded(text: str) -> Any:
+        if isinstance(text, str) and ":" in text:
+            try:
+                found = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            except yaml.YAMLError:
+                found = None  # which the loader itself says, or takes for text
+            _check_node(found)
+        return load(text)
+
+    return loaded
+
+
+def _check_node(node: yaml.Node | None) -> None:
+    """Refuse what repeats a key, anywhere below a node."""
+    waiting, seen = [node], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in one.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    line = key.start_mark.line + 1
+                    if key.value in lines:
+                        raise ConfigError(
+                            f"line {line}: the key {key.value!r} is there a second time, after line "
+                            f"{lines[key.value]}: leave one of them"
+                        )
+                    lines[key.value] = line
+                waiting += [key, value]
+        elif isinstance(one, yaml.SequenceNode):
+            waiting += one.value
+
+
+set_loader("yaml", _strict(get_loader("yaml")), (yaml.YAMLError,))
 
 
 def description_of(command: Callable[..., Any]) -> str:

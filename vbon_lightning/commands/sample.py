@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
-from vbon_lightning._json_lines import read_json_lines
+from vbon_lightning._json_lines import parse_json, read_json_lines
+from vbon_lightning._visible import is_text, visible, visible_json
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.checks import differences, plain
-from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
+from vbon_lightning.commands.parsers import ArgumentParser, description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule, Split
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextRow, TextSource, as_row, read_rows
 from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
-from vbon_lightning.decoding.drawing import Drawn, draw, load_actors, sampling_spec
+from vbon_lightning.decoding.drawing import Drawn, check_counts, device_named, draw, load_actors, sampling_spec
 from vbon_lightning.models import model_identity
 from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.rewards import RewardModel
@@ -79,6 +80,10 @@ def sample_command(
             is typed at a terminal is, where the policy has a template. Conversations in a file always are.
         data: The data, for a split's prompts, its reward, lengths, temperature and value model.
     """
+    check_counts(samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise SampleError(f"--temperature must be positive and finite, got {temperature}")
+    device_named(device)
     chosen = _decoder(decoder, n)
     given = data is not None and bool(data.actors.policy)
     if policy is None and not given:
@@ -152,8 +157,7 @@ def _encoded(prompts: str | TextSource, spec: ActorSpec, said: bool) -> list[Enc
     columns = tuple(getattr(spec.reward, "columns", ()))
     source = None
     if prompts == "-":
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-        rows = _typed_rows([line for line in lines if line.strip()], columns)
+        rows = _typed_rows({number: line.rstrip("\r\n") for number, line in enumerate(sys.stdin, start=1)}, columns)
     else:
         source = prompts if isinstance(prompts, TextSource) else TextSource(prompts)
         rows = read_rows(source, columns)
@@ -168,17 +172,30 @@ def _encoded(prompts: str | TextSource, spec: ActorSpec, said: bool) -> list[Enc
     return prepare_rows(rows, "prompts", tokenizer, chat=spec.chat, source=source, key_columns=columns)
 
 
-def _typed_rows(lines: list[str], columns: Sequence[str]) -> list[TextRow]:
-    """Return rows of lines of text, or of JSON Lines."""
+def _typed_rows(typed: dict[int, str], columns: Sequence[str]) -> list[TextRow]:
+    """Return rows of lines of text, or of JSON Lines, by their numbers."""
+    lines = {number: line for number, line in typed.items() if line.strip()}
     if not lines:
         raise SampleError("standard input holds no prompt: a line each, of text or of JSON")
+    for number, line in lines.items():
+        if not is_text(line):
+            raise SampleError(f"standard input, line {number}: not UTF-8 text")
+    if not all(_is_record(line) for line in lines.values()):
+        return [as_row(line, place) for place, line in enumerate(lines.values(), start=1)]
+    records = []
+    for number, line in lines.items():
+        try:
+            records.append(parse_json(line))
+        except ValueError as problem:
+            raise SampleError(f"standard input, line {number}: {problem}") from problem
+    return read_rows(TextSource.of(records), columns)
+
+
+def _is_record(line: str) -> bool:
     try:
-        records = [json.loads(line) for line in lines]
+        return isinstance(json.loads(line), dict)
     except ValueError:
-        records = []
-    if records and all(isinstance(record, dict) for record in records):
-        return read_rows(TextSource.of(records), columns)
-    return [as_row(line, place) for place, line in enumerate(lines, start=1)]
+        return False
 
 
 def _said(row: TextRow) -> TextRow:
@@ -225,7 +242,8 @@ def _replace(path: Path, text: str) -> None:
 
 def _write(drawn: Iterator[Drawn], stream: TextIO) -> None:
     for one in drawn:
-        stream.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
+        line = json.dumps(one._asdict(), ensure_ascii=False)
+        stream.write((visible_json(line) if stream is sys.stdout else line) + "\n")
         stream.flush()
 
 
@@ -241,10 +259,14 @@ def _converse(actors: Actors, spec: ActorSpec, drawing: dict[str, Any], chat: bo
             break
         if not text.strip():
             break
+        if not is_text(text):
+            print("that is not UTF-8 text; again, please", file=sys.stderr)
+            continue
         row = as_row(text, number + 1)
         prompts = prepare_rows([_said(row) if said else row], "prompts", actors.tokenizer, chat=spec.chat)
         for one in draw(actors, enumerate(prompts), step=number, **drawing):
-            print(one.response if one.reward is None else f"{one.response}    [reward {one.reward:.3f}]")
+            shown = visible(one.response)
+            print(shown if one.reward is None else f"{shown}    [reward {one.reward:.3f}]")
 
 
 def build_parser() -> ArgumentParser:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
-from vbon_lightning.commands.parsers import description_of
+from vbon_lightning._visible import visible
+from vbon_lightning.commands.parsers import ArgumentParser, description_of
 from vbon_lightning.data.conversations import readable
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, table_summary
@@ -29,7 +28,7 @@ def describe_table(path: str, rows: int = 3, responses: int = 2) -> str:
     lines = [f"{name}: {_number(value)}" for name, value in table_summary(table).items()]
     lines += ["", "made by"]
     lines += [
-        f"  {name}: {value if isinstance(value, str) else json.dumps(value)}"
+        f"  {name}: {visible(value) if isinstance(value, str) else json.dumps(value)}"
         for name, value in table.fingerprint.items()
     ]
     for key in table.keys()[:rows]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from vbon_lightning._json_lines import parse_json
+
 Message = dict[str, Any]
 """``{"role": ..., "content": ...}``, and whatever else a template reads."""
 
@@ -69,9 +71,13 @@ def as_conversation(value: Any) -> list[Message] | None:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        json.loads(text)
     except ValueError:
         return None  # text that only looks like it
+    try:
+        return parse_json(text)
+    except ValueError as problem:
+        raise ConversationError(f"messages as JSON: {problem}") from problem
 
 
 def transcript(messages: Sequence[Message]) -> str:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.data.conversations import MESSAGES, Chat, ConversationError, Message, unanswered
 from vbon_lightning.data.sources import TextRow, TextSource
-from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids, shared_start
+from vbon_lightning.models.plain_text import Hidden, PlainText
+from vbon_lightning.models.tokenizer import shared_start
 from vbon_lightning.reference_table import prompt_key
 
 
@@ -60,35 +61,91 @@ def row_name(row: TextRow, source: TextSource | None) -> str:
 
 
 def encode_prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, rendered: bool = False
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, marked: bool = False
 ) -> list[list[int]]:
     """Encode prompts with the tokenizer's own opening tokens (BOS), without an EOS it would close texts with.
 
-    An EOS that a prompt itself ends with, as in a template, stays, and a BOS that it begins with gets no other. What
-    a chat template rendered has all its special tokens written out and gets none.
+    Args:
+        tokenizer: The tokenizer.
+        texts: The prompts.
+        marked: Whether special tokens that a prompt spells are meant: an EOS that it ends with stays, and a BOS that it
+            begins with gets no other. By default they are text.
     """
-    if not texts:
-        return []
-    if rendered:
-        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    encoded = encode_whole_texts(tokenizer, texts)
-    for text, tokens in zip(texts, encoded, strict=True):
-        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-            bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    rows = [TextRow(place, text, None, text, marked=marked) for place, text in enumerate(texts, start=1)]
+    return _encode_rows(tokenizer, rows, texts)
+
+
+def _encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TextRow], texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts of rows, with the tokenizer's opening tokens where no template wrote them, and without its EOS."""
+    plain = PlainText(tokenizer)
+    encoded = _around_rows(plain, rows, texts)
+    for place, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
+        if not row.rendered and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+            bare = plain.encode_hidden(texts[place], row.hidden).ids if row.marked else plain.encode(texts[place])
             if tokens[-len(bare) :] != bare or not bare:
                 tokens.pop()
     return encoded
 
 
-def _encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TextRow], texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts of rows, some of which a chat template may have rendered."""
+def _around_rows(
+    plain: PlainText, rows: Sequence[TextRow], texts: Sequence[str], max_length: int | None = None
+) -> list[list[int]]:
+    """Encode texts of rows with the special tokens that the tokenizer puts around those that no template rendered."""
     encoded: list[list[int]] = [[] for _ in rows]
-    for rendered in (False, True):
-        places = [place for place, row in enumerate(rows) if row.rendered == rendered]
-        some = encode_prompt_ids(tokenizer, [texts[place] for place in places], rendered=rendered)
-        for place, tokens in zip(places, some, strict=True):
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault((row.rendered, row.marked), []).append(place)
+    for (rendered, marked), places in groups.items():
+        some, hidden = [texts[place] for place in places], [rows[place].hidden for place in places]
+        if rendered:
+            found = _encode_rendered(plain, some, hidden, max_length)
+        elif marked:
+            found = plain.encode_marked_texts(some, hidden, max_length=max_length)
+        else:
+            found = plain.encode_texts(some, max_length=max_length)
+        for place, tokens in zip(places, found, strict=True):
             encoded[place] = tokens
     return encoded
+
+
+def _encode_rendered(
+    plain: PlainText, texts: Sequence[str], hidden: Sequence[Hidden], max_length: int | None = None
+) -> list[list[int]]:
+    """Encode what a chat template rendered: it has all its special tokens written out and gets none."""
+    tokenizer = plain.tokenizer
+    encoded = [list(ids)[:max_length] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    for place, (text, private) in enumerate(zip(texts, hidden, strict=True)):
+        if private:
+            encoded[place] = plain.encode_hidden(text, private).ids[:max_length]
+    return encoded
+
+
+def hide_marks(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase) -> list[TextRow]:
+    """Hide the special tokens that a template's columns spell, so that its own can be meant.
+
+    Args:
+        rows: The rows; those without ``fields`` stay as they are.
+        tokenizer: The tokenizer.
+    """
+    if all(row.fields is None for row in rows):
+        return list(rows)
+    plain = PlainText(tokenizer)
+    return [row if row.fields is None else _without_marks(plain, row, row.fields) for row in rows]
+
+
+def _without_marks(plain: PlainText, row: TextRow, fields: Sequence[tuple[int, int]]) -> TextRow:
+    before = row.text.find(row.prompt)
+    cut = [(max(0, start - before), stop - before) for start, stop in fields]
+    texts = [row.text, row.prompt, row.response or "", row.rejected or ""]
+    whole = [[(0, len(text))] for text in texts[2:]]
+    (text, prompt, response, rejected), hidden = plain.hide_within(texts, [fields, cut, *whole])
+    return row._replace(
+        text=text,
+        prompt=prompt,
+        response=None if row.response is None else response,
+        rejected=None if row.rejected is None else rejected,
+        hidden=hidden,
+    )
 
 
 def encode_prompts(
@@ -117,9 +174,9 @@ def encode_prompts(
         raise PromptError(f"data.max_prompt_tokens must be at least 1, got {max_tokens}")
     encoded = []
     for row, tokens in zip(rows, _encode_rows(tokenizer, rows, [row.prompt for row in rows]), strict=True):
-        where, text = row_name(row, source), row.prompt
+        where, text = row_name(row, source), row.prompt.translate(row.hidden)
         if not tokens:
-            raise PromptError(f"{where}: the prompt {row.prompt!r} has no tokens")
+            raise PromptError(f"{where}: the prompt {text!r} has no tokens")
         if max_tokens is not None and len(tokens) > max_tokens:
             if too_long == "error":
                 raise PromptError(
@@ -134,7 +191,9 @@ def encode_prompts(
                 )
             tokens = opening + tokens[len(tokens) - max_tokens + len(opening) :]
             # As the whole text has it: with a template's special tokens, without a BOS that the tokenizer put before.
-            written = tokens if opening and row.prompt.startswith(str(tokenizer.bos_token)) else tokens[len(opening) :]
+            own = row.rendered or row.marked
+            spelt = own and row.prompt.startswith(str(tokenizer.bos_token))
+            written = tokens if opening and spelt else tokens[len(opening) :]
             text = str(tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         known = row.columns or {}
         # The messages of a conversation are in its tokens.
@@ -175,6 +234,7 @@ def encode_texts(
     if max_tokens is not None and max_tokens < 2:
         raise PromptError(f"data.max_text_tokens must be at least 2, got {max_tokens}")
     encoded = []
+    marked = PlainText(tokenizer)
     # Those whose turns are marked are encoded by themselves, with the places of their tokens.
     plain = [row for row in rows if row.spans is None]
     pairs = [row for row in plain if row.response is not None]
@@ -183,7 +243,7 @@ def encode_texts(
     prompts = iter(_encode_rows(tokenizer, pairs, [row.prompt for row in pairs]))
     for row in rows:
         if row.spans is not None:
-            encoded.append(_encode_turns(row, tokenizer, {eos, *ends}, max_tokens))
+            encoded.append(_encode_turns(row, marked, {eos, *ends}, max_tokens))
             continue
         tokens, context = next(wholes), 1
         if row.response is None:
@@ -220,12 +280,9 @@ def _through_the_end(tokens: list[int], context: int, ends: Collection[int]) -> 
     return tokens[: closing[-1] + 1] if closing else tokens
 
 
-def _encode_turns(
-    row: TextRow, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], max_tokens: int | None
-) -> EncodedText:
+def _encode_turns(row: TextRow, plain: PlainText, ends: Collection[int], max_tokens: int | None) -> EncodedText:
     """Encode a rendered conversation, to be learnt where the assistant speaks, through the token that ends a turn."""
-    found = tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, offsets = list(found["input_ids"]), list(found["offset_mapping"])
+    tokens, offsets = plain.encode_hidden(row.text, row.hidden)
     learnt = [False] * len(tokens)
     for start, stop in row.spans or ():
         # A token that straddles the seam belongs to the turn, as a response's does.
@@ -260,23 +317,24 @@ def render_conversations(
         PromptError: Naming a row that is no conversation, or one that the template cannot render.
     """
     rendered = []
+    plain = PlainText(chat.tokenizer)
     for row in rows:
         if row.messages is None:
             raise PromptError(f"{row_name(row, source)} is plain text, and others are conversations: give them apart")
         try:
-            if whole and row.answer is None:
-                text, spans = chat.text(row.messages)
-                rendered.append(row._replace(prompt=text, text=text, rendered=True, spans=spans))
+            (messages, answer, worse), hidden = plain.hide((row.messages, row.answer, row.worse))
+            row = row._replace(hidden=hidden, rendered=True)
+            if whole and answer is None:
+                text, spans = chat.text(messages)
+                rendered.append(row._replace(prompt=text, text=text, spans=spans))
                 continue
-            messages = row.messages if row.answer is not None else unanswered(row.messages)
-            row = row._replace(messages=messages)
+            if answer is None:
+                row, messages = row._replace(messages=unanswered(row.messages or [])), unanswered(messages)
             prompt = chat.prompt(messages)
-            response, rejected = (
-                None if side is None else chat.response(messages, side) for side in (row.answer, row.worse)
-            )
+            response, rejected = (None if side is None else chat.response(messages, side) for side in (answer, worse))
         except ConversationError as problem:
             raise PromptError(f"{row_name(row, source)}: {problem}") from problem
-        rendered.append(row._replace(prompt=prompt, text=prompt, response=response, rejected=rejected, rendered=True))
+        rendered.append(row._replace(prompt=prompt, text=prompt, response=response, rejected=rejected))
     return rendered
 
 
@@ -317,18 +375,8 @@ def encode_labelled(
                 f"nor an index from 0 to {len(labels) - 1}"
             )
     texts = [row.prompt + (row.response or "") for row in rows]
-    if rows and rows[0].rendered:
-        pieces = list(enumerate(_encode_rendered(tokenizer, texts, max_tokens)))
-    else:
-        pieces = _encode_whole(tokenizer, texts, max_tokens, split=long_text == "split")
+    pieces = _encode_whole(tokenizer, rows, texts, max_tokens, split=long_text == "split")
     return [EncodedJudged([tokens], known[str(rows[row].label)]) for row, tokens in pieces]
-
-
-def _encode_rendered(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None
-) -> list[list[int]]:
-    """Encode what a chat template rendered, cut to ``max_tokens``."""
-    return [ids[:max_tokens] for ids in encode_prompt_ids(tokenizer, texts, rendered=True)]
 
 
 def encode_comparisons(
@@ -352,10 +400,8 @@ def encode_comparisons(
                 "columns that hold them (response_column, rejected_column)"
             )
         texts += [row.prompt + row.response, row.prompt + row.rejected]
-    if rows and rows[0].rendered:
-        tokens = _encode_rendered(tokenizer, texts, max_tokens)
-    else:
-        tokens = [piece for _, piece in _encode_whole(tokenizer, texts, max_tokens, split=False)]
+    twice = [row for row in rows for _ in range(2)]
+    tokens = [piece for _, piece in _encode_whole(tokenizer, twice, texts, max_tokens, split=False)]
     encoded = []
     for row, chosen, rejected in zip(rows, tokens[::2], tokens[1::2], strict=True):
         if chosen == rejected:
@@ -368,17 +414,21 @@ def encode_comparisons(
 
 
 def _encode_whole(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None, *, split: bool
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TextRow],
+    texts: Sequence[str],
+    max_tokens: int | None,
+    *,
+    split: bool,
 ) -> list[tuple[int, list[int]]]:
     """Encode texts with their special tokens, cut or split to ``max_tokens``: (place in ``texts``, token ids)."""
-    if max_tokens is None:
-        return list(enumerate(encode_whole_texts(tokenizer, texts)))
+    plain = PlainText(tokenizer)
+    if max_tokens is None or (rows and rows[0].rendered):
+        return list(enumerate(_around_rows(plain, rows, texts, max_tokens)))
     least = tokenizer.num_special_tokens_to_add() + 1
     if max_tokens < least:
         raise PromptError(f"data.max_text_tokens must be at least {least} for this tokenizer, got {max_tokens}")
     if not split:
-        return list(enumerate(encode_whole_texts(tokenizer, texts, max_length=max_tokens)))
-    found = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_overflowing_tokens=True)
-    opening = opening_ids(tokenizer)
-    pieces = [drop_repeated_opening(ids, opening) for ids in found["input_ids"]]
-    return list(zip(found["overflow_to_sample_mapping"], pieces, strict=True))
+        return list(enumerate(_around_rows(plain, rows, texts, max_tokens)))
+    marked = any(row.marked for row in rows)
+    return plain.split_texts(texts, max_tokens, [row.hidden for row in rows] if marked else None)

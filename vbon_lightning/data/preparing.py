@@ -13,6 +13,7 @@ from vbon_lightning.data.encoding import (
     encode_labelled,
     encode_prompts,
     encode_texts,
+    hide_marks,
     render_conversations,
 )
 from vbon_lightning.data.sources import TextRow, TextSource
@@ -59,6 +60,7 @@ def prepare_rows(
     """
     if any(row.messages is not None for row in rows):
         rows = render_conversations(rows, Chat(tokenizer, chat), whole=kind in ("text", "labelled"), source=source)
+    rows = hide_marks(rows, tokenizer)
     if kind == "prompts":
         return encode_prompts(
             rows, tokenizer, source=source, key_columns=key_columns, max_tokens=max_prompt_tokens, too_long=too_long

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vbon_lightning._json_lines import is_url, open_bytes, read_json_lines, read_lines
+from vbon_lightning._json_lines import is_url, open_bytes, parse_json, read_json_lines, read_lines
 from vbon_lightning.paths import looks_like_path, resolve_path
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -108,6 +108,15 @@ def check_columns(what: str, held: Collection[str], needed: Mapping[str, str]) -
             raise SourceError(f"{what}: there is no column {column!r}{why}; the columns are {names}")
 
 
+def _check_names(what: str, names: Sequence[str]) -> None:
+    """Refuse columns of the same name, of which a row would keep the last; nobody asks for those without one."""
+    for name in names:
+        if name.strip() and names.count(name) > 1:
+            raise SourceError(
+                f"{what}: the column {name!r} is there {names.count(name)} times: rename or leave out others"
+            )
+
+
 # -- formats ---------------------------------------------------------------------------------------
 
 
@@ -129,7 +138,7 @@ def _json_rows(path: str, columns: Mapping[str, str]) -> Numbered:
         return
     with open_bytes(path, SourceError) as stream:
         try:
-            held = json.load(stream)
+            held = parse_json(stream.read().decode("utf-8-sig"))
         except ValueError as problem:  # UnicodeDecodeError is one
             raise SourceError(f"file {path}: not valid JSON: {problem}") from problem
     if isinstance(held, dict):
@@ -167,6 +176,7 @@ def _csv_rows(path: str, columns: Mapping[str, str], delimiter: str = ",") -> Nu
         header = next(reader, None)
         if header is None:
             raise SourceError(f"file {path} is empty; expected a line with the column names")
+        _check_names(f"file {path}, line 1", header)
         start = reader.line_num + 1
         for values in reader:
             if values:
@@ -193,6 +203,7 @@ def _parquet_rows(path: str, columns: Mapping[str, str]) -> Numbered:
 
     try:
         with open_bytes(path, SourceError) as stream, pq.ParquetFile(stream) as file:
+            _check_names(f"file {path}", file.schema_arrow.names)
             check_columns(f"file {path}", file.schema_arrow.names, columns)
             batches = file.iter_batches(columns=list(columns) or None)
             yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
@@ -206,6 +217,7 @@ def _arrow_rows(path: str, columns: Mapping[str, str]) -> Numbered:
     try:
         with open_bytes(path, SourceError) as stream:
             reader = pa.ipc.open_stream(stream)  # what datasets writes
+            _check_names(f"file {path}", reader.schema.names)
             check_columns(f"file {path}", reader.schema.names, columns)
             kept = (batch.select(list(columns)) if columns else batch for batch in reader)
             yield from enumerate((record for batch in kept for record in batch.to_pylist()), start=1)

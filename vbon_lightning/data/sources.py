@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vbon_lightning._visible import is_text
 from vbon_lightning.data.conversations import (
     MESSAGES,
     ConversationError,
@@ -55,7 +56,7 @@ class TextSource:
         label_column: Column that holds the label of the text, with its response where there is one, to learn a reward
             by classification.
         template: Text with ``{column}`` in braces to be filled in, in place of ``column``;
-            ``{{`` and ``}}`` are literal braces.
+            ``{{`` and ``}}`` are literal braces. Special tokens that it spells itself are meant.
         field_words: Cut columns of the template to so many words before they are filled in, so that what the
             template has behind a long column stays.
         first_words: Number of words of the text that make the prompt, None for the whole text.
@@ -66,6 +67,8 @@ class TextSource:
         unique: Whether to drop rows whose prompt occurred before.
         min_words: Keep rows whose text has at least so many words.
         max_words: Keep rows whose text has at most so many words.
+        rendered: Whether special tokens that the columns spell (``<|im_end|>``) are meant, as where a chat template
+            rendered them before. By default they are text like any other.
         streaming: Read training rows as they are needed, in the order of the file, so that memory does not grow with
             it: an epoch then has no known length, ``unique`` and ``shuffle_seed`` are refused, and a row that cannot be
             used is found when its turn comes.
@@ -92,6 +95,7 @@ class TextSource:
     unique: bool = False
     min_words: int | None = None
     max_words: int | None = None
+    rendered: bool = False
     streaming: bool = False
     buffer_size: int = 1000
 
@@ -163,7 +167,10 @@ class TextSource:
 
     def settings(self) -> dict[str, Any]:
         """Return what says which rows these are, in plain values; rows in memory by their number."""
-        return vars(self) | {"path": self.path if isinstance(self.path, str) else self._files or self.called}
+        said = vars(self) | {"path": self.path if isinstance(self.path, str) else self._files or self.called}
+        if not self.rendered:  # as in checkpoints that know no such option
+            del said["rendered"]
+        return said
 
 
 class TextRow(NamedTuple):
@@ -191,6 +198,12 @@ class TextRow(NamedTuple):
     """The worse response as messages."""
     rendered: bool = False
     """Whether the texts are what a chat template made of messages, special tokens written out."""
+    marked: bool = False
+    """Whether special tokens that the texts spell are meant, those of ``fields`` aside."""
+    fields: list[tuple[int, int]] | None = None
+    """What of ``text`` a template's columns wrote, as characters; None where all of it may spell special tokens."""
+    hidden: Mapping[int, str] = {}
+    """Private characters that stand for those that begin a special token which is only text, for ``str.translate``."""
     spans: list[tuple[int, int]] | None = None
     """Of a rendered conversation, where the assistant's turns stand in ``text``, as characters."""
     where: str | None = None
@@ -347,7 +360,10 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
                 raise SourceError(f"{place}: {problem}") from problem
             if MESSAGES in columns and talk is None:
                 raise SourceError(f"{place}: there are no messages, which the reward reads: the prompt is plain text")
-            text = _filled(source, record, fields, place) if talk is None else transcript(talk[0])
+            text, filled = _filled(source, record, fields, place) if talk is None else (transcript(talk[0]), None)
+            for turns in talk or ():
+                if turns is not None and not is_text(transcript(turns)):
+                    raise SourceError(f"{place}: half a character (a lone surrogate) in a message")
             words = len(text.split())
             if words < (source.min_words or 0) or (source.max_words is not None and words > source.max_words):
                 continue
@@ -356,6 +372,8 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
                 raise SourceError(f"{place}: the prompt is empty; fill it, or set min_words to leave out such rows")
             if talk is not None and source.first_words is not None:
                 raise SourceError(f"{place}: first_words cuts texts, and this is a conversation: leave it out")
+            if talk is not None and source.rendered:
+                raise SourceError(f"{place}: rendered is said of text, and this is a conversation: leave it out")
             prompt = _first_words(text, words, source.first_words, place)
             if source.unique and prompt in seen:
                 continue
@@ -378,20 +396,30 @@ def _text_rows(source: TextSource, kept: Counter[str], columns: Sequence[str]) -
                 messages=messages,
                 answer=answer,
                 worse=worse,
+                marked=source.rendered or filled is not None,
+                fields=None if source.rendered else filled,
                 where=part.what if len(parts) > 1 else None,
             )
 
 
-def _filled(source: TextSource, record: dict[str, Any], fields: Sequence[str], place: str) -> str:
-    """Return the text of a row: its column, or the template filled in."""
+def _filled(
+    source: TextSource, record: dict[str, Any], fields: Sequence[str], place: str
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """Return the text of a row, its column or the template filled in; of a template also where its columns stand."""
     if source.template is None:
         assert source.column is not None
-        return _text(record[source.column], source.column, place)
+        return _text(record[source.column], source.column, place), None
     filled = {field: _field(record[field], field, place) for field in fields}
     for field, most in (source.field_words or {}).items():
         if (words := len(filled[field].split())) > most:
             filled[field] = _first_words(filled[field], words, most, place)
-    return source.template.format(**filled)
+    text, spans = "", []
+    for written, column, _, _ in string.Formatter().parse(source.template):
+        text += written
+        if column is not None:
+            spans.append((len(text), len(text) + len(filled[column])))
+            text += filled[column]
+    return text, spans
 
 
 def _conversation(
@@ -471,6 +499,8 @@ def _template_fields(template: str) -> list[str]:
 def _text(value: Any, column: str, place: str) -> str:
     if not isinstance(value, str):
         raise SourceError(f"{place}: column {column!r} must hold text, got {value!r} ({type(value).__name__})")
+    if not is_text(value):
+        raise SourceError(f"{place}: half a character (a lone surrogate) in column {column!r}: {value[:80]!r}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -94,6 +95,7 @@ def sample(
             policy without a chat template.
         ModelError: If the policy cannot be loaded.
     """
+    check_counts(samples=samples, batch_size=batch_size)
     spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens, chat, reward_calls)
     columns = tuple(getattr(reward, "columns", ()))
     if isinstance(prompts, TextSource) or any(isinstance(prompt, Mapping) for prompt in prompts):
@@ -114,7 +116,14 @@ def sampling_spec(
     chat: Mapping[str, Any] | None = None,
     reward_calls: RewardCalls | None = None,
 ) -> ActorSpec:
-    """Say what to sample with: what is not given is as the policy's generation config has it."""
+    """Say what to sample with: what is not given is as the policy's generation config has it.
+
+    Raises:
+        ValueError: On a length or a temperature that nothing can be sampled at.
+    """
+    check_counts(max_new_tokens=max_new_tokens)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     found = generation_settings(policy)
     return ActorSpec(
         policy=policy,
@@ -147,11 +156,23 @@ def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") 
         raise ValueError(f"{type(decoder).__name__} chooses by a reward, and none is named: give `reward`")
     if decoder is not None and decoder.needs_value_model and spec.value_model is None:
         raise ValueError(f"{type(decoder).__name__} needs a value model: name one as data.value_model")
+    place = device_named(device)
     valued = decoder is not None and decoder.needs_value_model
     actors = Actors.load(spec, trainable=False, reference=False, value=valued)
-    torch.nn.Module.to(actors.policy, device_named(device))  # the rest follows it: Actors.place
+    torch.nn.Module.to(actors.policy, place)  # the rest follows it: Actors.place
     actors.reference = actors.policy
     return actors
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse numbers that are no integers from 1 upwards; None is left out.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
 @torch.no_grad()
@@ -179,9 +200,7 @@ def draw(
     Yields:
         One record a response, prompt by prompt.
     """
-    for name, count in (("samples", samples), ("batch_size", batch_size)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+    check_counts(samples=samples, batch_size=batch_size)
     pad = actors.tokenizer.pad_token_id
     waiting = iter(prompts)
     while some := list(islice(waiting, batch_size)):
@@ -238,5 +257,17 @@ def on_device(batch: PromptBatch, device: torch.device) -> PromptBatch:
 
 
 def device_named(device: str) -> torch.device:
-    """Return a device by its name; ``auto`` is a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """Return a device by its name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if place.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise ValueError(f"device {device!r} is not there ({reason}): give cpu, or auto") from problem
+    return place

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from vbon_lightning._visible import visible
 from vbon_lightning.actors import Actors
-from vbon_lightning.commands.parsers import description_of, parse_beside_run, pass_over_run
+from vbon_lightning.commands.parsers import ArgumentParser, description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
+from vbon_lightning.evaluation.guards import check_names, check_numbers, check_weights
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
     REFERENCE,
@@ -39,6 +40,7 @@ from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_t
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer, locate
+from vbon_lightning.paths import PACKAGE_PREFIX
 from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.rewards.calls import CallRecord, RewardCaller
@@ -102,6 +104,8 @@ def compare(
     """
     if not policies and not decoders:
         raise ValueError("name at least one policy to compare: --policies.NAME DIRECTORY")
+    check_names(policies, decoders)
+    check_numbers(n=n, samples=samples, shown_prompts=shown_prompts, shown_samples=shown_samples)
     guided = [name for name, decoder in decoders.items() if decoder.needs_value_model]
     if guided and data.actors.value_model is None:
         raise ValueError(f"the decoder {guided[0]!r} needs a value model: set data.value_model")
@@ -121,8 +125,9 @@ def compare(
             "nothing says what the reference's rewards are: name a reference table (data.reference_table), or for "
             "prompts that none holds a value model (data.value_model)"
         )
-    for path in policies.values():
+    for name, path in policies.items():
         check_same_vocabulary(data.tokenizer, load_tokenizer(as_spec(path)))
+        check_weights(name, path)
 
     actors = Actors.load(
         spec.replaced(policy=spec.reference_spec, reference=None),
@@ -140,7 +145,7 @@ def compare(
     # Each batch prompts x samples rows; the loader is rebuilt for every policy, so that all see the same batches.
     def batches(label: str, limit: int | None = None) -> Iterator[PromptBatch]:
         loader = data.split_dataloader(split)
-        for done, batch in enumerate(tqdm(loader, desc=label, leave=False, disable=limit is not None)):
+        for done, batch in enumerate(tqdm(loader, desc=visible(label), leave=False, disable=limit is not None)):
             if limit is not None and done * data.eval_batch_size >= limit:
                 return
             yield on_device(batch, place)
@@ -181,7 +186,7 @@ def compare(
         reports += predicted_bon_reports(torch.cat(predicted), scorer.bins, n_values=n)
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
-        for batch in tqdm(data.split_dataloader(split), desc=name, leave=False):
+        for batch in tqdm(data.split_dataloader(split), desc=visible(name), leave=False):
             found.append(_decode(actors, decoder, on_device(batch, place), samples=samples, seed=seed))
         reports.append(
             evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n, scorer=scorer)
@@ -219,14 +224,14 @@ def compare(
         written += write_cards(
             reports, exports, dataset=_dataset(data, split), split=split, settings=_settings(data, seed, judge)
         )
-    print("\n".join(f"wrote {path}" for path in written))
+    print(visible("\n".join(f"wrote {path}" for path in written)))
     return reports
 
 
 def _directory(model: str | ModelSpec) -> str | None:
-    """Return the directory that a policy lies in, None for one of the hub."""
+    """Return the directory that a policy lies in, None for one of the hub or of an installed package."""
     name = as_spec(model).name
-    if name is None:
+    if name is None or str(name).startswith(PACKAGE_PREFIX):
         return None
     place, _ = locate("policies", str(name))
     return place if Path(place).is_dir() else None

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
+from vbon_lightning._visible import visible
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE, PolicyReport
 from vbon_lightning.functional import bon_kl_bound, bon_win_rate_bound
@@ -71,13 +72,18 @@ def pareto_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure
             frameon=False,
         )
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(label_of(title), fontsize=12)
     # Labels are placed in pixels, so the layout must be settled first.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in (left, right):
         _place_labels(figure, axes)
     return figure
+
+
+def label_of(text: str) -> str:
+    """Return any text as a figure shows it as it is, in one line and without formulas."""
+    return visible(" ".join(text.split("\n"))).replace("$", r"\$")
 
 
 def policy_styles(count: int) -> list[tuple[str, str]]:
@@ -135,10 +141,10 @@ def _panel(
             elinewidth=1.0,
             capsize=2,
             zorder=3 if hollow else 4,
-            label=None if report.method == REFERENCE else report.method,
+            label=None if report.method == REFERENCE else label_of(report.method),
         )
         # Best-of-N's points are many and on a curve that the legend names: their N is label enough.
-        label = f"N={report.n}" if hollow else report.name
+        label = f"N={report.n}" if hollow else label_of(report.name)
         axes.annotate(
             label,
             (report.kl.mean, height.mean),

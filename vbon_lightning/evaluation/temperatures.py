@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
-from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, policy_styles, style_axes
+from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, label_of, policy_styles, style_axes
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
 from vbon_lightning.evaluation.reports import REFERENCE, mean_of, win_rates
+from vbon_lightning.evaluation.writing import write_together
 from vbon_lightning.prefix_scorer import PrefixScorer
-from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.types import ScoredResponses
 
 
@@ -88,7 +88,7 @@ def temperature_markdown(reports: Sequence[TemperatureReport], *, title: str, tr
         rows.append([markdown_cell(name), *(str(by[t].win_rate) if t in by else "-" for t in temperatures)])
     table = markdown_table(["policy", *(f"T = {t:g}" for t in temperatures)], rows, align="l" + "r" * len(temperatures))
     return (
-        f"# {title}: win rate by sampling temperature\n\n{table}\n"
+        f"# {markdown_cell(title)}: win rate by sampling temperature\n\n{table}\n"
         f"- Against one response of the reference at its own temperature, {trained_at:g}; a tie counts one half.\n"
         f"- Means over prompts ± half of the 95% interval.\n"
     )
@@ -119,7 +119,7 @@ def temperature_figure(reports: Sequence[TemperatureReport], *, title: str, trai
                 capsize=2,
                 linewidth=1.4,
                 elinewidth=0.9,
-                label=name,
+                label=label_of(name),
             )
         # Above the grid, or it would hide them, and below the lines.
         axes.axvline(
@@ -129,7 +129,7 @@ def temperature_figure(reports: Sequence[TemperatureReport], *, title: str, trai
         axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
     panels[0].axhline(0.5, color=GREY, linewidth=0.9, zorder=1)
     handles, labels = panels[0].get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda place: labels[place] not in names)  # policies first
+    order = sorted(range(len(labels)), key=lambda place: labels[place] not in map(label_of, names))  # policies first
     figure.legend(
         [handles[place] for place in order],
         [labels[place] for place in order],
@@ -137,7 +137,7 @@ def temperature_figure(reports: Sequence[TemperatureReport], *, title: str, trai
         ncols=min(6, len(labels)),
         frameon=False,
     )
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(label_of(title), fontsize=12)
     return figure
 
 
@@ -158,7 +158,7 @@ def _shifts(count: int, temperatures: Sequence[float]) -> list[float]:
 def write_temperatures(
     reports: Sequence[TemperatureReport], directory: str | Path, *, title: str, trained_at: float
 ) -> dict[str, Path]:
-    """Write ``temperatures.json``, ``temperatures.md`` and ``temperatures.png``, each atomically."""
+    """Write ``temperatures.json``, ``temperatures.md`` and ``temperatures.png``, all of them or none."""
     image = io.BytesIO()
     temperature_figure(reports, title=title, trained_at=trained_at).savefig(image, format="png")
     plain = {"title": title, "reports": [report.to_dict() for report in reports]}
@@ -167,9 +167,4 @@ def write_temperatures(
         "temperatures.md": temperature_markdown(reports, title=title, trained_at=trained_at).encode(),
         "temperatures.png": image.getvalue(),
     }
-    written = {}
-    for name, content in contents.items():
-        written[name] = Path(directory) / name
-        with atomic_file(written[name]) as stream:
-            stream.write(content)
-    return written
+    return write_together(Path(directory), contents)

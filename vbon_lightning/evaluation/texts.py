@@ -59,7 +59,7 @@ def samples_markdown(samples: Sequence[TextSample]) -> str:
         rows = [
             [
                 markdown_cell(name),
-                markdown_cell(response.text + ("" if response.finished else " […]")),
+                markdown_cell(response.text) + ("" if response.finished else " […]"),
                 reward_cell(response.reward),
             ]
             for name, responses in sample.responses.items()

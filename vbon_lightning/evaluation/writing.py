@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._markdown import markdown_block, markdown_cell, markdown_table
 from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.logs import log_comparison, loggers_of
@@ -28,7 +29,9 @@ def write_comparison(
     samples: Sequence[TextSample] = (),
     logger: bool | Logger | Sequence[Logger] = True,
 ) -> dict[str, Path]:
-    """Write ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md``, each atomically.
+    """Write ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md``, all of them or none.
+
+    Where ``comparison.json`` is there the others are of the same comparison: it goes first and comes last.
 
     Args:
         reports: Policies and Best-of-N, in the order the table should have.
@@ -54,14 +57,32 @@ def write_comparison(
         "pareto.png": image.getvalue(),
     }
     if samples:
-        contents["samples.md"] = f"# {title}: samples\n\n{samples_markdown(samples)}".encode()
-    written = {}
-    for name, content in contents.items():
-        written[name] = directory / name
-        with atomic_file(written[name]) as stream:
-            stream.write(content)
+        contents["samples.md"] = f"# {markdown_cell(title)}: samples\n\n{samples_markdown(samples)}".encode()
+    written = write_together(directory, contents)
     for one in loggers_of(logger, directory):
         log_comparison(one, reports, title=title, table=table, samples=samples)
+    return written
+
+
+def write_together(directory: Path, contents: Mapping[str, bytes]) -> dict[str, Path]:
+    """Write files that belong together: nothing changes before all are on the disk.
+
+    Args:
+        directory: Where to.
+        contents: What each file is to hold, by its name. The first one is removed before the others are replaced, and
+            there again when all of them are.
+
+    Returns:
+        The files, by name.
+    """
+    written = {name: directory / name for name in contents}
+    with ExitStack() as files:  # which are put in place from the last to the first
+        for name, content in contents.items():
+            stream = files.enter_context(atomic_file(written[name]))
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        next(iter(written.values())).unlink(missing_ok=True)
     return written
 
 
@@ -76,7 +97,7 @@ def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command:
         "finished": [report.finished for report in reports],
     }
     columns: dict[str, list[str]] = {
-        "policy": [f"**{markdown_cell(report.name)}**" if report.n is None else report.name for report in reports],
+        "policy": [_bold(report) for report in reports],
         "method": [markdown_cell(report.method) for report in reports],
         "reward": [str(report.reward) for report in reports],
         "KL (nats)": [str(report.kl) for report in reports],
@@ -91,8 +112,13 @@ def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command:
     }
     rows = list(zip(*columns.values(), strict=True))
     table = markdown_table(list(columns), rows, align="ll" + "r" * (len(columns) - 2))
-    shown = "" if command is None else f"```sh\n{command}\n```\n\n"
-    return f"# {title}\n\n{shown}{table}\n{_notes(reports)}{_costs(reports)}"
+    shown = "" if command is None else markdown_block(command, "sh") + "\n"
+    return f"# {markdown_cell(title)}\n\n{shown}{table}\n{_notes(reports)}{_costs(reports)}"
+
+
+def _bold(report: PolicyReport) -> str:
+    name = markdown_cell(report.name)
+    return f"**{name}**" if report.n is None else name
 
 
 def _costs(reports: Sequence[PolicyReport]) -> str:

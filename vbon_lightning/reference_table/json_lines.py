@@ -44,8 +44,10 @@ def import_jsonl(
     Args:
         path: the file, plain or ``.gz``; its lines may follow either layout.
         table_path: directory of the table, made if absent.
-        encode: prompt -> token ids, as they will be looked up.
-        encode_response: response -> token ids, without special tokens.
+        encode: prompt -> token ids, as they will be looked up: ``lambda text: encode_prompt_ids(tokenizer, [text])[0]``
+            of :mod:`vbon_lightning.data.encoding` has them as ``data.train`` does.
+        encode_response: response -> token ids, without special tokens, also where it spells some:
+            ``vbon_lightning.models.plain_text.PlainText(tokenizer).encode``.
         fingerprint: what made the responses and rewards.
         shard: name of the table's shards.
 

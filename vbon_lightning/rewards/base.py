@@ -143,9 +143,9 @@ def call_reward(
             found, parts = reward.with_parts(prompts, responses, token_ids, **beside)
         else:
             found = reward(prompts, responses, token_ids, **beside)
-    except RewardError:
+    except (RewardError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever a user's function raises
+    except BaseException as error:  # whatever a user's function raises, and where it calls sys.exit too
         raise RewardFailure(
             f"the reward {_name(reward)} raised {type(error).__name__}: {error}; in {_innermost(error)}"
         ) from error
@@ -204,7 +204,9 @@ def failing_row(
         own = {name: values[row : row + 1] for name, values in columns.items()}
         try:
             reward([prompt], [texts], list(token_ids)[row : row + 1], **_beside(reward, own))
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # as in call_reward
             return place_of(row, prompt, texts)
     return "; no row fails by itself"
 

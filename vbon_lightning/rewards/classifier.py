@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from vbon_lightning.models import (
     model_identity,
     parse_dtype,
 )
-from vbon_lightning.models.tokenizer import encode_whole_texts, opening_ids, shared_start
+from vbon_lightning.models.plain_text import Hidden, PlainText
+from vbon_lightning.models.tokenizer import opening_ids, shared_start
 from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts, shorten
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class ClassifierReward(RewardModel):
         text: ``prompt_and_response`` to score the two concatenated, ``response`` to score the response alone.
         suffix: Put behind every text, finished or cut, such as ``<|endoftext|>`` for a decoder that was trained to be
             read at that token.
+        rendered: Whether special tokens that prompts spell (``<|im_end|>``) are meant, as where a template rendered
+            them. Those of responses never are.
         batch_size: Texts in one forward pass; texts of similar length go together.
         max_length: Longest text in tokens, the suffix included. Default: the longest the model takes. Of a longer text
             the prompt's start is left out (``cut_prompts`` counts them, and a run logs it). A response that is too long
@@ -66,6 +69,7 @@ class ClassifierReward(RewardModel):
         revision: str | None = None,
         trust_remote_code: bool = False,
         suffix: str = "",
+        rendered: bool = False,
     ) -> None:
         check_text(text)
         if output not in ("logit", "log_odds", "probability"):
@@ -86,10 +90,12 @@ class ClassifierReward(RewardModel):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.suffix = suffix
+        self.rendered = rendered
         self.cut_prompts = self.cut_responses = 0
         """Texts that lost the start of their prompt, or the end of their response, so far."""
         self._device = torch.device("cpu")
         self._loaded: tuple[Any, PreTrainedTokenizerBase, int] | None = None
+        self._plain: PlainText | None = None
 
     def __call__(
         self,
@@ -100,39 +106,44 @@ class ClassifierReward(RewardModel):
     ) -> Tensor:
         """Score responses; see :meth:`RewardModel.__call__`."""
         del token_ids
-        rendered = False
+        if self._loaded is None:
+            self._loaded = self._load()
+        if self._plain is None:
+            self._plain = PlainText(self._loaded[1])
+        said, reading = responses, _Reading(self._plain)
         if columns and "messages" in columns and self.text == "prompt_and_response":
-            prompts, responses, rendered = self._in_its_own_words(columns["messages"], responses)
-        texts = join_texts(prompts, responses, self.text)
+            prompts, said, reading = self._in_its_own_words(columns["messages"], responses, reading)
+        elif self.rendered and self.text == "prompt_and_response":
+            (prompts, said), reading = _with_marks(prompts, responses, reading)
+        texts = join_texts(prompts, said, self.text)
         count = len(responses[0]) if responses else 0
         if any(len(row) != count for row in responses):
             raise RewardError(f"every prompt needs the same number of responses: {[len(row) for row in responses]}")
         starts = [prompt if self.text == "prompt_and_response" else "" for prompt in prompts for _ in range(count)]
-        scores = self._scores(texts, starts, count, rendered).view(len(prompts), count)
+        scores = self._scores(texts, starts, count, reading).view(len(prompts), count)
         return check_rewards(scores, prompts, responses)
 
     reads_columns = True  # the conversation, where the prompts are some
 
     def _in_its_own_words(
-        self, conversations: Sequence[Sequence[Message]], responses: Sequence[Sequence[str]]
-    ) -> tuple[list[str], list[list[str]], bool]:
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[Sequence[str]], reading: _Reading
+    ) -> tuple[list[str], list[list[str]], _Reading]:
         """Render conversations by the classifier's own template, each response as the assistant's turn.
 
         A classifier without a template, such as one of film reviews, reads what was said, a paragraph a message.
         """
-        if self._loaded is None:
-            self._loaded = self._load()
-        tokenizer = self._loaded[1]
+        tokenizer = reading.plain.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             said = ["".join(f"{one.get('content', '')}\n\n" for one in messages) for messages in conversations]
-            return said, [list(row) for row in responses], False
+            return said, [list(row) for row in responses], reading
         chat = Chat(tokenizer)
+        (conversations, responses), hidden = reading.plain.hide((conversations, responses))
         prompts = [chat.prompt(messages) for messages in conversations]
         answers = [
             [chat.response(messages, [{"role": "assistant", "content": text}]) for text in row]
             for messages, row in zip(conversations, responses, strict=True)
         ]
-        return prompts, answers, True
+        return prompts, answers, reading._replace(spells="all", hidden=hidden)
 
     def identity(self) -> dict[str, str]:
         """Describe the reward by its arguments and its model's identity."""
@@ -145,6 +156,8 @@ class ClassifierReward(RewardModel):
         }
         if self.suffix:
             arguments["suffix"] = self.suffix
+        if self.rendered:
+            arguments["rendered"] = "True"
         if self.text == "prompt_and_response":
             arguments["long_text"] = "the prompt loses its start"
         return arguments | {f"model.{key}": value for key, value in model_identity(self._spec()).items()}
@@ -195,9 +208,8 @@ class ClassifierReward(RewardModel):
         return model, tokenizer, _label_index(self.label, model.config, name)
 
     @torch.no_grad()
-    def _scores(self, texts: list[str], starts: list[str], columns: int, rendered: bool = False) -> Tensor:
-        if self._loaded is None:
-            self._loaded = self._load()
+    def _scores(self, texts: list[str], starts: list[str], columns: int, reading: _Reading) -> Tensor:
+        assert self._loaded is not None
         model, tokenizer, label = self._loaded
         if not texts:
             return torch.zeros(0, device=self._device)
@@ -205,7 +217,7 @@ class ClassifierReward(RewardModel):
         suffix = _suffix_ids(self.suffix, tokenizer, longest)
         if longest is not None:
             longest -= len(suffix)
-        encoded = self._fitting(texts, starts, columns, tokenizer, longest, rendered)
+        encoded = self._fitting(texts, starts, columns, reading, longest)
         # A decoder's tokenizer makes nothing of an empty text, and a model needs one token to read.
         blank = next(
             token
@@ -229,24 +241,17 @@ class ClassifierReward(RewardModel):
         texts: list[str],
         starts: list[str],
         columns: int,
-        tokenizer: PreTrainedTokenizerBase,
+        reading: _Reading,
         longest: int | None,
-        rendered: bool,
     ) -> list[list[int]]:
         """Encode texts; where one is too long, what it starts with gives way to the rest."""
-
-        def encode(some: list[str], max_length: int | None = None) -> list[list[int]]:
-            if not rendered:
-                return encode_whole_texts(tokenizer, some, max_length=max_length)
-            # A template writes out all special tokens there are to be.
-            return [list(ids)[:max_length] for ids in tokenizer(some, add_special_tokens=False)["input_ids"]]
-
+        encode = reading.encode
         encoded = encode(texts)
         long = [] if longest is None else [index for index, ids in enumerate(encoded) if len(ids) > longest]
         if longest is None or not long:
             return encoded
         known = self.cut_prompts + self.cut_responses
-        opening = [] if rendered else opening_ids(tokenizer)
+        opening = [] if reading.spells == "all" else opening_ids(reading.plain.tokenizer)
         prompts = dict.fromkeys(starts[index] for index in long)
         prompt_ids = dict(zip(prompts, encode(list(prompts)), strict=True))
         for index in long:
@@ -264,7 +269,7 @@ class ClassifierReward(RewardModel):
                 raise RewardError(
                     f"row {index // columns}, response {index % columns} takes {len(ids) - spare} tokens of the reward "
                     f"model, which reads {longest}: lower data.max_new_tokens, take a reward model that reads more, or "
-                    f"set `max_length` to cut responses; response {shorten(response)}"
+                    f"set `max_length` to cut responses; response {shorten(response.translate(reading.hidden))}"
                 )
         if not known:  # said once; a run logs how many there are
             warnings.warn(
@@ -285,6 +290,36 @@ class ClassifierReward(RewardModel):
             return chosen
         others = torch.cat([logits[:, :label], logits[:, label + 1 :]], dim=1)
         return chosen - others.logsumexp(-1)
+
+
+class _Reading(NamedTuple):
+    """How texts become tokens."""
+
+    plain: PlainText
+    spells: Literal["none", "some", "all"] = "none"
+    """Which of their special tokens they spell: none, those of a prompt, or, where a chat template wrote them, all."""
+    hidden: Hidden = {}
+    """What private characters in them stand for, where special tokens are meant and these are not."""
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        if self.spells == "none":
+            return self.plain.encode_texts(texts, max_length=max_length)
+        if self.spells == "some":
+            return self.plain.encode_marked_texts(texts, [self.hidden] * len(texts), max_length=max_length)
+        return [self.plain.encode_hidden(text, self.hidden).ids[:max_length] for text in texts]
+
+
+def _with_marks(
+    prompts: Sequence[str], responses: Sequence[Sequence[str]], reading: _Reading
+) -> tuple[tuple[Sequence[str], Sequence[Sequence[str]]], _Reading]:
+    """Hide the special tokens of responses, so that those of prompts can be meant."""
+    counts = [len(row) for row in responses]
+    texts = [*prompts, *(text for row in responses for text in row)]
+    spans = [[] if place < len(prompts) else [(0, len(text))] for place, text in enumerate(texts)]
+    found, hidden = reading.plain.hide_within(texts, spans)
+    each = iter(found[len(prompts) :])
+    said = [[next(each) for _ in range(count)] for count in counts]
+    return (found[: len(prompts)], said), reading._replace(spells="some", hidden=hidden)
 
 
 def _pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

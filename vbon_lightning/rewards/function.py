@@ -101,8 +101,8 @@ class CallableReward(RewardModel):
         if isinstance(target, type):
             try:
                 target = target(**arguments)
-            except TypeError as error:
-                raise RewardError(f"cannot make {self.function} with the arguments {arguments}: {error}") from error
+            except (TypeError, SystemExit) as error:
+                raise RewardError(f"cannot make {self.function} with the arguments {arguments}: {error!r}") from error
             arguments = {}
         if not callable(target):
             raise RewardError(f"{self.function} is not callable: expected a function, or a class with __call__")
@@ -142,7 +142,7 @@ def _import(path: str) -> Any:
             if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
                 continue
             raise RewardError(f"cannot import {path!r}: importing {name} failed: {error}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"cannot import {path!r}: importing {name} failed: {error!r}") from error
         return _attribute(module, parts[cut:], path)
     raise RewardError(f"cannot import {path!r}: there is no module {parts[0]!r}; is its folder on PYTHONPATH?")
@@ -151,7 +151,7 @@ def _import(path: str) -> Any:
 def _module(name: str, path: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
             f"cannot import {path!r}: importing {name} failed: {error!r}; is it on PYTHONPATH?"
         ) from error
