@@ -14,9 +14,12 @@ import vbon_lightning
 PACKAGE = Path(vbon_lightning.__file__).parent
 
 LAYERS = [
-    {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
+    {"adapters", "functional", "finite", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
     {"types"},
-    {"loggers", "metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
+    {
+        *{"checkpoints", "loggers", "metrics", "models", "rewards", "sampling", "staging", "reference_table"},
+        *{"data.sources", "data.dealing"},
+    },
     {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
     {"actors", "callbacks"},
     {"data.module", "decoding"},
@@ -53,7 +56,7 @@ TESTED_ELSEWHERE = {
 NOTHING_TO_TEST = {"types.py"}
 """Modules that hold records alone."""
 
-LIGHTNING = {"data.module", "modules", "callbacks", "cli", "evaluation", "dialling", "commands", "loggers"}
+LIGHTNING = {"checkpoints", "data.module", "modules", "callbacks", "cli", "evaluation", "dialling", "commands", "loggers"}
 
 
 ROOMS = {"data"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.callbacks.model_card import BestWeights, model_card
+from vbon_lightning.checkpoints import read_checkpoint
 from vbon_lightning.models import HubError, HubTarget, ReadBackError, as_hub_target, save_pretrained
+from vbon_lightning.reference_table.shards import atomic_file
 
 
 class PolicyExport(Callback):
@@ -95,22 +94,21 @@ class PolicyExport(Callback):
         policy = cast(PreTrainedModel, pl_module.policy)
         tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
         settings = getattr(pl_module, "generation_settings", None) if policy.can_generate() else None
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.staged")
+        name = None if self.push_to_hub is None else self.push_to_hub.repo_id
         try:
-            try:
-                save_pretrained(
-                    policy, tokenizer, staged, generation=settings() if callable(settings) else None, dtype=self.dtype
-                )
-            except ReadBackError as error:
-                kept = target.with_name(f"{target.name}.state_dict.pt")
-                torch.save(pl_module.state_dict(), kept)
-                raise ReadBackError(f"{error}; the policy's weights are in {kept}, and checkpoints stay") from error
-            name = None if self.push_to_hub is None else self.push_to_hub.repo_id
-            Path(staged, "README.md").write_text(model_card(trainer, pl_module, best, name), encoding="utf-8")
-            replace_directory(staged, target)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            save_pretrained(
+                policy,
+                tokenizer,
+                target,
+                generation=settings() if callable(settings) else None,
+                dtype=self.dtype,
+                texts={"README.md": model_card(trainer, pl_module, best, name)},
+            )
+        except ReadBackError as error:
+            kept = target.with_name(f"{target.name}.state_dict.pt")
+            with atomic_file(kept) as stream:
+                torch.save(pl_module.state_dict(), stream)
+            raise ReadBackError(f"{error}; the policy's weights are in {kept}, and checkpoints stay") from error
         rank_zero_info(f"The policy was exported to {target}")
 
 
@@ -137,7 +135,7 @@ def _monitor_of(trainer: Trainer) -> ModelCheckpoint | None:
 def _weights_of(checkpoint: ModelCheckpoint, pl_module: LightningModule) -> Iterator[BestWeights]:
     """Give the module the weights of the best checkpoint for a while."""
     # Written by this run, and may hold whatever its callbacks keep.
-    content: dict[str, Any] = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=False)
+    content = read_checkpoint(checkpoint.best_model_path, weights_only=False)
     own = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.state_dict().items()}
     score = checkpoint.best_model_score
     try:
@@ -145,23 +143,3 @@ def _weights_of(checkpoint: ModelCheckpoint, pl_module: LightningModule) -> Iter
         yield BestWeights(content["global_step"], str(checkpoint.monitor), float("nan" if score is None else score))
     finally:
         pl_module.load_state_dict(own)
-
-
-def replace_directory(staged: Path, target: Path) -> None:
-    """Rename a complete directory to its final name; an older one there goes once the new one is there.
-
-    Args:
-        staged: The complete directory, beside the target.
-        target: The name it should have.
-    """
-    if not target.exists():
-        os.replace(staged, target)
-        return
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-    os.replace(target, old)
-    try:
-        os.replace(staged, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
