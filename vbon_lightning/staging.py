@@ -37,21 +37,35 @@ def lock(descriptor: int) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def is_abandoned(path: Path) -> bool:
-    """Return whether nobody writes a file or directory any more; False where that cannot be known."""
+def is_live(path: Path) -> bool | None:
+    """Return whether a process holds the lock of a file or directory; None where the file system knows no locks."""
     if sys.platform == "win32":
-        return False
+        return None
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except OSError:
-        return False
+        return None
     finally:
         os.close(descriptor)
-    return True
+    return False
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        if descriptor is not None:
+            lock(descriptor)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -68,20 +82,16 @@ def staged_directory(target: Path) -> Iterator[Path]:
     clear_leftovers(target.parent, target.name)
     staged = partial_path(target)
     staged.mkdir()
-    descriptor = os.open(staged, os.O_RDONLY) if os.name == "posix" else None
     try:
-        if descriptor is not None:
-            lock(descriptor)
-        yield staged
-        for path in staged.rglob("*"):
-            _sync(path)
-        sync_directory(staged)
-        _put_in_place(staged, target)
-        sync_directory(target.parent)
+        with _locked(staged):
+            yield staged
+            for path in staged.rglob("*"):
+                _sync(path)
+            sync_directory(staged)
+            _put_in_place(staged, target)
+            sync_directory(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -100,12 +110,13 @@ def _put_in_place(staged: Path, target: Path) -> None:
     if exchange(staged, target):
         return
     old = partial_path(target, "old")
-    os.replace(target, old)
-    try:
-        os.replace(staged, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
+    with _locked(target):  # and under its other name
+        os.replace(target, old)
+        try:
+            os.replace(staged, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -168,11 +179,11 @@ def clear_leftovers(directory: Path, name: str | None = None) -> list[Path]:
     targets = {directory / found[1] for path in directory.iterdir() if (found := _LEFTOVER.fullmatch(path.name))}
     for target in targets if name is None else {directory / name}:
         kept = stand_in(target)
-        if kept is not None:
+        if kept is not None and not is_live(kept):
             with suppress(OSError):
                 os.replace(kept, target)
         for path in _leftovers(directory, target.name, ("partial", "staged", "old")):
-            if not is_abandoned(path):
+            if is_live(path) is not False:
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
