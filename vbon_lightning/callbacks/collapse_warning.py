@@ -138,14 +138,14 @@ class CollapseWarning(RolloutCallback):
 
 def _numbers(rollout: Rollout) -> Tensor:
     """Return ``[4]``: mean KL, shares of prompts with two different responses and of responses that end, responses."""
-    valid, done = rollout.prompts.valid.float(), rollout.completions
+    valid, done = rollout.prompts.valid, rollout.completions
     count = valid.sum().clamp(min=1)
     kl = rollout.token_kl.float().sum(-1).mean(-1)
     tokens = torch.where(done.mask, done.tokens, -1)
     # One response a prompt cannot be compared.
     differ = (tokens != tokens[:, :1]).flatten(1).any(1).float() if tokens.shape[1] > 1 else torch.ones_like(kl)
     finished = done.finished.float().mean(-1)
-    means = [(values * valid).sum() / count for values in (kl, differ, finished)]
+    means = [torch.where(valid, values, 0.0).sum() / count for values in (kl, differ, finished)]
     return torch.stack([*means, valid.sum() * tokens.shape[1]])
 
 

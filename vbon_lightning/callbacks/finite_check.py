@@ -59,9 +59,12 @@ class FiniteCheck(Callback):
             return
         loss = loss.detach().float()
         self._losses.append(loss)
-        # Other ranks would wait for this one's gradients for ever: with them all stop at the update.
-        if trainer.world_size == 1 and loss.device.type == "cpu" and not loss.isfinite():
+        if self._is_alone(trainer, loss) and not loss.isfinite():
             _judge(loss.view(1), _Step(trainer.global_step + 1, [], pl_module, self._batch))
+
+    def _is_alone(self, trainer: Trainer, loss: Tensor) -> bool:
+        # Other ranks would wait for this one's gradients for ever: with them all stop at the update.
+        return trainer.world_size == 1 and loss.device.type == "cpu"
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the losses and gradients of an update.
@@ -173,7 +176,7 @@ def _bad_response(rollout: Rollout) -> str | None:
         values = getattr(rollout, name)
         if values is None:
             continue
-        finite = values.isfinite()
+        finite = values.isfinite() | ~rollout.prompts.valid.view(-1, *[1] * (values.dim() - 1))
         if name == "rewards":
             finite = finite | values.isnan()  # which stands for none
         if bool(finite.all()):
