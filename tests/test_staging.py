@@ -11,7 +11,7 @@ import pytest
 
 from tests.crashes import count_calls, killed_at, with_files_of
 from vbon_lightning import staging
-from vbon_lightning.staging import clear_leftovers, exchange, is_live, lock, staged_directory, stand_in
+from vbon_lightning.staging import check_writable, clear_leftovers, exchange, is_live, lock, staged_directory, stand_in
 
 NAMES = ["a.txt", "sub/b.txt"]
 
@@ -139,6 +139,17 @@ def test_the_newest_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out" / "mark").read_text() == "bbbbbbbb"
     assert stand_in(tmp_path / "out") is None  # it is there
     assert stand_in(tmp_path / "gone") is None and stand_in(tmp_path / "gone" / "too") is None
+
+
+def test_what_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "new" / "deep"):
+        check_writable(place, "the export")
+    with pytest.raises(NotADirectoryError, match="the export cannot be written to .*deep: .*file is a file"):
+        check_writable(tmp_path / "file" / "deep", "the export")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # who runs the tests may be allowed all
+    with pytest.raises(PermissionError, match=f"checkpoints cannot be written to .*deep: {tmp_path} is read-only"):
+        check_writable(tmp_path / "new" / "deep", "checkpoints")
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:

@@ -150,6 +150,24 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(second))
 
 
+def check_writable(directory: Path, what: str) -> None:
+    """Refuse a directory that nothing can be written to, before anything expensive.
+
+    Args:
+        directory: The directory; where it does not exist yet, the one that it would be made in is meant.
+        what: What is to be written, for the message.
+
+    Raises:
+        PermissionError: If this process may not write there.
+        NotADirectoryError: If a file is in its way.
+    """
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{what} cannot be written to {directory}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{what} cannot be written to {directory}: {there} is read-only for this process")
+
+
 def stand_in(target: Path) -> Path | None:
     """Return the older version of a directory that is not there: a kill came while it was replaced.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vbon_lightning.callbacks.late_numbers import LateNumbers
+from vbon_lightning.finite import largest
 
 
 def test_on_a_cpu_they_are_read_at_once() -> None:
@@ -24,7 +25,8 @@ def test_on_a_gpu_they_are_read_when_the_next_ones_come() -> None:
     late: LateNumbers[str] = LateNumbers(lambda values, note: read.append(f"{note} {values.tolist()} {values.device}"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        late.put(torch.full((1,), 2.0, device="cuda"), "a")
+        gradients = [torch.ones(3, device="cuda"), torch.full((4,), 2.0, device="cuda")]
+        late.put(largest(gradients)[1:], "a")
         assert not read
         late.put(torch.full((1,), 3.0, device="cuda"), "b")
     finally:

@@ -13,6 +13,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.callbacks.replay import Replay, make_trainer
@@ -208,7 +209,10 @@ def test_a_response_without_a_reward_has_none(tmp_path: Path) -> None:
 
 def test_killed_at_every_call_or_out_of_room(tmp_path: Path) -> None:
     table = SampleTable(directory=str(tmp_path / "samples"))
-    trainer = create_autospec(Trainer, is_global_zero=True, global_step=3, loggers=[], sanity_checking=False)
+    trainer = create_autospec(
+        Trainer, is_global_zero=True, global_step=3, loggers=[], sanity_checking=False, fast_dev_run=False
+    )
+    trainer.state = TrainerState()
     target = tmp_path / "samples" / "val-00000003.jsonl"
 
     def write() -> None:
@@ -217,7 +221,6 @@ def test_killed_at_every_call_or_out_of_room(tmp_path: Path) -> None:
         table.see(trainer, None, "val", make_rollout())  # type: ignore[arg-type]
         table.end(trainer, None, "val")  # type: ignore[arg-type]
 
-    trainer.fast_dev_run = False
     calls = count_calls(write, tmp_path)
     whole = target.read_text()
     for call in range(1, calls + 1):

@@ -18,6 +18,7 @@ from vbon_lightning.callbacks.model_card import BestWeights, model_card
 from vbon_lightning.checkpoints import read_checkpoint
 from vbon_lightning.models import HubError, HubTarget, ReadBackError, as_hub_target, save_pretrained
 from vbon_lightning.reference_table.shards import atomic_file
+from vbon_lightning.staging import check_writable, clear_leftovers
 
 
 class PolicyExport(Callback):
@@ -61,6 +62,9 @@ class PolicyExport(Callback):
                 "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add BestPolicy, "
                 "or one with a `monitor`, such as val/loss"
             )
+        if self._target is not None and stage == "fit" and trainer.is_global_zero:
+            check_writable(self._target, "the export")
+            clear_leftovers(self._target.parent, self._target.name)  # of a run that was killed as it exported
         if self.push_to_hub is not None and stage == "fit" and not fast:
             _on_rank_zero(trainer, self.push_to_hub.prepare)
 

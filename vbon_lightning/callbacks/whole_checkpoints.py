@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from vbon_lightning.checkpoints import WholeCheckpointIO
-from vbon_lightning.staging import clear_leftovers
+from vbon_lightning.staging import check_writable, clear_leftovers
 
 
 class WholeCheckpoints(Callback):
@@ -37,6 +37,7 @@ class WholeCheckpoints(Callback):
             return
         for kept in trainer.checkpoint_callbacks:
             if isinstance(kept, ModelCheckpoint) and kept.dirpath is not None and "://" not in str(kept.dirpath):
+                check_writable(Path(kept.dirpath), "checkpoints")
                 for directory in _checkpoint_directories(Path(kept.dirpath)):
                     for path in clear_leftovers(directory):
                         rank_zero_info(f"Removed {path}, which a run that was killed left half-written")
