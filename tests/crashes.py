@@ -120,7 +120,8 @@ def _in_child(work: Callable[[], object]) -> str:
     child = os.fork()
     if child == 0:
         code = 1
-        transformers_logging.disable_progress_bar()  # all children share its lock: one that dies with it stops the others
+        # All children share the lock of progress bars: one that dies with it would stop the others.
+        transformers_logging.disable_progress_bar()
         try:
             work()
             code = 0

@@ -14,7 +14,17 @@ import vbon_lightning
 PACKAGE = Path(vbon_lightning.__file__).parent
 
 LAYERS = [
-    {"adapters", "functional", "finite", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
+    {
+        "adapters",
+        "functional",
+        "finite",
+        "paths",
+        "_json_lines",
+        "_markdown",
+        "checks",
+        "data.conversations",
+        "data.readers",
+    },
     {"types"},
     {
         *{"checkpoints", "loggers", "metrics", "models", "rewards", "sampling", "staging", "reference_table"},
@@ -56,7 +66,17 @@ TESTED_ELSEWHERE = {
 NOTHING_TO_TEST = {"types.py"}
 """Modules that hold records alone."""
 
-LIGHTNING = {"checkpoints", "data.module", "modules", "callbacks", "cli", "evaluation", "dialling", "commands", "loggers"}
+LIGHTNING = {
+    "checkpoints",
+    "data.module",
+    "modules",
+    "callbacks",
+    "cli",
+    "evaluation",
+    "dialling",
+    "commands",
+    "loggers",
+}
 
 
 ROOMS = {"data"}

@@ -51,9 +51,14 @@ def test_it_is_replaced_whole_and_nothing_is_left(either_way: str, tmp_path: Pat
 
 def test_an_error_leaves_the_old_one(either_way: str, tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(RuntimeError, match="now"), staged_directory(tmp_path / "out") as staged:
-        (staged / "a.txt").write_text("new")
-        raise RuntimeError("now")
+
+    def fail() -> None:
+        with staged_directory(tmp_path / "out") as staged:
+            (staged / "a.txt").write_text("new")
+            raise RuntimeError("now")
+
+    with pytest.raises(RuntimeError, match="now"):
+        fail()
     assert read(tmp_path / "out") == "old" and os.listdir(tmp_path) == ["out"]
 
 

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vbon_lightning.reference_table.shards import sync_directory
 
@@ -134,7 +135,7 @@ def exchange(first: Path, second: Path) -> bool:
         OSError: If they cannot be, for another reason.
     """
     names = os.fsencode(first), os.fsencode(second)
-    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    library: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     if sys.platform == "linux" and hasattr(library, "renameat2"):
         here = -100  # AT_FDCWD, which an absolute path does not look at
         failed = library.renameat2(here, names[0], here, names[1], ctypes.c_uint(2))  # RENAME_EXCHANGE

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from tests.callbacks.replay import Replay, make_trainer, stream
-from tests.callbacks.test_rollout_metrics import all_monitors
 from tests.callbacks.test_finite_check import Diverging
+from tests.callbacks.test_rollout_metrics import all_monitors
 from tests.ranks import leave
 from vbon_lightning.callbacks import FiniteCheck
 from vbon_lightning.finite import NotFiniteError

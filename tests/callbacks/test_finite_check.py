@@ -70,9 +70,7 @@ def fit(directory: Path, module: LightningModule, *callbacks: Callback, **argume
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 1.0}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_it_stops_before_the_weights_take_the_step(
-    how: str, clip: dict[str, Any], bad: float, tmp_path: Path
-) -> None:
+def test_it_stops_before_the_weights_take_the_step(how: str, clip: dict[str, Any], bad: float, tmp_path: Path) -> None:
     module = Diverging(how, at=2, bad=bad)
     said = rf"the loss is (nan|{bad})" if how == "loss" else "the gradient of wrong holds NaN or infinity, where the l"
     with pytest.raises(NotFiniteError, match=f"^training stopped at step 3: {said}.* Lower the learning rate"):
@@ -218,7 +216,9 @@ def test_the_weight_is_named(whose: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = make_valued_files(tmp_path_factory.mktemp("files"))
-    (directory / "labelled.jsonl").write_text('{"text": "abc", "label": "NEGATIVE"}\n{"text": "d", "label": "POSITIVE"}')
+    (directory / "labelled.jsonl").write_text(
+        '{"text": "abc", "label": "NEGATIVE"}\n{"text": "d", "label": "POSITIVE"}'
+    )
     make_table(directory)
     return directory
 

@@ -77,7 +77,7 @@ def test_one_without_a_digest_is_checked_by_its_parts() -> None:
             found = None
             with suppress(Exception):
                 found = torch.load(io.BytesIO(bytes(data)), weights_only=True)
-            assert found is None or torch.equal(found["weights"], CONTENT["weights"]) and found["step"] == 3
+            assert found is None or (torch.equal(found["weights"], CONTENT["weights"]) and found["step"] == 3)
     assert changed > 200
     with pytest.raises(CheckpointError, match="cut short"):
         check(whole[:-1])

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import helpers
-from tests.models.plain import logits
 from tests.crashes import count_calls, killed_at, with_files_of
+from tests.models.plain import logits
 from vbon_lightning import models
 from vbon_lightning.finite import NotFiniteError
 from vbon_lightning.models import ModelError, export

@@ -110,11 +110,12 @@ def test_weights_that_are_not_finite_are_refused(kind, tmp_path):
     name = sorted(name for name in weights if name.endswith("weight"))[-1]
     weights[name].view(-1)[1] = torch.inf
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load = {
+        "policy": lambda: models.load_causal_lm(str(tmp_path), trainable=False),
+        "classifier": lambda: ClassifierReward(str(tmp_path), label=0)(["a"], [["b"]], [[[3]]]),
+    }
     with pytest.raises(ModelError, match=f"the weight {name} of the model .* holds NaN or infinity"):
-        if kind == "policy":
-            models.load_causal_lm(str(tmp_path), trainable=False)
-        else:
-            ClassifierReward(str(tmp_path), label=0)(["a"], [["b"]], [[[3]]])
+        load[kind]()
 
 
 def test_an_export_that_was_being_replaced_is_found_under_its_other_name(copy):

@@ -29,7 +29,9 @@ def flip(path: Path, place: int) -> None:
 def test_a_flipped_byte_is_found_before_anything_is_loaded(export: Path) -> None:
     models.load_causal_lm(str(export), trainable=False)
     flip(export / "model.safetensors", -5)
-    with pytest.raises(ModelError, match=r"^`name`: '.*model\.safetensors' is not the file that was exported") as raised:
+    with pytest.raises(
+        ModelError, match=r"^`name`: '.*model\.safetensors' is not the file that was exported"
+    ) as raised:
         models.load_causal_lm(str(export), trainable=False)
     assert "\n" not in str(raised.value) and "remove SHA256SUMS" in str(raised.value)
     (export / "SHA256SUMS").unlink()

@@ -15,7 +15,6 @@ from vbon_lightning.callbacks.late_numbers import LateNumbers
 from vbon_lightning.callbacks.rollout_callback import RolloutCallback
 from vbon_lightning.types import Rollout
 
-
 EXPECTED = 10
 """How many finished responses there would have to be, as at the start, for none of them to be more than chance."""
 
@@ -107,15 +106,15 @@ class CollapseWarning(RolloutCallback):
         if self.max_kl is not None and kl > self.max_kl:
             self._warn(
                 "max_kl",
-                f"the policy is {kl:.4g} nats a response from the reference (the bound is {self.max_kl:g}), where hardly "
-                "anything that it says is what the reference would",
+                f"the policy is {kl:.4g} nats a response from the reference (the bound is {self.max_kl:g}), where "
+                "hardly anything that it says is what the reference would",
                 stage,
             )
         if distinct < self.min_distinct:
             self._warn(
                 "min_distinct",
-                f"{distinct:.1%} of the prompts have two different responses (the bound is {self.min_distinct:.1%}): the "
-                "policy says one thing only, of which nothing can be learnt",
+                f"{distinct:.1%} of the prompts have two different responses (the bound is {self.min_distinct:.1%}): "
+                "the policy says one thing only, of which nothing can be learnt",
                 stage,
             )
         if finished < self.min_finished * first and expected >= EXPECTED:

@@ -152,8 +152,8 @@ def _cause(module: LightningModule, batch: Any) -> str:
     if found := _bad_weight(module):
         return found
     rollout = getattr(module, "last_rollout", None)
-    if rollout is not None and (found := _bad_response(rollout)):
-        return f": {found} are not finite"
+    if rollout is not None and (response := _bad_response(rollout)) is not None:
+        return f": {response} are not finite"
     texts = getattr(getattr(batch, "prompts", batch), "text", None)
     return f", in the batch of the prompt {texts[0]!r}" if texts else ""
 

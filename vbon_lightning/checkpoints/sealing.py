@@ -9,7 +9,7 @@ import hashlib
 import os
 import zipfile
 import zlib
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -59,7 +59,7 @@ def write_sealed(content: Any, stream: IO[bytes]) -> None:
         OSError: As the stream raises it, such as for a disk that is full.
     """
     summing = _Summing(stream)
-    torch.save(content, summing)
+    torch.save(content, cast("IO[bytes]", summing))
     if summing.problem is not None:
         raise summing.problem
     stream.seek(-2, os.SEEK_END)
@@ -127,7 +127,9 @@ def _check_parts(stream: IO[bytes], name: str) -> None:
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as problem:
         raise CheckpointError(f"the checkpoint {name} is damaged ({problem}): {_ANOTHER}") from problem
     if damaged is not None:
-        raise CheckpointError(f"the checkpoint {name} is damaged: its part {damaged} is not what was written; {_ANOTHER}")
+        raise CheckpointError(
+            f"the checkpoint {name} is damaged: its part {damaged} is not what was written; {_ANOTHER}"
+        )
 
 
 def _what_else(start: bytes, size: int) -> str:

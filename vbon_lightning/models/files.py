@@ -58,7 +58,9 @@ def locate(field: str, text: str, gguf_file: str | None = None) -> tuple[str, st
             raise ModelError(f"`{field}`: {name!r} is a file; give the directory that holds it")
         name, gguf_file = os.path.split(os.path.abspath(name))
     if not os.path.exists(name) and (kept := stand_in(Path(name).absolute())) is not None:
-        warnings.warn(f"`{field}`: {name!r} was being replaced when its writer died: {str(kept)!r} is read", stacklevel=2)
+        warnings.warn(
+            f"`{field}`: {name!r} was being replaced when its writer died: {str(kept)!r} is read", stacklevel=2
+        )
         name = str(kept)
     if not os.path.isdir(name) and looks_like_path(name):
         raise ModelError(f"`{field}`: the directory {name!r} does not exist")
