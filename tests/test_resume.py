@@ -30,6 +30,7 @@ from tests.modules.setting import (
     weights,
 )
 from vbon_lightning import KLRL, TextSource
+from vbon_lightning.checkpoints import CheckpointError
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.cli import run
 
@@ -302,6 +303,10 @@ def test_load_from_checkpoint(files: Path, tmp_path: Path) -> None:
     assert other.beta == 0.5
     with pytest.raises(TypeError, match="actors"):
         KLRL.load_from_checkpoint(tmp_path / "last.ckpt")
+    with (tmp_path / "last.ckpt").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is cut short or damaged at its end"):
+        KLRL.load_from_checkpoint(tmp_path / "last.ckpt", actors=make_data(files).actors)
 
 
 def test_a_checkpoint_can_be_evaluated_under_other_settings(files: Path, tmp_path: Path) -> None:

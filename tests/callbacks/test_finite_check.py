@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from tests.callbacks.replay import make_trainer
 from tests.callbacks.tiny import Tiny
 from tests.models.setting import make_valued_files
-from tests.modules.setting import make_data, make_module, make_table
+from tests.modules.setting import make_data, make_module
 from tests.modules.setting import make_trainer as make_module_trainer
 from tests.rollouts import make_rollout
-from vbon_lightning import TextSource
+from vbon_lightning import RewardModelling, TextSource
 from vbon_lightning.callbacks import FiniteCheck, PolicyExport
 from vbon_lightning.callbacks.finite_check import LEAST_SCALE
 from vbon_lightning.checkpoints import read_checkpoint
@@ -216,10 +216,7 @@ def test_the_weight_is_named(whose: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = make_valued_files(tmp_path_factory.mktemp("files"))
-    (directory / "labelled.jsonl").write_text(
-        '{"text": "abc", "label": "NEGATIVE"}\n{"text": "d", "label": "POSITIVE"}'
-    )
-    make_table(directory)
+    (directory / "labelled.jsonl").write_text('{"text": "abc", "label": 0}\n{"text": "d", "label": 1}\n' * 4)
     return directory
 
 
@@ -264,6 +261,14 @@ def test_every_module_stops_and_keeps_what_it_had(kind: str, files: Path, tmp_pa
         trainer.fit(module, data)
     assert [path.name for path in export.iterdir()] == ["mark"]
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
+
+
+def test_a_reward_model(files: Path, tmp_path: Path) -> None:
+    rows = TextSource(path=str(files / "labelled.jsonl"), label_column="label")
+    data = make_data(files, val=None, train=rows, reward=None)
+    trainer = make_module_trainer(tmp_path, Spoil(1), steps=4)
+    with pytest.raises(NotFiniteError, match=r"^training stopped at step 2: .*the weight policy\.score\.weight holds"):
+        trainer.fit(RewardModelling(data.actors, objective="classification"), data)
 
 
 def test_a_critic(files: Path, tmp_path: Path) -> None:

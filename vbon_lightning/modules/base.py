@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from vbon_lightning.callbacks import (
     TensorBoardLayout,
 )
 from vbon_lightning.callbacks.defaults import GUARDS, missing_callbacks
+from vbon_lightning.checkpoints import read_checkpoint
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.request import check_context
@@ -316,6 +318,22 @@ class AlignmentModule(LightningModule):
             "batches_seen": self.batches_seen,
             "random_state": torch.get_rng_state(),
         }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a module as Lightning does, once the file is known to be a checkpoint that is whole.
+
+        Args:
+            checkpoint_path: A path, a URL or an open file.
+            *args: As Lightning takes them.
+            **kwargs: As Lightning takes them, and the constructor: ``actors`` above all.
+
+        Raises:
+            CheckpointError: Saying what is wrong with the file.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike):
+            read_checkpoint(os.fspath(checkpoint_path), weights_only=kwargs.get("weights_only"))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another run; otherwise go on where it stopped.
