@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 WATCHED = {
     "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.copyfile",
     "shutil.move", "shutil.rmtree", "os.utime", "os.chmod",
@@ -118,6 +120,8 @@ def _in_child(work: Callable[[], object]) -> str:
     child = os.fork()
     if child == 0:
         code = 1
+        # All children share the lock of progress bars: one that dies with it would stop the others.
+        transformers_logging.disable_progress_bar()
         try:
             work()
             code = 0

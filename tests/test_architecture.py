@@ -17,6 +17,7 @@ LAYERS = [
     {
         "adapters",
         "functional",
+        "finite",
         "paths",
         "_json_lines",
         "_markdown",
@@ -27,7 +28,10 @@ LAYERS = [
         "data.readers",
     },
     {"types"},
-    {"loggers", "metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
+    {
+        *{"checkpoints", "loggers", "metrics", "models", "rewards", "sampling", "staging", "reference_table"},
+        *{"data.sources", "data.dealing"},
+    },
     {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
     {"actors", "callbacks"},
     {"data.module", "decoding", "sharded_strategy"},
@@ -63,6 +67,7 @@ NOTHING_TO_TEST = {"types.py"}
 """Modules that hold records alone."""
 
 LIGHTNING = {
+    "checkpoints",
     "data.module",
     "modules",
     "callbacks",

@@ -382,6 +382,26 @@ def test_a_missing_checkpoint(vbon: Run, files: Path, tmp_path: Path, capsys: py
     assert "nowhere.ckpt" in failure(capsys, lambda: vbon("fit", "--config", path, "--ckpt_path", "nowhere.ckpt"))
 
 
+def test_a_run_that_diverges_or_a_checkpoint_that_is_broken_ends_with_one_line(
+    vbon: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e30}}
+    export = {"class_path": "PolicyExport", "init_args": {"directory": str(tmp_path / "export")}}
+    run = {"trainer__callbacks": [export], "trainer__default_root_dir": str(tmp_path), "trainer__max_steps": 1}
+    vbon("fit", "--config", config(files, tmp_path / "good", trainer__enable_checkpointing=True, **run))
+    before = (tmp_path / "export" / "model.safetensors").read_bytes()
+    (kept,) = tmp_path.rglob("*.ckpt")
+    path = config(files, tmp_path / "bad", model__init_args__optimizer=optimizer, **run | {"trainer__max_steps": 9})
+    assert "training stopped at step 2: the loss is nan" in failure(capsys, lambda: vbon("fit", "--config", path))
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    kept.write_bytes(data)
+    good = str(tmp_path / "good" / "config.yaml")
+    found = failure(capsys, lambda: vbon("fit", "--config", good, "--ckpt_path", str(kept)))
+    assert f"the checkpoint {kept} is damaged" in found
+
+
 def test_a_traceback_on_request(vbon: Run, files: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n must be a number > 1"):
         vbon("fit", "--config", config(files, tmp_path, model__init_args__n=1), traceback=True)

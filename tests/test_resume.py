@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.crashes import count_calls, killed_at
 from tests.helpers import save_tiny_model
 from tests.modules.setting import (
     ALPHABET,
@@ -29,6 +30,7 @@ from tests.modules.setting import (
     weights,
 )
 from vbon_lightning import KLRL, TextSource
+from vbon_lightning.checkpoints import CheckpointError
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.cli import run
 
@@ -141,6 +143,24 @@ def test_killed_between_validations_within_an_epoch(files: Path, tmp_path: Path)
     whole = fit("vbon", files, tmp_path / "whole", **run)
     fit("vbon", files, tmp_path / "run", kill=KillAt(8, validation=True), **run)
     assert_same(weights(fit("vbon", files, tmp_path / "run", resume=True, **run)), weights(whole))
+
+
+def test_killed_as_it_writes_its_checkpoints(files: Path, tmp_path: Path) -> None:
+    # Every call of one checkpoint: tests/checkpoints/test_io.py. Here those between the files of a step.
+    whole = weights(fit("sft", files, tmp_path / "whole", steps=2))
+    run = tmp_path / "run"
+
+    def train(resume: bool = False) -> Any:
+        return fit("sft", files, run, steps=2, resume=resume)
+
+    calls = count_calls(train, run)
+    assert calls >= 15, "two steps, each with a checkpoint of its own and a last one"
+    for call in (calls // 2, calls // 2 + 4, calls):
+        shutil.rmtree(run, ignore_errors=True)
+        assert killed_at(call, train, run) == "died"
+        kept = run / "last.ckpt"
+        assert_same(weights(train(resume=kept.exists())), whole)
+        assert not [path.name for path in run.iterdir() if path.name.startswith(".")], "what the dead run left is gone"
 
 
 def test_killed_twice(files: Path, tmp_path: Path, uninterrupted: Any) -> None:
@@ -283,6 +303,10 @@ def test_load_from_checkpoint(files: Path, tmp_path: Path) -> None:
     assert other.beta == 0.5
     with pytest.raises(TypeError, match="actors"):
         KLRL.load_from_checkpoint(tmp_path / "last.ckpt")
+    with (tmp_path / "last.ckpt").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is cut short or damaged at its end"):
+        KLRL.load_from_checkpoint(tmp_path / "last.ckpt", actors=make_data(files).actors)
 
 
 def test_a_checkpoint_can_be_evaluated_under_other_settings(files: Path, tmp_path: Path) -> None:

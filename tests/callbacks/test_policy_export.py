@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -107,6 +108,28 @@ def test_a_run_without_a_logger_exports_to_its_root(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, PolicyExport(), logger=False, default_root_dir=str(tmp_path))
     trainer.fit(Tiny())
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+def test_where_it_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    trainer = make_trainer(tmp_path, PolicyExport(str(tmp_path / "out")))
+    with pytest.raises(NotADirectoryError, match="the export cannot be written to .*out is a file"):
+        trainer.fit(Tiny())
+    assert trainer.global_step == 0
+
+
+def test_what_a_killed_run_left_is_cleared_as_the_next_starts(tmp_path: Path) -> None:
+    (tmp_path / ".out.0123abcd.old").mkdir()
+    (tmp_path / ".out.0123abcd.old" / "mark").touch()
+    (tmp_path / ".out.4567abcd.partial").mkdir()
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(sorted(path.name for path in tmp_path.rglob("*")))
+
+    seen: list[list[str]] = []
+    make_trainer(tmp_path, PolicyExport(str(tmp_path / "out")), Look(), logger=False).fit(Tiny())
+    assert seen == [["mark", "out"]]  # the older export is back
 
 
 # -- the best weights --

@@ -100,6 +100,11 @@ def test_two_processes_log_over_all_of_their_prompts(tmp_path: Path) -> None:
         for rank in range(2):
             value = torch.load(tmp_path / f"rank{rank}.pt")[f"val/{name}"]
             assert value == pytest.approx(expected(val)[name], rel=1e-5, abs=1e-6)
+    # The same processes then train a run that diverges on the second of them.
+    for rank in range(2):
+        loss, gradient = (tmp_path / f"diverged{rank}.txt").read_text().splitlines()
+        assert loss.startswith("2 training stopped at step 3: the loss is nan")
+        assert gradient.startswith("2 training stopped at step 3: the gradient of wrong holds NaN or infinity")
 
 
 def test_what_has_no_reward_is_in_no_number(tmp_path: Path) -> None:

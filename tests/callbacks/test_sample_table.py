@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.callbacks.replay import Replay, make_trainer
+from tests.crashes import count_calls, killed_at, with_files_of
 from tests.rollouts import make_rollout, silence
 from vbon_lightning.callbacks import SampleTable
 from vbon_lightning.callbacks.sample_table import sample_markdown
@@ -200,3 +205,30 @@ def test_a_response_without_a_reward_has_none(tmp_path: Path) -> None:
     row = json.loads(path.read_text())
     assert [one["reward"] for one in row["responses"]] == [float(rollout.rewards[0, 0]), None]
     assert "*reward -, " in sample_markdown({1: [row]})
+
+
+def test_killed_at_every_call_or_out_of_room(tmp_path: Path) -> None:
+    table = SampleTable(directory=str(tmp_path / "samples"))
+    trainer = create_autospec(
+        Trainer, is_global_zero=True, global_step=3, loggers=[], sanity_checking=False, fast_dev_run=False
+    )
+    trainer.state = TrainerState()
+    target = tmp_path / "samples" / "val-00000003.jsonl"
+
+    def write() -> None:
+        table.setup(trainer, None, "fit")  # type: ignore[arg-type]
+        table.begin("val")
+        table.see(trainer, None, "val", make_rollout())  # type: ignore[arg-type]
+        table.end(trainer, None, "val")  # type: ignore[arg-type]
+
+    calls = count_calls(write, tmp_path)
+    whole = target.read_text()
+    for call in range(1, calls + 1):
+        shutil.rmtree(tmp_path / "samples")
+        assert killed_at(call, write, tmp_path) == "died"
+        assert not target.exists() or target.read_text() == whole
+        write()
+        assert target.read_text() == whole and os.listdir(target.parent) == [target.name]
+    for fatal, end in ((True, "died"), (False, "failed")):
+        assert with_files_of(100, write, fatal=fatal) == end
+        assert target.read_text() == whole

@@ -12,9 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import helpers
+from tests.crashes import count_calls, killed_at, with_files_of
 from tests.models.plain import logits
 from vbon_lightning import models
-from vbon_lightning.models import ModelError
+from vbon_lightning.finite import NotFiniteError
+from vbon_lightning.models import ModelError, export
+from vbon_lightning.models.files import check_directory
 
 
 def test_save_round_trip(llama, tmp_path):
@@ -112,3 +115,57 @@ def test_save_replaces_whole_or_not_at_all(llama, tmp_path, monkeypatch):
     assert (target / "model.safetensors").read_bytes() != before
     assert not (target / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_killed_at_every_call_or_out_of_room(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "check_read_back", lambda *_, **__: None)  # reads, and takes its time
+    target, tokenizer = tmp_path / "export", models.load_tokenizer(llama)
+    kinds = {seed: helpers.tiny_llama(seed=seed) for seed in (1, 2)}
+    bits = {}
+
+    def save(seed):
+        models.save_pretrained(kinds[seed], tokenizer, target, texts={"README.md": f"seed {seed}"})
+
+    def check():
+        """Read what is there: it loads, its sums hold, and all is of one writing."""
+        weights = (target / "model.safetensors").read_bytes()
+        (seed,) = [seed for seed, known in bits.items() if known == weights]
+        check_directory(str(target), None)
+        assert (target / "README.md").read_text() == f"seed {seed}"
+        assert {"config.json", "generation_config.json", "tokenizer.json"} <= {path.name for path in target.iterdir()}
+        return seed
+
+    for seed in (2, 1):
+        save(seed)
+        bits[seed] = (target / "model.safetensors").read_bytes()
+    calls = count_calls(lambda: save(2), tmp_path)
+    save(1)
+    found = []
+    for call in range(1, calls + 1):
+        assert killed_at(call, lambda: save(2), tmp_path) == "died"
+        found.append(check())
+        if found[-1] == 2:
+            save(1)
+    assert found[0] == 1 and found[-1] == 2 and found == sorted(found)
+    for size in (0, 100, 1000, 4000, len(bits[2]) - 1):
+        for fatal, end in ((True, "died"), (False, "failed")):
+            assert with_files_of(size, lambda: save(2), fatal=fatal) == end
+            assert check() == 1
+    save(2)
+    assert check() == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]  # what the dead left is gone
+
+
+def test_weights_that_are_not_finite_are_not_saved(llama, tmp_path):
+    model, tokenizer = helpers.tiny_llama(seed=1), models.load_tokenizer(llama)
+    models.save_pretrained(model, tokenizer, tmp_path / "export")
+    before = (tmp_path / "export" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.lm_head.weight[2, 1] = 1e30
+    with pytest.raises(NotFiniteError, match=r"not exported to .*lm_head\.weight holds NaN or infinity in float16"):
+        models.save_pretrained(model, tokenizer, tmp_path / "export", dtype="float16")
+    with torch.no_grad():
+        model.lm_head.weight[2, 1] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"not exported to .*lm_head\.weight holds NaN or infinity;"):
+        models.save_pretrained(model, tokenizer, tmp_path / "export")
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == before

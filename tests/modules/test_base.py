@@ -108,8 +108,8 @@ def test_a_token_without_an_embedding_is_named_before_training(files: Path, tmp_
 @pytest.mark.parametrize(
     ("kind", "watching"),
     [
-        ("klrl", ["BestOfNWinRate", "KLMonitor", "RewardMonitor", "TensorBoardLayout"]),
-        ("bonsft", ["BestOfNWinRate", "KLMonitor", "RewardMonitor", "TensorBoardLayout"]),
+        ("klrl", ["BestOfNWinRate", "CollapseWarning", "KLMonitor", "RewardMonitor", "TensorBoardLayout"]),
+        ("bonsft", ["BestOfNWinRate", "CollapseWarning", "KLMonitor", "RewardMonitor", "TensorBoardLayout"]),
         ("valuemodelling", ["TensorBoardLayout"]),
         ("sft", ["TensorBoardLayout"]),
     ],
@@ -119,4 +119,4 @@ def test_what_watches_comes_along(kind: str, watching: list[str], files: Path, t
     trainer = make_trainer(tmp_path, callbacks=[], steps=1, enable_checkpointing=False)
     trainer.fit(make_module(kind, data), data)
     own = {type(part).__name__ for part in trainer.callbacks if "vbon_lightning" in type(part).__module__}
-    assert sorted(own) == watching
+    assert sorted(own) == sorted([*watching, "FiniteCheck", "WholeCheckpoints"])

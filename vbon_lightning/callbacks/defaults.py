@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Callback, Trainer
 
+from vbon_lightning.callbacks.finite_check import FiniteCheck
 from vbon_lightning.callbacks.sample_table import SampleTable
+from vbon_lightning.callbacks.whole_checkpoints import WholeCheckpoints
+
+GUARDS: tuple[type[Callback], ...] = (FiniteCheck, WholeCheckpoints)
+"""What every module brings along, whatever it learns from."""
 
 
 def missing_callbacks(trainer: Trainer, kinds: Sequence[type[Callback]]) -> list[Callback]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,8 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.callbacks.model_card import BestWeights, model_card
+from vbon_lightning.checkpoints import read_checkpoint
 from vbon_lightning.models import HubError, HubTarget, ReadBackError, as_hub_target, save_pretrained
+from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.sharding import is_part, is_sharded, plain_copy
+from vbon_lightning.staging import check_writable, clear_leftovers
 
 
 class PolicyExport(Callback):
@@ -64,6 +64,9 @@ class PolicyExport(Callback):
                 "PolicyExport has `best`, but no ModelCheckpoint says which checkpoint is the best: add BestPolicy, "
                 "or one with a `monitor`, such as val/loss"
             )
+        if self._target is not None and stage == "fit" and trainer.is_global_zero:
+            check_writable(self._target, "the export")
+            clear_leftovers(self._target.parent, self._target.name)  # of a run that was killed as it exported
         if self.push_to_hub is not None and stage == "fit" and not fast:
             _on_rank_zero(trainer, self.push_to_hub.prepare)
 
@@ -106,22 +109,21 @@ class PolicyExport(Callback):
     ) -> None:
         tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
         settings = getattr(pl_module, "generation_settings", None) if policy.can_generate() else None
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.staged")
+        name = None if self.push_to_hub is None else self.push_to_hub.repo_id
         try:
-            try:
-                save_pretrained(
-                    policy, tokenizer, staged, generation=settings() if callable(settings) else None, dtype=self.dtype
-                )
-            except ReadBackError as error:
-                kept = target.with_name(f"{target.name}.state_dict.pt")
-                torch.save({f"policy.{name}": value for name, value in policy.state_dict().items()}, kept)
-                raise ReadBackError(f"{error}; the policy's weights are in {kept}, and checkpoints stay") from error
-            name = None if self.push_to_hub is None else self.push_to_hub.repo_id
-            Path(staged, "README.md").write_text(model_card(trainer, pl_module, best, name), encoding="utf-8")
-            replace_directory(staged, target)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            save_pretrained(
+                policy,
+                tokenizer,
+                target,
+                generation=settings() if callable(settings) else None,
+                dtype=self.dtype,
+                texts={"README.md": model_card(trainer, pl_module, best, name)},
+            )
+        except ReadBackError as error:
+            kept = target.with_name(f"{target.name}.state_dict.pt")
+            with atomic_file(kept) as stream:
+                torch.save({f"policy.{name}": value for name, value in policy.state_dict().items()}, stream)
+            raise ReadBackError(f"{error}; the policy's weights are in {kept}, and checkpoints stay") from error
         rank_zero_info(f"The policy was exported to {target}")
 
 
@@ -148,7 +150,7 @@ def _monitor_of(trainer: Trainer) -> ModelCheckpoint | None:
 def _weights_of(checkpoint: ModelCheckpoint, pl_module: LightningModule) -> Iterator[BestWeights]:
     """Give the module the weights of the best checkpoint for a while."""
     # Written by this run, and may hold whatever its callbacks keep.
-    content: dict[str, Any] = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=False)
+    content = read_checkpoint(checkpoint.best_model_path, weights_only=False)
     own = {name: _kept(value.detach()) for name, value in pl_module.state_dict().items()}
     score = checkpoint.best_model_score
     try:
@@ -161,23 +163,3 @@ def _weights_of(checkpoint: ModelCheckpoint, pl_module: LightningModule) -> Iter
 def _kept(value: Tensor) -> Tensor:
     # A part of a sharded weight is small, and stays where its parts are.
     return value.clone() if is_part(value) else value.to("cpu", copy=True)
-
-
-def replace_directory(staged: Path, target: Path) -> None:
-    """Rename a complete directory to its final name; an older one there goes once the new one is there.
-
-    Args:
-        staged: The complete directory, beside the target.
-        target: The name it should have.
-    """
-    if not target.exists():
-        os.replace(staged, target)
-        return
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-    os.replace(target, old)
-    try:
-        os.replace(staged, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.adapters import has_adapters, merged_copy
+from vbon_lightning.finite import NotFiniteError, first_not_finite
 from vbon_lightning.models.errors import ModelError
 from vbon_lightning.models.read_back import check_read_back
 from vbon_lightning.models.spec import parse_dtype
+from vbon_lightning.models.sums import write_sums
+from vbon_lightning.staging import staged_directory
 
 
 def save_pretrained(
@@ -27,21 +28,26 @@ def save_pretrained(
     *,
     generation: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model and its tokenizer in Hugging Face layout, whole or not at all, and read it again to compare.
+
+    ``SHA256SUMS`` beside the weights says what they are, for whoever loads them (and for ``sha256sum -c``).
 
     Args:
         model: The model; it is not changed. Adapters are merged into the weights, and also saved on their own in
             ``adapter``. A tilted model is saved with the code that loads it.
         tokenizer: Its tokenizer.
-        directory: The target; replaced if it exists.
+        directory: The target; replaced if it exists, at once: whoever opens it finds the old model or the new one.
         generation: All that the generation config says beside the token ids, such as the temperature the policy was
             trained at: whatever else the base's says (penalties, cut tails, suppressed tokens) is no part of the
             policy. None keeps the model's own.
         dtype: ``float32``, ``bfloat16`` or ``float16`` to cast the saved weights. Default: as they are.
+        texts: Further files to go with it, such as a model card, by name.
 
     Raises:
         ModelError: If a generation entry is unknown, or the dtype.
+        NotFiniteError: If a weight is NaN or infinite, as it is or in that dtype; an older model there stays.
         ReadBackError: If what was written is another model; nothing is left of it.
     """
     target = Path(os.path.abspath(directory))
@@ -55,40 +61,38 @@ def save_pretrained(
         if unknown:
             raise ModelError(f"unknown generation entry {', '.join(sorted(unknown))}")
     saved_dtype = parse_dtype(dtype) if dtype not in (None, "auto") else None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    beside = target.with_name(f".{target.name}.{mark}.partial")
-    old = target.with_name(f".{target.name}.{mark}.old")
+    _check_finite(model.state_dict(), target)
     live = model
-    try:
-        beside.mkdir()
+    with staged_directory(target) as staged:
         if has_adapters(model):
-            model.save_pretrained(beside / "adapter")
+            model.save_pretrained(staged / "adapter")
             model = merged_copy(model)
         if isinstance(saved_dtype, torch.dtype):
             weights = {
                 key: value.to(saved_dtype) if value.is_floating_point() else value
                 for key, value in model.state_dict().items()
             }
-            model.save_pretrained(beside, state_dict=weights)
-            _set_config_dtype(beside / "config.json", str(dtype))
+            _check_finite(weights, target, f" in {dtype}")
+            model.save_pretrained(staged, state_dict=weights)
+            _set_config_dtype(staged / "config.json", str(dtype))
         else:
-            model.save_pretrained(beside)
+            model.save_pretrained(staged)
         if generation_config is not None:
-            generation_config.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        check_read_back(live, beside, vocabulary=len(tokenizer))
-        if target.exists():
-            target.rename(old)
-        beside.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            generation_config.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        check_read_back(live, staged, vocabulary=len(tokenizer))
+        for name, text in (texts or {}).items():
+            Path(staged, name).write_text(text, encoding="utf-8")
+        write_sums(staged)
+
+
+def _check_finite(weights: Mapping[str, torch.Tensor], target: Path, where: str = "") -> None:
+    name = first_not_finite(weights.items())
+    if name is not None:
+        raise NotFiniteError(
+            f"the model is not exported to {str(target)!r}: its weight {name} holds NaN or infinity{where}; "
+            "what was there before stays as it is"
+        )
 
 
 def _token_ids_of(config: GenerationConfig) -> GenerationConfig:

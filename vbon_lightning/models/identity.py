@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -10,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vbon_lightning.models.files import TOKENIZER_FILES, locate, matching, weight_files
+from vbon_lightning.models.files import TOKENIZER_FILES, locate, matching, read_json, weight_files
 from vbon_lightning.models.spec import ModelSpec, as_spec
+from vbon_lightning.models.sums import hash_file
 
 # What a config holds that says where or with what it was written, not what the model computes.
 _NOT_IDENTITY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -56,16 +56,16 @@ def _directory_identity(name: str, gguf_file: str | None, revision: str | None) 
         return identity | ({"gguf_file": gguf_file} if gguf_file else {})
     if gguf_file is not None:
         return {
-            "weights": _hash_file(os.path.join(name, gguf_file)),
+            "weights": hash_file(os.path.join(name, gguf_file)),
             "tokenizer": _hash_tokenizer(name, gguf_file),
         }
     identity = {"weights": _hash_files(weight_files(name)), "tokenizer": _hash_tokenizer(name, None)}
     config = Path(name, "config.json")
     if config.is_file():
-        identity["config"] = _hash_text(_canonical(json.loads(config.read_text(encoding="utf-8"))))
+        identity["config"] = _hash_text(_canonical(read_json(config)))
     generation = Path(name, "generation_config.json")
     if generation.is_file():  # it may name other end tokens than the config, and they decide where responses stop
-        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        ends = read_json(generation).get("eos_token_id")
         identity["end_tokens"] = json.dumps(ends)
     return identity
 
@@ -81,25 +81,9 @@ def _hash_text(text: str) -> str:
 
 def _hash_tokenizer(directory: str, gguf_file: str | None) -> str:
     if gguf_file is not None:
-        return _hash_file(os.path.join(directory, gguf_file))
+        return hash_file(os.path.join(directory, gguf_file))
     return _hash_files(matching(directory, TOKENIZER_FILES))
 
 
 def _hash_files(paths: list[Path]) -> str:
-    return _hash_text("\n".join(f"{path.name} {_hash_file(path)}" for path in paths))
-
-
-def _hash_file(path: str | os.PathLike[str]) -> str:
-    # The cache is keyed by size and time too, so that a rewritten file is read again.
-    status = os.stat(path)
-    return _hash_content(os.path.abspath(path), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_content(path: str, size: int, modified: int) -> str:
-    del size, modified
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return _hash_text("\n".join(f"{path.name} {hash_file(path)}" for path in paths))

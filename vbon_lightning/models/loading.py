@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from vbon_lightning.finite import first_not_finite
 from vbon_lightning.models.errors import ModelError, cannot_load, shorten
 from vbon_lightning.models.files import check_directory, locate
 from vbon_lightning.models.spec import ModelSpec, parse_dtype
@@ -37,6 +38,24 @@ def check_no_missing_weights(name: str, info: Mapping[str, Any]) -> None:
         raise ModelError(
             f"the checkpoint {name!r} lacks {len(missing)} weights of this kind of model, such as "
             f"{', '.join(missing[:3])}: they would be random; give a checkpoint that was trained for the task"
+        )
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuse a model whose weights are no numbers: of a run that diverged, or of a file that is broken.
+
+    Args:
+        name: The model's name, for the message.
+        model: The model.
+
+    Raises:
+        ModelError: Naming the first weight that holds NaN or infinity.
+    """
+    bad = first_not_finite(model.named_parameters())
+    if bad is not None:
+        raise ModelError(
+            f"the weight {bad} of the model {name!r} holds NaN or infinity: it comes from a run that diverged, or is "
+            "broken; give another model, or export it again from its last good checkpoint"
         )
 
 
@@ -214,6 +233,7 @@ def pretrained_model(auto: Any, spec: ModelSpec, **entries: Any) -> tuple[PreTra
         )
     except Exception as error:  # transformers raises many types here; every one means the same to a user
         raise cannot_load("model", "name", name, error) from error
+    check_finite(name, model)
     return (without_quantisation(model) if gguf_file is not None else model), info
 
 

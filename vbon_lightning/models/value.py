@@ -17,6 +17,7 @@ from vbon_lightning.models.files import check_directory, locate
 from vbon_lightning.models.loading import (
     check_body,
     check_causal,
+    check_finite,
     check_no_missing_weights,
     checkpoint_arguments,
     disable_dropout,
@@ -250,6 +251,7 @@ def _trained(spec: ModelSpec) -> ValueModel:
     except Exception as error:  # transformers raises many types here; every one means the same to a user
         raise cannot_load("value model", "name", name, error) from error
     check_no_missing_weights(name, info)
+    check_finite(name, model)
     trained: ValueModel = model
     return trained
 

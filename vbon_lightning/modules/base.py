@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, RewardMonitor, SampleTable, TensorBoardLayout
-from vbon_lightning.callbacks.defaults import missing_callbacks
+from vbon_lightning.callbacks import (
+    BestOfNWinRate,
+    CollapseWarning,
+    KLMonitor,
+    RewardMonitor,
+    SampleTable,
+    TensorBoardLayout,
+)
+from vbon_lightning.callbacks.defaults import GUARDS, missing_callbacks
+from vbon_lightning.checkpoints import read_checkpoint
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.models import describe_ends
 from vbon_lightning.sampling.request import check_context
@@ -48,7 +57,15 @@ class AlignmentModule(LightningModule):
     uses_value_model = False
     """Whether the method reads the value model that the data module names."""
     trains_policy = True
-    watched_by: Sequence[type[Callback]] = (KLMonitor, RewardMonitor, BestOfNWinRate, SampleTable, TensorBoardLayout)
+    watched_by: Sequence[type[Callback]] = (
+        *GUARDS,
+        CollapseWarning,
+        KLMonitor,
+        RewardMonitor,
+        BestOfNWinRate,
+        SampleTable,
+        TensorBoardLayout,
+    )
     """The callbacks that the module brings along, unless the Trainer has ones of its own."""
 
     def __init__(
@@ -65,6 +82,8 @@ class AlignmentModule(LightningModule):
         self.policy: PreTrainedModel | None = None
         self.batches_seen = 0
         """Training batches dealt to this rank since the start of training, earlier runs included."""
+        self.last_rollout: Rollout | None = None
+        """What the last training step sampled, to name a response where the loss is not finite."""
         self._weights: list[Tensor | float] = []
         """What the batches count whose gradients are accumulated for the next update."""
         self._settings: dict[str, Any] = {}
@@ -82,7 +101,7 @@ class AlignmentModule(LightningModule):
         self.save_hyperparameters(self._settings)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring along what watches KL, reward, win rate and samples; what the Trainer was given comes first."""
+        """Bring along what guards the run and watches its policy; what the Trainer was given comes first."""
         check_strategy(self.trainer.strategy)
         return missing_callbacks(self.trainer, self.watched_by)
 
@@ -314,6 +333,22 @@ class AlignmentModule(LightningModule):
             "random_state": torch.get_rng_state(),
         }
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a module as Lightning does, once the file is known to be a checkpoint that is whole.
+
+        Args:
+            checkpoint_path: A path, a URL or an open file.
+            *args: As Lightning takes them.
+            **kwargs: As Lightning takes them, and the constructor: ``actors`` above all.
+
+        Raises:
+            CheckpointError: Saying what is wrong with the file.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike):
+            read_checkpoint(os.fspath(checkpoint_path), weights_only=kwargs.get("weights_only"))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another run; otherwise go on where it stopped.
 
@@ -325,12 +360,15 @@ class AlignmentModule(LightningModule):
         """
         state = checkpoint.get("vbon_lightning")
         if state is None:
-            raise ValueError("this checkpoint was not written by vbon_lightning: it cannot be loaded")
+            raise ValueError(
+                f"this checkpoint was not written by vbon_lightning: it cannot be loaded{self._checkpoint_name()}"
+            )
         if not self.resuming:
             return
         if "optimizer_states" not in checkpoint:
             raise ValueError(
                 "this checkpoint has weights only (ModelCheckpoint's save_weights_only): it cannot be resumed"
+                + self._checkpoint_name()
             )
         module = {"class": type(self).__name__, **self._settings}
         check_same_settings(state["module"], module, what="module")
@@ -340,6 +378,10 @@ class AlignmentModule(LightningModule):
         self._check_optimizer()
         self.batches_seen = state["batches_seen"]
         torch.set_rng_state(state["random_state"].cpu())
+
+    def _checkpoint_name(self) -> str:
+        path = None if self._trainer is None else getattr(self._trainer, "ckpt_path", None)
+        return "" if path is None else f" ({path})"
 
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -211,6 +211,7 @@ class PolicyGradient(AlignmentModule):
             if not self._experience:
                 raise RuntimeError("an update is due on a rollout that is not there")
             loss, rollout, logs = self._minibatch_update(self._next_minibatch(number, update))
+        self.last_rollout = rollout
         logs |= self._sampling_logs(rollout, new=update == 0)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, prog_bar=False)
         return {"loss": loss, "rollout": rollout}

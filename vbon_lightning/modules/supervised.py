@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vbon_lightning.callbacks import TensorBoardLayout
+from vbon_lightning.callbacks.defaults import GUARDS
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.sampling import noise_seed
 
@@ -18,7 +19,7 @@ class SupervisedModule(AlignmentModule):
 
     needs_reference = False
     uses_reward = False
-    watched_by = (TensorBoardLayout,)  # no response is sampled
+    watched_by = (*GUARDS, TensorBoardLayout)  # no response is sampled
 
     @property
     def response_room(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,6 +22,8 @@ from vbon_lightning.models import (
     model_identity,
     parse_dtype,
 )
+from vbon_lightning.models.files import check_directory
+from vbon_lightning.models.loading import check_finite
 from vbon_lightning.models.plain_text import Hidden, PlainText
 from vbon_lightning.models.tokenizer import opening_ids, shared_start
 from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts, shorten
@@ -184,6 +187,8 @@ class ClassifierReward(RewardModel):
 
     def _load(self) -> tuple[Any, PreTrainedTokenizerBase, int]:
         name, _ = locate("model", self.model)
+        if os.path.isdir(name):
+            check_directory(name, None, "model")
         tokenizer = load_tokenizer(self._spec())
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -197,6 +202,7 @@ class ClassifierReward(RewardModel):
             reason = " ".join(str(error).split())[:400]
             raise RewardError(f"`model`: cannot load the sequence classifier {name!r}: {reason}") from error
         check_no_missing_weights(name, info)
+        check_finite(name, model)
         # Padding goes to the right and a decoder is read at its last token before it, so both must mean the
         # same id.
         tokenizer.padding_side = "right"
