@@ -1,6 +1,7 @@
 """Every shipped YAML says which command runs it, and that command parses."""
 
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def test_the_commands_of_a_guide_parse(guide: str, monkeypatch: pytest.MonkeyPat
     for block in shell_blocks(guide):
         found = launched(block)
         assert found, block
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
         script = sbatch_options(block)
         for starter, words in found:
             config: Any = parse(words, monkeypatch)

@@ -105,10 +105,10 @@ class ShardedStrategy(DDPStrategy):
                 "trainer.strategy fsdp cannot leave out layers at random, as this policy's `layerdrop` does: set "
                 "model.dropout to false"
             )
+        remember_outline(policy)
         for model in (policy, reference):
             if isinstance(model, PreTrainedModel):
                 try_out(model)
-        remember_outline(policy)
         # All but the policy, which no device may hold whole.
         module.policy = None
         module.to(self.root_device)
