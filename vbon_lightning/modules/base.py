@@ -135,16 +135,17 @@ class AlignmentModule(LightningModule):
             )
             self.policy = self.actors.policy
 
-    def call_whole(self, method: str) -> Any:
+    def call_whole(self, method: str, *given: Any) -> Any:
         """Call a method that runs the models outside a step; where they are sharded, all ranks must.
 
         Args:
-            method: Name of one of this module's methods, which takes no argument.
+            method: Name of one of this module's methods.
+            *given: Its arguments, one at least: on a GPU torch's sharding fails at a call without any.
         """
         if not is_sharded(self):
-            return getattr(self, method)()
+            return getattr(self, method)(*given)
         strategy: Any = self.trainer.strategy
-        return strategy._forward_redirection(strategy.model, self, method)  # as Lightning calls steps
+        return strategy._forward_redirection(strategy.model, self, method, *given)  # as Lightning calls steps
 
     @property
     def response_room(self) -> int:

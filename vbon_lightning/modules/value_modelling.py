@@ -170,17 +170,17 @@ class ValueModelling(SupervisedModule):
     def _start_head(self) -> None:
         """Give the head its start."""
         # Each rank has found the same, to rounding, and the ranks are to stay the same exactly.
-        found = self.trainer.strategy.broadcast(self.call_whole("fit_head"))
+        found = self.trainer.strategy.broadcast(self.call_whole("fit_head", self.probe))
         head = cast(ValueModel, self.policy).head
         for parameter, value in zip((head.weight, head.bias), found, strict=True):
             parameter.copy_(spread_like(parameter, value))
 
-    def fit_head(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and the bias of a head that is fitted to whole responses."""
+    def fit_head(self, texts: int) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias of a head that is fitted to about so many whole responses."""
         model, bins = cast(ValueModel, self.policy), cast(RewardBins, self._bins)
         data: Any = getattr(self.trainer, "datamodule", None)
         prompts = data.prompts("train")
-        step = max(1, len(prompts) * data.reference_rewards // self.probe)
+        step = max(1, len(prompts) * data.reference_rewards // texts)
         features, rewards, whole = [], [], []
         model.eval()  # without dropout
         for some in torch.arange(0, len(prompts), step).split(32):
