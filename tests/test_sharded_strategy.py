@@ -23,6 +23,7 @@ from vbon_lightning.rewards import RewardCalls
 from vbon_lightning.sharded_strategy import check_can_shard
 
 ROUNDED = "bf16-mixed"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
