@@ -112,6 +112,46 @@ class RowDealer(DistributedSampler):
             yield from mine[first : first + self.batch_size]
 
 
+class RowTaker(DistributedSampler):
+    """Deal rows that no other process has taken, until there is none to take.
+
+    A rank begins with its share, rows r, r + W, ... of W ranks, and goes on with what the others left; its length is
+    that of its share.
+
+    Args:
+        size: Rows in the data set.
+        take: Takes at most so many of the rows with these numbers, and returns theirs; none where all are taken.
+        batch_size: Rows to take at once.
+        num_replicas: Number of ranks.
+        rank: This rank.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        take: Callable[[list[int], int], list[int]],
+        *,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        rows: Any = range(size)
+        super().__init__(rows, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.take, self.batch_size = take, batch_size
+        shares = [range(first % num_replicas, size, num_replicas) for first in range(rank, rank + num_replicas)]
+        self.share, self.order = max(1, len(shares[0])), [row for share in shares for row in share]
+
+    def __len__(self) -> int:
+        return self.share
+
+    def __iter__(self) -> Iterator[int]:
+        left = self.order
+        while taken := self.take(left, self.batch_size):
+            yield from taken
+            dealt = set(taken)
+            left = [row for row in left if row not in dealt]
+
+
 class StreamedRows(IterableDataset):
     """Deal rows that are read as they are needed, as :class:`RowDealer` deals those that are all there.
 

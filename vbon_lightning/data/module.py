@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.data.collating import collate_judged, collate_prompts, collate_texts
 from vbon_lightning.data.conversations import ConversationError
-from vbon_lightning.data.dealing import ResumableLoader, RowDealer, Rows, StreamedRows
+from vbon_lightning.data.dealing import ResumableLoader, RowDealer, Rows, RowTaker, StreamedRows
 from vbon_lightning.data.encoding import EncodedJudged, EncodedPrompt, EncodedText
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextRow, TextSource, find_columns, read_rows, stream_rows
@@ -42,7 +42,8 @@ class AlignmentDataModule(LightningDataModule):
         test: Where held-out text for ``vbon test`` and ``vbon compare`` comes from.
         reward_columns: Columns of the data set that the reward reads beside the prompt, such as the right answer; those
             that it names itself come without asking.
-        reference_table: Directory of the reference table: read when it is there, written by ``vbon predict``.
+        reference_table: Directory of the reference table, or its URL in a store that ``fsspec`` knows (``s3://``): read
+            when it is there, written by ``vbon predict``, of which several may run at the same time.
         table_samples: M, how many of the table's responses a prompt to use, the first ones; all by default.
         table_skip: Leave out so many of the table's responses a prompt before that. Where a policy is judged on the
             prompts that it learnt from, those that judge are to be others than those that taught: train with
@@ -383,7 +384,33 @@ class AlignmentDataModule(LightningDataModule):
         )
 
     def predict_dataloader(self) -> DataLoader:
-        """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each once."""
+        """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each to one process."""
+        prompts = self.table_prompts()
+        module: Any = self._module
+        done = module.finished_keys() if hasattr(module, "finished_keys") else set()
+        missing = {key: prompt for key, prompt in prompts.items() if key not in done}
+        rows = Rows(list((missing or prompts).values())[: None if missing else 1])
+        if not missing or not hasattr(module, "take"):
+            sampler: DistributedSampler = self._sampler(len(rows), self.eval_batch_size)
+        else:
+            keys = list(missing)
+            places = {key: place for place, key in enumerate(keys)}
+            world, rank = self._ranks()
+            sampler = RowTaker(
+                len(keys),
+                lambda left, count: [places[key] for key in module.take([keys[row] for row in left], count)],
+                batch_size=self.eval_batch_size,
+                num_replicas=world,
+                rank=rank,
+            )
+        return self._loader(DataLoader, rows, "table", sampler, self.eval_batch_size)
+
+    def table_prompts(self) -> dict[str, EncodedPrompt]:
+        """Return the prompts of ``table_splits`` by their keys, as the reference table is to hold them.
+
+        Raises:
+            ValueError: If there are none.
+        """
         prompts: dict[str, EncodedPrompt] = {}
         for split in self.table_splits:
             if self.sources[split] is not None:
@@ -391,12 +418,7 @@ class AlignmentDataModule(LightningDataModule):
                     prompts.setdefault(prompt.key, prompt)
         if not prompts:
             raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
-        module: Any = self._module
-        done = module.finished_keys() if hasattr(module, "finished_keys") else set()
-        rows = Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
-        return self._loader(
-            DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
-        )
+        return prompts
 
     def _sampler(self, size: int, batch_size: int) -> RowDealer:
         world, rank = self._ranks()
@@ -406,7 +428,7 @@ class AlignmentDataModule(LightningDataModule):
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _loader(
-        self, cls: type[DataLoader], rows: Rows | StreamedRows, kind: str, sampler: RowDealer | None, size: int
+        self, cls: type[DataLoader], rows: Rows | StreamedRows, kind: str, sampler: DistributedSampler | None, size: int
     ) -> DataLoader:
         collate: dict[str, Callable[[list[Any]], NamedTuple]] = {
             "text": self._collate_texts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -75,6 +76,9 @@ class ReferenceSampler(AlignmentModule):
             the same. A reward must then not touch what sampling uses (its model, the tokenizer's settings).
         responses_from: Directory of a table of the same reference and sampling settings under another reward: its
             responses are scored, and nothing is sampled.
+        lease_s: Where several `vbon predict` fill one table: how long one may be silent (it was killed, or its machine
+            is gone) before the others make the prompts that it had taken. A running one speaks five times in that
+            time, however long its prompts take.
         seed: Initialises a reference made from a config; the responses come from ``data.table_seed``.
     """
 
@@ -88,6 +92,7 @@ class ReferenceSampler(AlignmentModule):
         rows_per_pass: int = 1024,
         overlap_scoring: bool | None = None,
         responses_from: str | None = None,
+        lease_s: float = 60.0,
         seed: int = 0,
     ) -> None:
         super().__init__(actors, seed=seed)
@@ -98,7 +103,9 @@ class ReferenceSampler(AlignmentModule):
         self._source: ReferenceTable | None = None
         self._caller: RewardCaller | None = None
         self._pending: _Asked | None = None
-        self.writer = ReferenceTableWriter()
+        if not lease_s > 0:
+            raise ValueError(f"model.lease_s must be > 0, got {lease_s}")
+        self.writer = ReferenceTableWriter(lease_s)
         self.record_settings(samples=samples)
 
     def configure_model(self) -> None:
@@ -118,6 +125,10 @@ class ReferenceSampler(AlignmentModule):
     def finished_keys(self) -> set[str]:
         """Return the prompts the table holds already."""
         return self.writer.finished_keys()
+
+    def take(self, keys: list[str], count: int) -> list[str]:
+        """Take prompts that nobody else makes: at most so many of those with these keys."""
+        return self.writer.take(keys, count)
 
     def on_predict_start(self) -> None:
         """Check that prompts and responses fit the model's context, and that a table to take responses from fits."""
@@ -149,6 +160,34 @@ class ReferenceSampler(AlignmentModule):
 
         The next batch returns that group, the last one all that is left. What is not returned is not in the table.
         """
+        progress: Any = self.trainer.predict_loop.batch_progress
+        return self._make(batch, last=progress.is_last_batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Make what is left when nothing can be taken any more: wait for the others, and take over from the dead.
+
+        A run that was limited to so many batches leaves it to the next.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self.trainer.limit_predict_batches != 1.0 or not hasattr(datamodule, "table_prompts"):
+            self.writer.write(self._finish_scoring())
+            return
+        prompts, told = datamodule.table_prompts(), 0
+        self.writer.write(self._finish_scoring())
+        while missing := self.writer.missing(prompts):
+            if taken := self.take(missing, datamodule.eval_batch_size):
+                batch = datamodule.prompt_batch([prompts[key] for key in taken])
+                batch = self.trainer.strategy.batch_to_device(batch, self.device)
+                with self.trainer.precision_plugin.predict_step_context():
+                    self.writer.write(self._make(batch, last=True))
+            else:
+                if len(missing) != told:
+                    told = len(missing)
+                    _say_waiting(told, self.writer.holders(missing), self.writer.lease_s)
+                time.sleep(min(1.0, self.writer.lease_s / 10))
+
+    def _make(self, batch: PromptBatch, *, last: bool) -> list[TableRow]:
+        """Return the rows that are ready; with the last batch all."""
         rows: list[TableRow] = []
         try:
             for group in self._groups(batch):
@@ -157,8 +196,7 @@ class ReferenceSampler(AlignmentModule):
                 self._pending = _Asked(sampled, self._ask(sampled))
                 if not self._overlaps:
                     rows += self._finish_scoring()
-            progress: Any = self.trainer.predict_loop.batch_progress
-            if progress.is_last_batch:
+            if last:
                 rows += self._finish_scoring()
         except RewardError:
             self.writer.write(rows + self._finished_rows())
@@ -321,6 +359,13 @@ class ReferenceSampler(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse checkpoints: the sampler has nothing to restore."""
         raise ValueError("`vbon predict` samples from data.reference and takes no --ckpt_path")
+
+
+def _say_waiting(prompts: int, holders: list[str], lease_s: float) -> None:
+    rank_zero_info(
+        f"waiting for {prompts} prompts that {', '.join(holders) or 'another process'} took: they come into the table, "
+        f"or are free {lease_s:g} s after that process last said that it lives"
+    )
 
 
 class _Response(NamedTuple):

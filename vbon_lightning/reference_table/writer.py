@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+import secrets
+import socket
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -22,43 +26,55 @@ from vbon_lightning.reference_table.shards import (
     shard_count,
     shard_files,
     shard_keys,
+    shard_writer,
     sync_directory,
     write_tables,
 )
+from vbon_lightning.reference_table.store import TablePath, table_path, telling
 
 
 class ReferenceTableWriter:
-    """Add rows to a reference table; several processes may do so side by side under different shard names.
+    """Add rows to a reference table; any number of processes may do so side by side, each under a name of its own.
 
     Each :meth:`write` makes one Parquet file that appears whole or not at all. After a kill, open the writer
     again and leave out :meth:`finished_keys`.
 
     Args:
-        path: directory of the table, made if absent.
+        path: directory of the table, made if absent, or the URL of a folder of a store.
         fingerprint: what makes the table's rows: reference, reward, temperature, length, EOS rule. The first
             writer stores it, each later one must agree.
-        shard: name of this writer, different in each process that runs at the same time (say ``rank0``).
+        shard: name of this writer, which no other process may use; by default one that nobody has.
 
     Raises:
         FingerprintMismatch: if the table was made under other settings.
         ReferenceTableError: if there are shards without a fingerprint.
+        TableStoreError: if the place cannot be written.
         ValueError: for a shard name with characters other than letters, digits, ``_``, ``.`` and ``-``.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], *, shard: str) -> None:
+    def __init__(self, path: str | TablePath, fingerprint: Mapping[str, Any], *, shard: str | None = None) -> None:
         """Open the table for writing."""
+        if shard is None:
+            shard = new_writer_name()
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", shard):
             raise ValueError(f"a shard name has letters, digits, '_', '.' and '-' only, got {shard!r}")
-        self.path, self.shard = Path(path), shard
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
-        self._remove_leftovers()
+        self.path, self.shard = table_path(path), shard
+        self._written = 0
+        self._keys: dict[str, list[str]] = {}
+        with telling(self.path, writing=True):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
+            self.remove_leftovers([shard])
 
     def finished_keys(self) -> set[str]:
         """Return the prompt keys in all complete shards, those of other processes included."""
         while True:
             try:
-                return {key for file in shard_files(self.path) for key in shard_keys(file)}
+                # A shard never changes, so that each is read once.
+                self._keys = {
+                    file.name: self._keys.get(file.name) or shard_keys(file) for file in shard_files(self.path)
+                }
+                return {key for keys in self._keys.values() for key in keys}
             except FileNotFoundError:  # another process has just compacted its shards: list them again
                 continue
 
@@ -73,43 +89,72 @@ class ReferenceTableWriter:
         """
         checked = [_checked(row) for row in rows]
         if checked:
-            with atomic_file(self._next_file()) as stream:
+            with telling(self.path, writing=True), atomic_file(self._next_file()) as stream:
                 write_tables(stream, iter([rows_to_table(checked)]))
 
-    def compact(self) -> None:
-        """Merge this writer's own shards into one.
+    def compact(self, abandoned: Collection[str] = ()) -> None:
+        """Merge this writer's own shards, and those that others left behind, into one.
 
         The merged shard appears before its parts go, so a kill in between leaves duplicates, never a gap;
         readers drop them by key, and the first wins.
+
+        Args:
+            abandoned: names of writers that died, whose shards are merged, too.
         """
-        parts = self._own_files()
-        if len(parts) < 2:
-            return
-        with atomic_file(self._next_file()) as stream:
-            write_tables(stream, _without_duplicates(parts))
+        while True:
+            parts = [file for file in shard_files(self.path) if shard_writer(file) in {self.shard, *abandoned}]
+            if len(parts) < 2:
+                return
+            try:
+                with telling(self.path, writing=True), atomic_file(self._next_file()) as stream:
+                    write_tables(stream, _without_duplicates(parts))
+                break
+            except FileNotFoundError:  # another process has just merged some of them: list them again
+                continue
         # Last to first: what is left after a kill is a prefix, whose first rows are also the merged ones.
         for part in reversed(parts):
-            part.unlink()
+            part.unlink(missing_ok=True)
         sync_directory(self.path)
 
-    def _own_files(self) -> list[Path]:
-        return [file for file in shard_files(self.path) if shard_count(file, self.shard) is not None]
+    def in_pieces(self) -> set[str]:
+        """Return the other writers that have several shards: those that go on, and those that died."""
+        shards = Counter(shard_writer(file) for file in shard_files(self.path))
+        return {name for name, count in shards.items() if count > 1} - {self.shard}
 
-    def _next_file(self) -> Path:
-        counts = [shard_count(file, self.shard) for file in self._own_files()]
-        number = max((count for count in counts if count is not None), default=-1) + 1
-        return self.path / f"part-{self.shard}-{number:06d}.parquet"
+    def remove_leftovers(self, writers: Iterable[str]) -> None:
+        """Remove the unfinished files of writers that died.
 
-    def _remove_leftovers(self) -> None:
-        name = re.escape(self.shard)
-        temporary = rf"\.part-{name}-\d{{6,}}\.parquet\.tmp|\.{{1,2}}fingerprint-{name}\.json(\.tmp)?"
+        Args:
+            writers: their names.
+        """
+        names = "|".join(map(re.escape, writers))
+        temporary = rf"\.part-({names})-\d{{6,}}\.parquet\.tmp|\.{{1,2}}fingerprint-({names})\.json(\.tmp)?"
         pattern = re.compile(temporary)
         for file in self.path.iterdir():
             if pattern.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
+    def _next_file(self) -> TablePath:
+        """Return a name that this writer never used: readers know shards by name."""
+        counts = [shard_count(file, self.shard) for file in shard_files(self.path)]
+        number = max((count + 1 for count in counts if count is not None), default=0)
+        number = max(number, self._written)
+        self._written = number + 1
+        return self.path / f"part-{self.shard}-{number:06d}.parquet"
 
-def _without_duplicates(files: list[Path]) -> Iterator[pa.Table]:
+
+def new_writer_name() -> str:
+    """Return a name that no other writer has: time, machine, process and 48 random bits.
+
+    The time puts a table's rows in the order of their making, and before those of a later writer; nothing else hangs
+    on it.
+    """
+    begun = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
+    machine = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname()).strip("-")[:32] or "writer"
+    return f"{begun}-{machine}-{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def _without_duplicates(files: Sequence[TablePath]) -> Iterator[pa.Table]:
     seen: set[str] = set()
     for path in files:
         with open_shard(path) as file:
