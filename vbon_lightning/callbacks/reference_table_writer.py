@@ -31,6 +31,8 @@ class ReferenceTableWriter(BasePredictionWriter):
         self._files: TableFiles | None = None
         self._leases: PromptLeases | None = None
         self._finished: set[str] = set()
+        self.taken: set[str] = set()
+        """Keys of the prompts that are this process's to make."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the table, refusing one made with other models or settings, before anything is sampled."""
@@ -40,6 +42,7 @@ class ReferenceTableWriter(BasePredictionWriter):
         if data is None or getattr(data, "reference_table", None) is None:
             raise ValueError("`vbon predict` needs a place for the table: set data.reference_table to a directory")
         self._files = TableFiles(table_path(resolve_path(data.reference_table)), data.fingerprint())
+        self.taken.clear()
         self._leases = PromptLeases(self._files.path / "leases", self._files.shard, seconds=self.lease_s)
         self._files.remove_leftovers(self._leases.sweep())
         # Every rank must deal out the same prompts, so all look before any writes.
@@ -50,35 +53,31 @@ class ReferenceTableWriter(BasePredictionWriter):
         """Return the prompts that the table held when somebody last looked."""
         return self._finished
 
-    def take(self, keys: Iterable[str], count: int) -> list[str]:
-        """Take prompts that are neither in the table nor at work elsewhere.
+    def take(self, keys: Iterable[str]) -> list[str]:
+        """Take the prompts of a group that are neither in the table nor at work elsewhere.
 
         Args:
             keys: Keys of prompts.
-            count: The most to take.
 
         Returns:
-            The keys of the prompts taken; none where all are in the table or taken.
+            The keys of the prompts taken; none where another process is at the group.
         """
         assert self._files is not None
         assert self._leases is not None
-        while taken := self._leases.take((key for key in keys if key not in self._finished), count):
-            # Whoever had them until now may have written them in the meantime.
-            self._finished = self._files.finished_keys()
-            self._leases.release(self._finished.intersection(taken))
-            if kept := [key for key in taken if key not in self._finished]:
-                return kept
-        return []
+        wanted = [key for key in keys if key not in self._finished]
+        if not (taken := self._leases.take(wanted)):
+            return []
+        # Whoever had them until now may have written them in the meantime.
+        self._finished = self._files.finished_keys()
+        self._leases.release(self._finished.intersection(taken))
+        self.taken.update(set(taken) - self._finished)
+        return [key for key in taken if key not in self._finished]
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Look which prompts the table still lacks.
-
-        Args:
-            keys: Keys of prompts.
-        """
+    def look_again(self) -> set[str]:
+        """Return the prompts that the table holds now."""
         assert self._files is not None
         self._finished = self._files.finished_keys()
-        return [key for key in keys if key not in self._finished]
+        return self._finished
 
     def holders(self, keys: Iterable[str]) -> list[str]:
         """Return the names of other processes that took some of these prompts.
@@ -111,6 +110,7 @@ class ReferenceTableWriter(BasePredictionWriter):
         if self._files is not None and self._leases is not None and rows:
             self._files.write(rows)
             self._leases.release(row.key for row in rows)
+            self.taken.difference_update(row.key for row in rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge this process's files and those of processes that died, and say what the table now holds."""
@@ -127,7 +127,7 @@ class ReferenceTableWriter(BasePredictionWriter):
         files.remove_leftovers(leases.sweep())
         abandoned = files.in_pieces() - leases.others()
         # One at a time: two would do the same work, though they would lose nothing.
-        files.compact(abandoned if abandoned and leases.take(["merging"], 1) else ())
+        files.compact(abandoned if abandoned and leases.take(["merging"]) else ())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let others have the prompts that were taken and will not be made."""

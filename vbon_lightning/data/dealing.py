@@ -112,44 +112,45 @@ class RowDealer(DistributedSampler):
             yield from mine[first : first + self.batch_size]
 
 
-class RowTaker(DistributedSampler):
-    """Deal rows that no other process has taken, until there is none to take.
+class BatchTaker(DistributedSampler):
+    """Deal batches that no other process has taken, each process its share first.
 
-    A rank begins with its share, rows r, r + W, ... of W ranks, and goes on with what the others left; its length is
-    that of its share.
+    A batch is of the same rows whoever deals it and whatever is done already: the last digits of a prompt's numbers
+    hang on those that it is padded to. Of W ranks, rank r begins with the batches r, r + W, ... that are wanted; these
+    are its length. What cannot be taken is passed over. The last batch is filled up with indices beyond the data set.
 
     Args:
-        size: Rows in the data set.
-        take: Takes at most so many of the rows with these numbers, and returns theirs; none where all are taken.
-        batch_size: Rows to take at once.
+        wanted: Numbers of the batches to deal.
+        take: Takes a batch, of rows with these numbers, and tells whether this process has it now.
+        batch_size: Rows a batch.
         num_replicas: Number of ranks.
         rank: This rank.
     """
 
     def __init__(
         self,
-        size: int,
-        take: Callable[[list[int], int], list[int]],
+        wanted: Sequence[int],
+        take: Callable[[range], bool],
         *,
         batch_size: int,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        rows: Any = range(size)
+        rows: Any = range(len(wanted) * batch_size)
         super().__init__(rows, num_replicas=num_replicas, rank=rank, shuffle=False)
         self.take, self.batch_size = take, batch_size
-        shares = [range(first % num_replicas, size, num_replicas) for first in range(rank, rank + num_replicas)]
-        self.share, self.order = max(1, len(shares[0])), [row for share in shares for row in share]
+        ranks = [(rank + later) % num_replicas for later in range(num_replicas)]
+        self.share = wanted[rank::num_replicas]
+        self.order = [batch for rank in ranks for batch in wanted[rank::num_replicas]]
 
     def __len__(self) -> int:
-        return self.share
+        return len(self.share) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        left = self.order
-        while taken := self.take(left, self.batch_size):
-            yield from taken
-            dealt = set(taken)
-            left = [row for row in left if row not in dealt]
+        for batch in self.order:
+            rows = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            if self.take(rows):
+                yield from rows
 
 
 class StreamedRows(IterableDataset):

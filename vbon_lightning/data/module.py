@@ -17,7 +17,7 @@ from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.data.collating import collate_judged, collate_prompts, collate_texts
 from vbon_lightning.data.conversations import ConversationError
-from vbon_lightning.data.dealing import ResumableLoader, RowDealer, Rows, RowTaker, StreamedRows
+from vbon_lightning.data.dealing import BatchTaker, ResumableLoader, RowDealer, Rows, StreamedRows
 from vbon_lightning.data.encoding import EncodedJudged, EncodedPrompt, EncodedText
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextRow, TextSource, find_columns, read_rows, stream_rows
@@ -385,25 +385,28 @@ class AlignmentDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each to one process."""
-        prompts = self.table_prompts()
+        batches = self.table_batches()
         module: Any = self._module
         done = module.finished_keys() if hasattr(module, "finished_keys") else set()
-        missing = {key: prompt for key, prompt in prompts.items() if key not in done}
-        rows = Rows(list((missing or prompts).values())[: None if missing else 1])
-        if not missing or not hasattr(module, "take"):
-            sampler: DistributedSampler = self._sampler(len(rows), self.eval_batch_size)
-        else:
-            keys = list(missing)
-            places = {key: place for place, key in enumerate(keys)}
-            world, rank = self._ranks()
-            sampler = RowTaker(
-                len(keys),
-                lambda left, count: [places[key] for key in module.take([keys[row] for row in left], count)],
-                batch_size=self.eval_batch_size,
+        keys = [[prompt.key for prompt in batch] for batch in batches]
+        wanted = [number for number, members in enumerate(keys) if not done.issuperset(members)]
+        rows, size = Rows([prompt for batch in batches for prompt in batch]), self.eval_batch_size
+        world, rank = self._ranks()
+        sampler: DistributedSampler = self._sampler(1, size)  # one that is done, for Lightning wants something
+        if wanted:
+            sampler = BatchTaker(
+                wanted,
+                lambda batch: bool(module.take(keys[batch.start // size])),
+                batch_size=size,
                 num_replicas=world,
                 rank=rank,
             )
-        return self._loader(DataLoader, rows, "table", sampler, self.eval_batch_size)
+        return self._loader(DataLoader, rows, "table", sampler, size)
+
+    def table_batches(self) -> list[list[EncodedPrompt]]:
+        """Return :meth:`table_prompts` in the groups in which they are sampled, whatever is done of them."""
+        prompts = list(self.table_prompts().values())
+        return [prompts[first : first + self.eval_batch_size] for first in range(0, len(prompts), self.eval_batch_size)]
 
     def table_prompts(self) -> dict[str, EncodedPrompt]:
         """Return the prompts of ``table_splits`` by their keys, as the reference table is to hold them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,23 @@ class _Sampled(NamedTuple):
     responses: list[list[str]]
     finished: list[list[bool]]
     log_probs: list[list[float]]
+
+    def of(self, keys: Collection[str]) -> _Sampled:
+        """Return the prompts with these keys alone."""
+        rows = [row for row, key in enumerate(self.keys) if key in keys]
+
+        def picked(values: list[Any]) -> list[Any]:
+            return [values[row] for row in rows]
+
+        return _Sampled(
+            picked(self.keys),
+            select_prompts(self.prompts, rows),
+            picked(self.prompt_ids),
+            picked(self.token_ids),
+            picked(self.responses),
+            picked(self.finished),
+            picked(self.log_probs),
+        )
 
     def rows(self, rewards: dict[int, list[float]]) -> list[TableRow]:
         """Return the table's rows of the prompts whose rewards are given, by their place in the group."""
@@ -126,9 +143,9 @@ class ReferenceSampler(AlignmentModule):
         """Return the prompts the table holds already."""
         return self.writer.finished_keys()
 
-    def take(self, keys: list[str], count: int) -> list[str]:
-        """Take prompts that nobody else makes: at most so many of those with these keys."""
-        return self.writer.take(keys, count)
+    def take(self, keys: list[str]) -> list[str]:
+        """Take the prompts of a group that the table lacks, unless another process has; return their keys."""
+        return self.writer.take(keys)
 
     def on_predict_start(self) -> None:
         """Check that prompts and responses fit the model's context, and that a table to take responses from fits."""
@@ -169,18 +186,24 @@ class ReferenceSampler(AlignmentModule):
         A run that was limited to so many batches leaves it to the next.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        if self.trainer.limit_predict_batches != 1.0 or not hasattr(datamodule, "table_prompts"):
+        if self.trainer.limit_predict_batches != 1.0 or not hasattr(datamodule, "table_batches"):
             self.writer.write(self._finish_scoring())
             return
-        prompts, told = datamodule.table_prompts(), 0
         self.writer.write(self._finish_scoring())
-        while missing := self.writer.missing(prompts):
-            if taken := self.take(missing, datamodule.eval_batch_size):
-                batch = datamodule.prompt_batch([prompts[key] for key in taken])
-                batch = self.trainer.strategy.batch_to_device(batch, self.device)
-                with self.trainer.precision_plugin.predict_step_context():
-                    self.writer.write(self._make(batch, last=True))
+        batches, told = datamodule.table_batches(), 0
+        while True:
+            done = self.writer.look_again()
+            batches = [batch for batch in batches if not done.issuperset(prompt.key for prompt in batch)]
+            if not batches:
+                return
+            for batch in batches:
+                if self.take([prompt.key for prompt in batch]):
+                    prompts = self.trainer.strategy.batch_to_device(datamodule.prompt_batch(batch), self.device)
+                    with self.trainer.precision_plugin.predict_step_context():
+                        self.writer.write(self._make(prompts, last=True))
+                    break
             else:
+                missing = [prompt.key for batch in batches for prompt in batch if prompt.key not in done]
                 if len(missing) != told:
                     told = len(missing)
                     _say_waiting(told, self.writer.holders(missing), self.writer.lease_s)
@@ -191,7 +214,7 @@ class ReferenceSampler(AlignmentModule):
         rows: list[TableRow] = []
         try:
             for group in self._groups(batch):
-                sampled = self._sample(group)
+                sampled = self._sample(group).of(self.writer.taken)
                 rows += self._finish_scoring()
                 self._pending = _Asked(sampled, self._ask(sampled))
                 if not self._overlaps:
@@ -278,14 +301,14 @@ class ReferenceSampler(AlignmentModule):
             )
 
     def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
-        """Split a batch so that its samples fit a pass, leaving out rows that even out the ranks and those done."""
-        done = self.finished_keys()
-        keys = batch_keys(batch) if done else batch.text
-        missing = [valid and key not in done for key, valid in zip(keys, batch.valid.tolist(), strict=True)]
-        kept = torch.tensor(missing, device=batch.tokens.device).nonzero().squeeze(-1)
-        if not len(kept):
-            return
+        """Split a batch so that its samples fit a pass, leaving out groups of which nothing is this process's to make.
+
+        A group is whole even if some of it is made: it is padded as it would be otherwise.
+        """
+        keys, kept = batch_keys(batch), batch.valid.nonzero().squeeze(-1)
         for rows in kept.split(max(1, self.rows_per_pass // self.samples)):
+            if self.writer.taken.isdisjoint(keys[row] for row in rows.tolist()):
+                continue
             width = int(batch.mask[rows].sum(-1).max())
             some = select_prompts(batch, rows.tolist())
             yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vbon_lightning.reference_table.store import TablePath, create_file, telling
@@ -40,36 +40,27 @@ class PromptLeases:
             raise ValueError(f"a lease must last longer than 0 seconds, got {seconds}")
         self.directory, self.writer, self.seconds = directory, writer, seconds
         self._mine: set[str] = set()
-        self._owners: dict[str, str] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._stopped = threading.Event()
         self._beating: threading.Thread | None = None
 
-    def take(self, keys: Iterable[str], count: int) -> list[str]:
-        """Take prompts that nobody has, the first of those given.
+    def take(self, keys: Sequence[str]) -> list[str]:
+        """Take the prompts of a group.
 
         Args:
             keys: keys of prompts.
-            count: the most to take.
 
         Returns:
-            The keys of the prompts taken, in their order; none where others have them all.
+            The keys of those taken; none where another writer has the first, for it will come to the rest.
         """
         self._start()
-        held = self._names()
-        self._owners = {name: owner for name, owner in self._owners.items() if name in held}
         taken: list[str] = []
         for key in keys:
-            if len(taken) == count:
-                break
-            name = _lease(key)
-            if key in self._mine or (name in held and not self._free(name)):
-                continue
-            with telling(self.directory, writing=True):
-                created = create_file(self.directory / name, self.writer.encode())
-            if created:
-                self._mine.add(key)
+            if self._take(_lease(key)):
                 taken.append(key)
+            elif not taken:
+                break
+        self._mine.update(taken)
         return taken
 
     def release(self, keys: Iterable[str]) -> None:
@@ -152,17 +143,18 @@ class PromptLeases:
         return {name.removesuffix(_WRITER) for name in self._names() if name.endswith(_WRITER)} - {self.writer}
 
     def _owner(self, name: str) -> str:
-        if name not in self._owners:
-            self._owners[name] = self._read(name).decode(errors="replace")
-        return self._owners[name]
+        return self._read(name).decode(errors="replace")
 
-    def _free(self, name: str) -> bool:
-        """Tell whether a lease is nobody's any more, and remove that of a dead writer."""
-        if not self._is_dead(self._owner(name)):
-            return False
-        self._owners.pop(name)
-        (self.directory / name).unlink(missing_ok=True)
-        return True
+    def _take(self, name: str) -> bool:
+        """Create a lease, in place of one that a dead writer left."""
+        with telling(self.directory, writing=True):
+            if create_file(self.directory / name, self.writer.encode()):
+                return True
+            owner = self._owner(name)
+            if owner == self.writer or not self._is_dead(owner):
+                return False
+            (self.directory / name).unlink(missing_ok=True)
+            return create_file(self.directory / name, self.writer.encode())
 
     def _is_dead(self, writer: str) -> bool:
         beat = self._read(f"{writer}{_WRITER}")

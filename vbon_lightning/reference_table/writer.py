@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import Any
 
@@ -31,6 +32,9 @@ from vbon_lightning.reference_table.shards import (
     write_tables,
 )
 from vbon_lightning.reference_table.store import TablePath, table_path, telling
+
+_AT_ONCE = 16
+"""Shards whose keys are read at the same time."""
 
 
 class ReferenceTableWriter:
@@ -70,10 +74,11 @@ class ReferenceTableWriter:
         """Return the prompt keys in all complete shards, those of other processes included."""
         while True:
             try:
-                # A shard never changes, so that each is read once.
-                self._keys = {
-                    file.name: self._keys.get(file.name) or shard_keys(file) for file in shard_files(self.path)
-                }
+                files = shard_files(self.path)
+                new = [file for file in files if file.name not in self._keys]  # a shard never changes
+                with ThreadPoolExecutor(_AT_ONCE) as threads:  # a store takes its time for each
+                    self._keys |= zip((file.name for file in new), threads.map(shard_keys, new), strict=True)
+                self._keys = {file.name: self._keys[file.name] for file in files}
                 return {key for keys in self._keys.values() for key in keys}
             except FileNotFoundError:  # another process has just compacted its shards: list them again
                 continue
