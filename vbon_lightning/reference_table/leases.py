@@ -5,15 +5,13 @@ Leases save work and no more: a row depends on its prompt and the seed alone, an
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from vbon_lightning.reference_table.store import TablePath, create_file, telling
+from vbon_lightning.reference_table.writer_names import is_gone
 
 _log = logging.getLogger(__name__)
 _BEATS = 5
@@ -130,8 +128,7 @@ class PromptLeases:
                 told = True
 
     def _beat(self, number: int) -> None:
-        beat = {"beat": number, "machine": _this_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-        (self.directory / f"{self.writer}{_WRITER}").write_bytes(json.dumps(beat).encode())
+        (self.directory / f"{self.writer}{_WRITER}").write_bytes(str(number).encode())
 
     def _names(self) -> set[str]:
         try:
@@ -157,10 +154,9 @@ class PromptLeases:
             return create_file(self.directory / name, self.writer.encode())
 
     def _is_dead(self, writer: str) -> bool:
-        beat = self._read(f"{writer}{_WRITER}")
-        if _is_gone(beat):
+        if is_gone(writer):
             return True
-        now = time.monotonic()
+        beat, now = self._read(f"{writer}{_WRITER}"), time.monotonic()
         last, since = self._seen.setdefault(writer, (beat, now))
         if last != beat:
             self._seen[writer] = (beat, now)
@@ -177,31 +173,3 @@ class PromptLeases:
 
 def _lease(key: str) -> str:
     return key.replace(":", "-") + _LEASE
-
-
-def _is_gone(beat: bytes) -> bool:
-    """Tell whether a writer's process ran on this machine and does not any more."""
-    try:
-        told = json.loads(beat)
-        machine, pid, started = told["machine"], int(told["pid"]), told["started"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return machine is not None and machine == _this_machine() and _started(pid) != started
-
-
-def _this_machine() -> str | None:
-    """Name this machine since it was started, and the container; nothing where that cannot be known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> int | None:
-    """Return when a process started, by the kernel's count; nothing where there is none of that number."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in "ZX" else int(fields[18])

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -95,14 +95,10 @@ class UrlPath:
         """Read the file as text."""
         return self.read_bytes().decode(encoding)
 
-    def unlink(self, *, missing_ok: bool = False) -> None:
-        """Remove the file."""
-        with self._reached() as (files, path):
-            try:
-                files.rm_file(path)
-            except FileNotFoundError:
-                if not missing_ok:
-                    raise
+    def unlink(self, *, missing_ok: bool = True) -> None:
+        """Remove the file if it is there; a store does not say whether it was."""
+        with self._reached() as (files, path), suppress(FileNotFoundError):
+            files.rm_file(path)
 
     def write_bytes(self, content: bytes) -> None:
         """Put a file whole, over one that may be there."""

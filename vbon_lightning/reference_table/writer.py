@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import secrets
-import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -32,9 +28,11 @@ from vbon_lightning.reference_table.shards import (
     write_tables,
 )
 from vbon_lightning.reference_table.store import TablePath, table_path, telling
+from vbon_lightning.reference_table.writer_names import is_gone, new_writer_name
 
 _AT_ONCE = 16
 """Shards whose keys are read at the same time."""
+_UNFINISHED = re.compile(r"\.part-(?P<shard>.+)-\d{6,}\.parquet\.tmp|\.{1,2}fingerprint-(?P<claim>.+?)\.json(\.tmp)?")
 
 
 class ReferenceTableWriter:
@@ -68,7 +66,7 @@ class ReferenceTableWriter:
         with telling(self.path, writing=True):
             self.path.mkdir(parents=True, exist_ok=True)
             self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
-            self.remove_leftovers([shard])
+            self.remove_leftovers()
 
     def finished_keys(self) -> set[str]:
         """Return the prompt keys in all complete shards, those of other processes included."""
@@ -126,17 +124,16 @@ class ReferenceTableWriter:
         shards = Counter(shard_writer(file) for file in shard_files(self.path))
         return {name for name, count in shards.items() if count > 1} - {self.shard}
 
-    def remove_leftovers(self, writers: Iterable[str]) -> None:
-        """Remove the unfinished files of writers that died.
+    def remove_leftovers(self, writers: Collection[str] = ()) -> None:
+        """Remove unfinished files of this writer before it began, of processes that are gone, and of others that died.
 
         Args:
-            writers: their names.
+            writers: names of others that died.
         """
-        names = "|".join(map(re.escape, writers))
-        temporary = rf"\.part-({names})-\d{{6,}}\.parquet\.tmp|\.{{1,2}}fingerprint-({names})\.json(\.tmp)?"
-        pattern = re.compile(temporary)
         for file in self.path.iterdir():
-            if pattern.fullmatch(file.name):
+            match = _UNFINISHED.fullmatch(file.name)
+            name = match and (match["shard"] or match["claim"])
+            if name and (name in (self.shard, *writers) or is_gone(name)):
                 file.unlink(missing_ok=True)
 
     def _next_file(self) -> TablePath:
@@ -146,17 +143,6 @@ class ReferenceTableWriter:
         number = max(number, self._written)
         self._written = number + 1
         return self.path / f"part-{self.shard}-{number:06d}.parquet"
-
-
-def new_writer_name() -> str:
-    """Return a name that no other writer has: time, machine, process and 48 random bits.
-
-    The time puts a table's rows in the order of their making, and before those of a later writer; nothing else hangs
-    on it.
-    """
-    begun = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
-    machine = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname()).strip("-")[:32] or "writer"
-    return f"{begun}-{machine}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def _without_duplicates(files: Sequence[TablePath]) -> Iterator[pa.Table]:
