@@ -388,6 +388,7 @@ class AlignmentDataModule(LightningDataModule):
         batches = self.table_batches()
         module: Any = self._module
         done = module.finished_keys() if hasattr(module, "finished_keys") else set()
+        take = getattr(module, "take", bool)  # any other module makes them all
         keys = [[prompt.key for prompt in batch] for batch in batches]
         wanted = [number for number, members in enumerate(keys) if not done.issuperset(members)]
         rows, size = Rows([prompt for batch in batches for prompt in batch]), self.eval_batch_size
@@ -396,7 +397,7 @@ class AlignmentDataModule(LightningDataModule):
         if wanted:
             sampler = BatchTaker(
                 wanted,
-                lambda batch: bool(module.take(keys[batch.start // size])),
+                lambda rows: bool(take(keys[rows.start // size])),
                 batch_size=size,
                 num_replicas=world,
                 rank=rank,
