@@ -210,7 +210,7 @@ def test_batches_are_taken_whole_each_rank_its_share_first() -> None:
     ranks = [BatchTaker([0, 1, 2, 3, 5], take, batch_size=4, num_replicas=2, rank=rank) for rank in range(2)]
     assert [len(rank) for rank in ranks] == [12, 8]
     assert all(isinstance(rank, DistributedSampler) for rank in ranks), "Lightning leaves it in place"
-    second, first = iter(ranks[1]), iter(ranks[0])
-    assert list(islice(second, 4)) == [12, 13, 14, 15], "1 is another's"
-    assert list(first) == [*range(4), *range(8, 12), *range(20, 24)]
-    assert list(second) == []
+    first, second = (iter(rank) for rank in ranks)
+    assert list(islice(first, 4)) == [*range(4)]
+    assert list(second) == [*range(12, 16), *range(8, 12), *range(20, 24)], "1 is another's; then the first's share"
+    assert list(first) == []

@@ -21,6 +21,7 @@ from vbon_lightning.reference_table import PromptLeases, ReferenceTable, Referen
 from vbon_lightning.rewards import RewardError
 
 PROMPTS = 10
+Another = tuple[ReferenceTableWriter, PromptLeases, list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,16 @@ def data_of(files: Path, table: Path, reward: Any = None, **changes: Any) -> Ali
 
 
 def predict(
-    files: Path, table: Path, *callbacks: Any, lease_s: float = 60.0, trainer: Any = None, **changes: Any
+    files: Path,
+    table: Path,
+    *callbacks: Any,
+    lease_s: float = 60.0,
+    overlap: bool | None = None,
+    trainer: Any = None,
+    **changes: Any,
 ) -> Any:
     data = data_of(files, table, **changes)
-    sampler = ReferenceSampler(data.actors, samples=4, rows_per_pass=8, lease_s=lease_s)
+    sampler = ReferenceSampler(data.actors, samples=4, rows_per_pass=8, lease_s=lease_s, overlap_scoring=overlap)
     return make_trainer(table.parent, *callbacks, **(trainer or {})).predict(sampler, data, return_predictions=False)
 
 
@@ -65,11 +72,13 @@ def rows_of(table: Path) -> list[TableRow]:
 
 
 @contextmanager
-def another(files: Path, table: Path, batch: int) -> Iterator[tuple[ReferenceTableWriter, PromptLeases, list[str]]]:
+def another(
+    files: Path, table: Path, batch: int, seconds: float = 60.0
+) -> Iterator[tuple[ReferenceTableWriter, PromptLeases, list[str]]]:
     """Be another writer that has taken a batch."""
     data = data_of(files, table)
     writer = ReferenceTableWriter(table, data.fingerprint(), shard="another")
-    leases = PromptLeases(table / "leases", "another", seconds=60.0)
+    leases = PromptLeases(table / "leases", "another", seconds=seconds)
     keys = [prompt.key for prompt in data.table_batches()[batch]]
     assert leases.take(keys) == keys
     yield writer, leases, keys
@@ -104,25 +113,34 @@ def test_after_a_kill_it_is_the_same_to_the_last_digit(
     assert len(reward.prompts) == PROMPTS - held, "what is there is not scored again"
 
 
+@pytest.mark.parametrize(("batch", "what"), [(1, "3 prompts"), (3, "1 prompt")])
+@pytest.mark.parametrize("overlap", [False, True])
 def test_what_another_has_is_waited_for(
-    files: Path, alone: list[TableRow], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    overlap: bool,
+    batch: int,
+    what: str,
+    files: Path,
+    alone: list[TableRow],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     table, reward = tmp_path / "table", Counting()
-    with another(files, table, 1) as (writer, leases, keys), caplog.at_level(logging.INFO):
+    with another(files, table, batch, 1.0) as (writer, leases, keys), caplog.at_level(logging.INFO):
 
         def finish() -> None:
             while not caplog.text.count("waiting for"):
                 time.sleep(0.01)
+            time.sleep(0.25)
             writer.write([row for row in alone if row.key in keys])
             leases.release(keys)
 
         other = threading.Thread(target=finish)
         other.start()
-        predict(files, table, reward=reward)
+        predict(files, table, reward=reward, lease_s=1.0, overlap=overlap)
         other.join()
-    assert "waiting for 3 prompts that another took" in caplog.text
-    assert caplog.text.count("waiting for") == 1
-    assert len(reward.prompts) == PROMPTS - 3
+    assert f"waiting for {what} that another took" in caplog.text
+    assert caplog.text.count("waiting for") == 1, "it looks again and again, and says so once"
+    assert len(reward.prompts) == PROMPTS - len(keys)
     assert rows_of(table) == alone
 
 
@@ -130,7 +148,7 @@ def test_what_a_dead_one_had_is_made_when_the_lease_is_over(
     files: Path, alone: list[TableRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = tmp_path / "table"
-    with another(files, table, 1) as (_, leases, _):
+    with another(files, table, 1, 0.3) as (_, leases, _):
         leases._stopped.set()  # it says nothing any more
         waited: list[float] = []
 

@@ -97,6 +97,19 @@ def test_a_writer_says_again_and_again_that_it_lives(opened: Open) -> None:
         time.sleep(0.02)
 
 
+def test_a_writer_of_longer_leases_may_be_silent_for_longer(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(leases_module.time, "monotonic", lambda: now[0])
+    slow, quick = opened("slow", 100.0), opened("quick", 1.0)
+    slow.take(["1"])
+    slow._stopped.set()
+    assert quick.take(["1"]) == []
+    now[0] = 99.0
+    assert quick.take(["1"]) == []
+    now[0] = 101.0
+    assert quick.take(["1"]) == ["1"]
+
+
 def test_a_process_that_is_gone_from_this_machine_is_dead_at_once(opened: Open) -> None:
     a, b = opened(a_gone_writer()), opened("b")
     a.take(["1", "2"])

@@ -6,6 +6,7 @@ import builtins
 import errno
 import os
 import pickle
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,14 @@ def test_a_missing_file_is_missing(place: str) -> None:
         ReferenceTable.open(place)
 
 
-def test_a_broken_object_is_named_with_the_way_out(bucket: str) -> None:
-    place = f"{bucket}/broken"
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_broken_object_is_named_with_the_way_out(damage: str, bucket: str) -> None:
+    place = f"{bucket}/{damage}"
     writer = ReferenceTableWriter(place, FINGERPRINT, shard="a")
     writer.write([make_row(1)])
     shard = UrlPath(f"{place}/part-a-000000.parquet")
-    shard.write_bytes(shard.read_bytes()[:-30])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-30] if damage == "cut" else whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
     with pytest.raises(ReferenceTableError, match=r"part-a-000000\.parquet is truncated or corrupt .*delete that file"):
         ReferenceTable.open(place)
 
@@ -136,9 +139,27 @@ def _write_and_fail(writer: ReferenceTableWriter) -> None:
 
 
 def test_a_large_file_goes_through_the_disk(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Any] = []
+    copy = shutil.copyfileobj
+    monkeypatch.setattr(store_module.shutil, "copyfileobj", lambda *streams: (copied.append(streams), copy(*streams)))
     monkeypatch.setattr(store_module, "_IN_MEMORY", 10)
     UrlPath(f"{bucket}/large").write_bytes(b"x" * 100)
     assert UrlPath(f"{bucket}/large").read_bytes() == b"x" * 100
+    assert len(copied) == 1
+
+
+def test_what_others_put_there_is_seen(bucket: str) -> None:
+    """The driver remembers what it has listed; the table must not."""
+    place = f"{bucket}/listed"
+    writer = ReferenceTableWriter(place, FINGERPRINT)
+    writer.write([make_row(1)])
+    assert len(writer.finished_keys()) == 1
+    other = fsspec.filesystem("s3", skip_instance_cache=True)
+    (shard,) = other.glob(f"{place}/*.parquet")
+    other.copy(shard, f"{place}/part-other-000000.parquet")
+    assert any(name.startswith("part-other") for name in names(place))
+    other.rm_file(shard)
+    assert names(place) == ["fingerprint.json", "part-other-000000.parquet"]
 
 
 def test_a_file_system_behind_a_url_shows_no_half_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,9 @@ class PromptLeases:
     """Take prompts that no other writer has, and those of writers that died.
 
     A lease is a file that is created exclusively and names its writer; a writer is a file that it changes again and
-    again. A writer whose file did not change for the length of a lease, *by the clock of the one who looks*, is dead;
-    one on this machine whose process is gone is dead at once. Nothing is written before the first prompt is taken.
+    again. A writer whose file did not change for the length of a lease (its own or that of the one who looks, whichever
+    is longer), *by the clock of the one who looks*, is dead; one on this machine whose process is gone is dead at once.
+    Nothing is written before the first prompt is taken.
 
     Args:
         directory: where the leases lie, made if absent.
@@ -128,7 +129,7 @@ class PromptLeases:
                 told = True
 
     def _beat(self, number: int) -> None:
-        (self.directory / f"{self.writer}{_WRITER}").write_bytes(str(number).encode())
+        (self.directory / f"{self.writer}{_WRITER}").write_bytes(f"{number} {self.seconds:g}".encode())
 
     def _names(self) -> set[str]:
         try:
@@ -161,7 +162,7 @@ class PromptLeases:
         if last != beat:
             self._seen[writer] = (beat, now)
             return False
-        return now - since > self.seconds
+        return now - since > max(self.seconds, _promised(beat))
 
     def _read(self, name: str) -> bytes:
         """Read a file; nothing where it is gone, or its writer died over it."""
@@ -173,3 +174,11 @@ class PromptLeases:
 
 def _lease(key: str) -> str:
     return key.replace(":", "-") + _LEASE
+
+
+def _promised(beat: bytes) -> float:
+    """Return the seconds for which a writer said that it might be silent; nothing where it died over it."""
+    try:
+        return float(beat.split()[1])
+    except (IndexError, ValueError):
+        return 0.0
