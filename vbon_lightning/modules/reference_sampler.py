@@ -386,8 +386,8 @@ class ReferenceSampler(AlignmentModule):
 
 def _say_waiting(prompts: int, holders: list[str], lease_s: float) -> None:
     rank_zero_info(
-        f"waiting for {prompts} prompt{'s' * (prompts > 1)} that {', '.join(holders) or 'another process'} took: what a "
-        f"process that died did not write is free {lease_s:g} s after it was last heard of"
+        f"waiting for {prompts} prompt{'s' * (prompts > 1)} that {', '.join(holders) or 'another process'} took: what "
+        f"a process that died did not write is free {lease_s:g} s after it was last heard of"
     )
 
 
