@@ -168,11 +168,12 @@ def test_what_a_dead_one_had_is_made_when_the_lease_is_over(
     assert rows_of(table) == alone
 
 
-def test_a_limited_run_waits_for_nobody(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "rows"), [(1, 3), (2, 6), (0.5, 6)])
+def test_a_limited_run_waits_for_nobody(limit: float, rows: int, files: Path, tmp_path: Path) -> None:
     table = tmp_path / "table"
     with another(files, table, 1):
-        predict(files, table, trainer={"limit_predict_batches": 2})
-    assert len(rows_of(table)) == 6
+        predict(files, table, trainer={"limit_predict_batches": limit})
+    assert len(rows_of(table)) == rows
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -25,6 +26,7 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         store = fsspec.get_filesystem_class("s3")
         store.clear_instance_cache()
+        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()  # what another server held
         store().mkdir("bucket")
         yield "s3://bucket"
         store.clear_instance_cache()

@@ -73,6 +73,11 @@ def test_a_silent_writers_prompts_go_to_another_and_a_living_ones_do_not(
     assert other.take(["1"]) == ["1"]
     silent.release(["1"])  # it comes back and thinks that it still has it
     assert "1.lease" in files(other), "the other's lease stays"
+    living._stopped.set()
+    now[0] = 121.0
+    assert other.take(["2"]) == []
+    now[0] = 122.0
+    assert other.take(["2"]) == ["2"], "it was heard of until 61"
 
 
 def test_clocks_that_differ_do_not_matter(tmp_path: Path) -> None:

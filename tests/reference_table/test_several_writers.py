@@ -180,6 +180,33 @@ def test_a_prompt_that_was_written_while_it_was_taken_is_not_made_again(tmp_path
     assert list((tmp_path / "leases").iterdir()) == []
 
 
+def test_a_writer_that_was_stopped_for_longer_than_its_lease_comes_back(tmp_path: Path) -> None:
+    """In the middle of a shard: its prompts are made by another, and nothing of it is touched or lost."""
+    table = tmp_path / "table"
+
+    def stopped() -> None:
+        write, first = ReferenceTableWriter.write, [True]
+
+        def stop_within(self: ReferenceTableWriter, rows: Any) -> None:
+            half = table / f".part-{self.shard}-000000.parquet.tmp"
+            if first.pop() if first else False:
+                half.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGSTOP)
+                assert half.exists(), "it is alive"
+            write(self, rows)
+
+        ReferenceTableWriter.write = stop_within  # type: ignore[method-assign]
+        fill(table, groups=GROUPS[:3], lease_s=0.1)
+
+    child = in_process(stopped)
+    assert os.waitpid(child, os.WUNTRACED)[0] == child
+    assert len(fill(table, groups=GROUPS[:3], lease_s=0.1)) == 12
+    os.kill(child, signal.SIGCONT)
+    assert os.waitpid(child, 0)[1] == 0
+    assert sorted(content(table)) == sorted(make_row(i) for i in range(12))
+    assert not list(table.glob(".*")) and not list((table / "leases").iterdir())
+
+
 def test_leftovers_of_a_living_writer_are_not_touched(tmp_path: Path) -> None:
     living = ReferenceTableWriter(tmp_path, FINGERPRINT)
     leases = PromptLeases(tmp_path / "leases", living.shard, seconds=60.0)

@@ -28,6 +28,7 @@ from vbon_lightning.reference_table import (
     table_summary,
 )
 from vbon_lightning.reference_table import store as store_module
+from vbon_lightning.reference_table import writer as writer_module
 from vbon_lightning.reference_table.store import UrlPath, create_file
 
 
@@ -80,6 +81,25 @@ def test_shards_of_a_dead_writer_are_merged_by_another(place: str) -> None:
     dead.write([make_row(4)])  # it was not dead: its next shard has a name that it never used
     assert content(place) == [make_row(4), *before] or content(place) == [*before, make_row(4)]
     assert any(name.endswith(f"{dead.shard}-000003.parquet") for name in names(place))
+
+
+def test_two_that_merge_the_same_shards_lose_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, writer, other = (ReferenceTableWriter(place, FINGERPRINT) for _ in range(3))
+    for i in range(2):
+        dead.write([make_row(i)])
+    write_tables, attempts = writer_module.write_tables, list[str]()
+
+    def other_first(stream: Any, tables: Any) -> None:
+        attempts.append("merging")
+        if len(attempts) == 1:
+            other.compact([dead.shard])
+        write_tables(stream, tables)
+
+    monkeypatch.setattr(writer_module, "write_tables", other_first)
+    writer.compact([dead.shard])
+    assert len(attempts) == 2, "the parts are gone, and there is nothing left to merge"
+    assert content(place) == [make_row(0), make_row(1)]
+    assert len(names(place)) == 2
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from vbon_lightning.reference_table import writer_names
-from vbon_lightning.reference_table.writer_names import is_gone, new_writer_name
+from vbon_lightning.reference_table.writer_names import new_writer_name, still_runs
 
 
 def a_gone_writer() -> str:
@@ -37,18 +37,17 @@ def test_a_host_with_an_odd_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"[0-9T.]+-none-x-[0-9a-f]{8}\.\d+\.\d+-[0-9a-f]{8}", new_writer_name())
 
 
-def test_who_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, gone = new_writer_name(), a_gone_writer()
-    assert not is_gone(mine)
-    assert is_gone(gone)
+    assert still_runs(mine) is True
+    assert still_runs(gone) is False
     machine, pid, _ = re.search(r"-([0-9a-f]{8})\.(\d+)\.(\d+)-", gone).groups()  # type: ignore[union-attr]
-    assert not is_gone(gone.replace(machine, "0" * 8 if machine != "0" * 8 else "1" * 8)), "of another machine"
-    assert is_gone(mine.replace(f".{os.getpid()}.", f".{os.getpid()}.1")), "the number is another process's by now"
+    assert still_runs(gone.replace(machine, "0" * 8 if machine != "0" * 8 else "1" * 8)) is None, "of another machine"
+    assert still_runs(mine.replace(f".{os.getpid()}.", f".{os.getpid()}.1")) is False, "another process's number by now"
     for given in ("rank0", "", f"host-{pid}"):
-        assert not is_gone(given)
+        assert still_runs(given) is None
     monkeypatch.setattr(writer_names, "_this_machine", lambda: None)
-    assert not is_gone(gone), "where it cannot be known"
-    assert not is_gone(new_writer_name())
+    assert still_runs(gone) is still_runs(new_writer_name()) is None, "where it cannot be known"
 
 
 def test_a_process_that_ended_and_waits_for_its_parent_is_gone() -> None:

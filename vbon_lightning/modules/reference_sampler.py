@@ -186,10 +186,10 @@ class ReferenceSampler(AlignmentModule):
         A run that was limited to so many batches leaves it to the next.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        if self.trainer.limit_predict_batches != 1.0 or not hasattr(datamodule, "table_batches"):
-            self.writer.write(self._finish_scoring())
-            return
         self.writer.write(self._finish_scoring())
+        limit = self.trainer.limit_predict_batches
+        if not (isinstance(limit, float) and limit == 1.0) or not hasattr(datamodule, "table_batches"):
+            return
         batches, told = datamodule.table_batches(), 0
         while True:
             done = self.writer.look_again()

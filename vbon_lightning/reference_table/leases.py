@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from vbon_lightning.reference_table.store import TablePath, create_file, telling
-from vbon_lightning.reference_table.writer_names import is_gone
+from vbon_lightning.reference_table.writer_names import still_runs
 
 _log = logging.getLogger(__name__)
 _BEATS = 5
@@ -88,8 +88,12 @@ class PromptLeases:
         return {name for name in self._writers() if not self._is_dead(name)}
 
     def sweep(self) -> set[str]:
-        """Remove what dead writers left in here, and return their names; a living one's is never touched."""
-        dead = {name for name in self._writers() if self._is_dead(name)}
+        """Remove what dead writers left in here, and return their names.
+
+        A process of this machine that is silent and still there (stopped, or waiting for a disk) may come back: what it
+        left is not touched, though its prompts may be taken.
+        """
+        dead = {name for name in self._writers() if self._is_dead(name) and not still_runs(name)}
         for name in self._names() if dead else ():
             if name.endswith(_LEASE) and self._owner(name) in dead:
                 (self.directory / name).unlink(missing_ok=True)
@@ -155,7 +159,7 @@ class PromptLeases:
             return create_file(self.directory / name, self.writer.encode())
 
     def _is_dead(self, writer: str) -> bool:
-        if is_gone(writer):
+        if still_runs(writer) is False:
             return True
         beat, now = self._read(f"{writer}{_WRITER}"), time.monotonic()
         last, since = self._seen.setdefault(writer, (beat, now))

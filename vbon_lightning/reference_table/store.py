@@ -146,7 +146,13 @@ class UrlPath:
         with telling(self, writing=writing):
             files, path = fsspec.core.url_to_fs(self.url)
             files.invalidate_cache()
-            yield files, path
+            try:
+                yield files, path
+            except FileNotFoundError as problem:
+                if not writing:
+                    raise
+                message = f"{self} cannot be written: {problem}. Make the bucket, or name one that is there"
+                raise _error(message, problem.errno) from problem
 
 
 def _puts_whole(files: Any) -> bool:
@@ -199,16 +205,14 @@ def telling(path: TablePath, *, writing: bool) -> Iterator[None]:
         writing: whether it is to be written.
 
     Raises:
-        FileNotFoundError: as it comes, where something is read.
+        FileNotFoundError: as it comes.
         TableStoreError: for everything else that a disk or a store has to say.
     """
     try:
         yield
-    except TableStoreError:
+    except (FileNotFoundError, TableStoreError):
         raise
     except OSError as problem:
-        if isinstance(problem, FileNotFoundError) and not writing:
-            raise
         message = _message(path, problem, writing=writing)
         if message is None:
             raise
@@ -243,8 +247,6 @@ def _message(path: TablePath, problem: OSError, *, writing: bool) -> str | None:
         return f"{path} cannot be {what}: {problem.strerror or problem}. Ask for the right to, or name another place"
     if isinstance(path, Path):
         return None
-    if isinstance(problem, FileNotFoundError):
-        return f"{path} cannot be written: {problem}. Make the bucket, or name one that is there"
     if problem.errno is None:  # what a library says of a file's content
         return None
     return _driver_message(path, problem)

@@ -28,7 +28,7 @@ from vbon_lightning.reference_table.shards import (
     write_tables,
 )
 from vbon_lightning.reference_table.store import TablePath, table_path, telling
-from vbon_lightning.reference_table.writer_names import is_gone, new_writer_name
+from vbon_lightning.reference_table.writer_names import new_writer_name, still_runs
 
 _AT_ONCE = 16
 """Shards whose keys are read at the same time."""
@@ -61,8 +61,9 @@ class ReferenceTableWriter:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", shard):
             raise ValueError(f"a shard name has letters, digits, '_', '.' and '-' only, got {shard!r}")
         self.path, self.shard = table_path(path), shard
-        self._written = 0
+        self._next: int | None = None
         self._keys: dict[str, list[str]] = {}
+        self._finished: set[str] = set()
         with telling(self.path, writing=True):
             self.path.mkdir(parents=True, exist_ok=True)
             self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
@@ -75,9 +76,13 @@ class ReferenceTableWriter:
                 files = shard_files(self.path)
                 new = [file for file in files if file.name not in self._keys]  # a shard never changes
                 with ThreadPoolExecutor(_AT_ONCE) as threads:  # a store takes its time for each
-                    self._keys |= zip((file.name for file in new), threads.map(shard_keys, new), strict=True)
-                self._keys = {file.name: self._keys[file.name] for file in files}
-                return {key for keys in self._keys.values() for key in keys}
+                    found = list(threads.map(shard_keys, new))
+                self._keys |= zip((file.name for file in new), found, strict=True)
+                if len(self._keys) > len(files):  # some were merged into others, or deleted
+                    self._keys, self._finished = {file.name: self._keys[file.name] for file in files}, set()
+                    new = files
+                self._finished.update(key for file in new for key in self._keys[file.name])
+                return set(self._finished)
             except FileNotFoundError:  # another process has just compacted its shards: list them again
                 continue
 
@@ -133,15 +138,15 @@ class ReferenceTableWriter:
         for file in self.path.iterdir():
             match = _UNFINISHED.fullmatch(file.name)
             name = match and (match["shard"] or match["claim"])
-            if name and (name in (self.shard, *writers) or is_gone(name)):
+            if name and (name in (self.shard, *writers) or still_runs(name) is False):
                 file.unlink(missing_ok=True)
 
     def _next_file(self) -> TablePath:
-        """Return a name that this writer never used: readers know shards by name."""
-        counts = [shard_count(file, self.shard) for file in shard_files(self.path)]
-        number = max((count + 1 for count in counts if count is not None), default=0)
-        number = max(number, self._written)
-        self._written = number + 1
+        """Return a name that this writer never used, though its shard be merged by another: readers know it by name."""
+        if self._next is None:
+            counts = [shard_count(file, self.shard) for file in shard_files(self.path)]
+            self._next = max((count + 1 for count in counts if count is not None), default=0)
+        number, self._next = self._next, self._next + 1
         return self.path / f"part-{self.shard}-{number:06d}.parquet"
 
 

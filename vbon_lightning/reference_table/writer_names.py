@@ -14,7 +14,7 @@ _NAME = re.compile(r".+-(?P<machine>[0-9a-f]{8})\.(?P<pid>\d+)\.(?P<started>\d+)
 
 
 def new_writer_name() -> str:
-    """Return a name: the time, the machine and the process, as people and :func:`is_gone` read them, 32 random bits.
+    """Return a name: the time, the machine and the process, as people and :func:`still_runs` read them, 32 random bits.
 
     The time puts a table's rows in the order of their making, and before those of a later writer; nothing else hangs
     on it.
@@ -25,17 +25,16 @@ def new_writer_name() -> str:
     return f"{begun}-{host}-{_this_machine() or '0' * 8}.{pid}.{_started(pid) or 0}-{secrets.token_hex(4)}"
 
 
-def is_gone(name: str) -> bool:
-    """Tell whether a writer's process ran on this machine and does not any more; False where that is not known.
+def still_runs(name: str) -> bool | None:
+    """Tell whether a writer's process runs on this machine; None where that cannot be known, and for other machines.
 
     Args:
         name: the writer's name; one that was given by hand says nothing.
     """
-    match = _NAME.fullmatch(name)
-    machine = _this_machine()
+    match, machine = _NAME.fullmatch(name), _this_machine()
     if match is None or machine is None or match["machine"] != machine:
-        return False
-    return _started(int(match["pid"])) != int(match["started"])
+        return None
+    return _started(int(match["pid"])) == int(match["started"])
 
 
 def _this_machine() -> str | None:
