@@ -123,20 +123,23 @@ def test_what_another_has_is_waited_for(
     alone: list[TableRow],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    sleep = time.sleep
+    monkeypatch.setattr(reference_sampler.time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
     table, reward = tmp_path / "table", Counting()
-    with another(files, table, batch, 1.0) as (writer, leases, keys), caplog.at_level(logging.INFO):
+    with another(files, table, batch) as (writer, leases, keys), caplog.at_level(logging.INFO):
 
         def finish() -> None:
             while not caplog.text.count("waiting for"):
-                time.sleep(0.01)
-            time.sleep(0.25)
+                sleep(0.01)
+            sleep(0.1)
             writer.write([row for row in alone if row.key in keys])
             leases.release(keys)
 
         other = threading.Thread(target=finish)
         other.start()
-        predict(files, table, reward=reward, lease_s=1.0, overlap=overlap)
+        predict(files, table, reward=reward, overlap=overlap)
         other.join()
     assert f"waiting for {what} that another took" in caplog.text
     assert caplog.text.count("waiting for") == 1, "it looks again and again, and says so once"

@@ -93,13 +93,15 @@ def test_clocks_that_differ_do_not_matter(tmp_path: Path) -> None:
     b.close()
 
 
-def test_a_writer_says_again_and_again_that_it_lives(opened: Open) -> None:
-    a, b = opened("a", 0.25), opened("b", 0.25)
+def test_a_writer_says_again_and_again_that_it_lives(tmp_path: Path) -> None:
+    a, b = (PromptLeases(tmp_path, name, seconds=1.0) for name in ("a", "b"))
     a.take(["1"])
-    until = time.monotonic() + 1.0
+    until = time.monotonic() + 1.5
     while time.monotonic() < until:
         assert b.take(["1"]) == [] and b.sweep() == set()
         time.sleep(0.02)
+    a.close()
+    b.close()
 
 
 def test_a_writer_of_longer_leases_may_be_silent_for_longer(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tests.crashes import count_calls, killed_at, with_files_of
 from tests.reference_table.setting import FINGERPRINT, content, make_row, shards
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter as Writer
 from vbon_lightning.reference_table import PromptLeases, ReferenceTable, ReferenceTableWriter
+from vbon_lightning.reference_table import leases as leases_module
 
 ROWS = 40
 GROUPS = [list(range(first, first + 4)) for first in range(0, ROWS, 4)]
@@ -174,6 +175,7 @@ def test_a_prompt_that_was_written_while_it_was_taken_is_not_made_again(tmp_path
     quick.write([make_row(0)])
     assert slow.take(keys) == keys[1:]
     assert slow.taken == {keys[1]}
+    assert [file.name for file in (tmp_path / "leases").glob("*.lease")] == [f"{keys[1]}.lease"]
     assert quick.take(keys) == [], "the other has it"
     for writer in (slow, quick):
         writer.on_exception(trainer, None, RuntimeError())  # type: ignore[arg-type]
@@ -205,6 +207,42 @@ def test_a_writer_that_was_stopped_for_longer_than_its_lease_comes_back(tmp_path
     assert os.waitpid(child, 0)[1] == 0
     assert sorted(content(table)) == sorted(make_row(i) for i in range(12))
     assert not list(table.glob(".*")) and not list((table / "leases").iterdir())
+
+
+def test_what_a_writer_of_another_machine_left_is_removed_within_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(leases_module.time, "monotonic", lambda: now[0])
+    (tmp_path / "leases").mkdir()
+    left = [tmp_path / "leases" / "elsewhere.writer", tmp_path / "leases" / f"{make_row(30).key}.lease"]
+    left.append(tmp_path / ".part-elsewhere-000007.parquet.tmp")
+    for file, content_ in zip(left, (b"17 60", b"elsewhere", b"half a shard"), strict=True):
+        file.write_bytes(content_)
+    trainer: Any = _Trainer(tmp_path)
+    writer = Writer(60.0)
+    writer.setup(trainer, None, "predict")
+    assert all(file.exists() for file in left), "it may live"
+    now[0] = 61.0
+    writer.on_predict_end(trainer, None)
+    assert not any(file.exists() for file in left)
+
+
+def test_shards_of_a_living_writer_are_its_own_to_merge(tmp_path: Path) -> None:
+    living, merging = ReferenceTableWriter(tmp_path, FINGERPRINT), ReferenceTableWriter(tmp_path, FINGERPRINT)
+    leases = [PromptLeases(tmp_path / "leases", one.shard, seconds=60.0) for one in (living, merging)]
+    leases[0].take(["1"])
+    for i in (0, 1):
+        living.write([make_row(i)])
+    fill(tmp_path, groups=GROUPS[:1])
+    assert len(shards(tmp_path)) == 3
+    leases[0].close()  # now its shards are left behind, but another is at them
+    leases[1].take(["merging"])
+    fill(tmp_path, groups=GROUPS[:1])
+    assert len(shards(tmp_path)) == 3
+    leases[1].close()
+    fill(tmp_path, groups=GROUPS[:1])
+    assert len(shards(tmp_path)) == 2
 
 
 def test_leftovers_of_a_living_writer_are_not_touched(tmp_path: Path) -> None:

@@ -244,6 +244,13 @@ def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPa
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@pytest.mark.parametrize(("writing", "what"), [(True, "written"), (False, "read")])
+def test_a_store_that_refuses_is_named(writing: bool, what: str) -> None:
+    with pytest.raises(TableStoreError) as caught, store_module.telling(UrlPath("s3://a/b"), writing=writing):
+        raise PermissionError("Access Denied")
+    assert str(caught.value).startswith(f"s3://a/b cannot be {what}: Access Denied. Ask for the right to")
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
