@@ -148,6 +148,16 @@ def test_the_readers_of_guides_see_what_they_are_to_check() -> None:
     assert launched("torchrun --nnodes 2 -m vbon_lightning fit") == [(["torchrun", "--nnodes", "2"], ["fit"])]
 
 
+def test_the_commands_of_the_page_on_tables_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [block.split("```")[0] for block in (ROOT / "docs/tables.md").read_text().split("```sh")[1:]]
+    found = [words for block in blocks for words in commands(block)]
+    launched = [line.split(" -m vbon_lightning ")[1] for line in "".join(blocks).replace("\\\n", " ").splitlines()
+                if line.startswith("torchrun ")]  # fmt: skip
+    assert (len(found), len(launched)) == (7, 1)
+    for words in [*found, *map(shlex.split, launched)]:
+        assert parse(words, monkeypatch) is not None
+
+
 def test_the_adapters_of_the_summarisation_setting_fit_its_kind_of_model() -> None:
     """Parsing does not show whether peft takes them: on a tiny model with the modules and layers of Pythia-2.8B."""
     pytest.importorskip("peft")

@@ -97,6 +97,4 @@ def test_two_ranks_write_the_table_that_one_writes(files: Path, together: Path, 
     assert len(one) == 7
     assert sorted(one.keys()) == sorted(two.keys())
     for key in sorted(one.keys()):
-        ours, theirs = one.row(key), two.row(key)
-        assert ours._replace(log_probs=None) == theirs._replace(log_probs=None)
-        assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-5)
+        assert one.row(key) == two.row(key), "to the last digit: a prompt is sampled in the same company"

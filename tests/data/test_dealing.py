@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DistributedSampler
 
-from vbon_lightning.data.dealing import RowDealer, StreamedRows
+from vbon_lightning.data.dealing import BatchTaker, RowDealer, StreamedRows
 
 
 def batches(sampler: RowDealer) -> list[list[int]]:
@@ -196,3 +196,21 @@ def test_a_stream_reads_no_further_than_it_must() -> None:
 def test_a_stream_that_fills_no_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.train do not fill one batch of 2 on 12 rank"):
         dealt(streamed(num_replicas=12))
+
+
+def test_batches_are_taken_whole_each_rank_its_share_first() -> None:
+    free = {0, 2, 3, 5}
+
+    def take(rows: range) -> bool:
+        batch = rows.start // 4
+        found = batch in free
+        free.discard(batch)
+        return found
+
+    ranks = [BatchTaker([0, 1, 2, 3, 5], take, batch_size=4, num_replicas=2, rank=rank) for rank in range(2)]
+    assert [len(rank) for rank in ranks] == [12, 8]
+    assert all(isinstance(rank, DistributedSampler) for rank in ranks), "Lightning leaves it in place"
+    first, second = (iter(rank) for rank in ranks)
+    assert list(islice(first, 4)) == [*range(4)]
+    assert list(second) == [*range(12, 16), *range(8, 12), *range(20, 24)], "1 is another's; then the first's share"
+    assert list(first) == []

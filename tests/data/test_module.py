@@ -356,7 +356,24 @@ def test_predict_deals_each_missing_prompt_once(make):
     assert texts_of(make(table_splits=["val"]).predict_dataloader()) == VAL
     finished = {row.key for row in data.prompts("train") if row.text != "cde"}
     data = make(module=SimpleNamespace(finished_keys=lambda: finished, batch_kind="prompts"))
-    assert texts_of(data.predict_dataloader()) == ["cde", "ba", "hh"]
+    assert texts_of(data.predict_dataloader()) == ["ab", "cde", "ba", "hh"], "batches stay whole"
+
+
+def test_predict_deals_what_can_be_taken(make):
+    asked: list[list[str]] = []
+    names = {row.key: row.text for row in [*make().prompts("train"), *make().prompts("val")]}
+
+    def take(keys: list[str]) -> list[str]:
+        asked.append([names[key] for key in keys])
+        return [] if "f" in asked[-1] else keys
+
+    finished = {key for key, name in names.items() if name in ("ab", "cde", "hgf")}
+    module = SimpleNamespace(finished_keys=lambda: finished, take=take, batch_kind="prompts")
+    dealt = [texts_of(make(module=module, world=2, rank=rank).predict_dataloader()) for rank in range(2)]
+    assert dealt[0] == ["dd", "ee", "ba", "hh", "hgf", "abc", "fgh", "c"], "its share, then the other rank's"
+    assert dealt[1] == ["hgf", "abc", "fgh", "c", "dd", "ee", "ba", "hh"]
+    assert asked[:5] == [["f", "gh"], ["dd", "ee"], ["ba", "hh"], ["hgf", "abc"], ["fgh", "c"]]
+    assert [len(make(module=module, world=2, rank=rank).predict_dataloader()) for rank in range(2)] == [3, 2]
 
 
 def test_predict_needs_no_table_and_no_rewards(make, tmp_path):

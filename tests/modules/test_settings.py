@@ -150,6 +150,7 @@ def test_options_that_are_not_recorded_are_kept() -> None:
         assert (cls(spec()).eval_samples, cls(spec(), eval_samples=1).eval_samples) == (8, 1)
     sampler = ReferenceSampler(spec())
     assert (sampler.rows_per_pass, sampler.overlap_scoring, sampler.responses_from) == (1024, None, None)
+    assert (sampler.writer.lease_s, ReferenceSampler(spec(), lease_s=5.0).writer.lease_s) == (60.0, 5.0)
     sampler = ReferenceSampler(spec(), rows_per_pass=1, overlap_scoring=True, responses_from="there")
     assert (sampler.rows_per_pass, sampler.overlap_scoring, sampler.responses_from) == (1, True, "there")
     module = VBoN(spec(), optimizer="optimizer", lr_scheduler="scheduler")
@@ -256,6 +257,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (ValueModelling, {"atoms": 1}, "model.atoms must be at least 2, got 1"),
     (ValueModelling, {"probe": -1}, "model.probe must be at least 0, got -1"),
     (ReferenceSampler, {"samples": 0}, "model.samples and model.rows_per_pass must be >= 1, got 0, 1024"),
+    (ReferenceSampler, {"lease_s": 0.0}, "model.lease_s must be > 0, got 0.0"),
     (ReferenceSampler, {"rows_per_pass": 0}, "model.samples and model.rows_per_pass must be >= 1, got 256, 0"),
 ]
 

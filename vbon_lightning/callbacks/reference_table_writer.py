@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,22 +10,29 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from vbon_lightning.paths import resolve_path
-from vbon_lightning.reference_table import ReferenceTable, TableRow, table_summary
+from vbon_lightning.reference_table import PromptLeases, ReferenceTable, TableRow, table_path, table_summary
 from vbon_lightning.reference_table import ReferenceTableWriter as TableFiles
 
 
 class ReferenceTableWriter(BasePredictionWriter):
     """Write each predicted batch to the data module's reference table as soon as it is there.
 
-    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing. Processes
-    write side by side. ``ReferenceSampler`` brings this callback along.
+    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing. Any number of
+    processes write side by side, each prompts that it took and nobody else has. ``ReferenceSampler`` brings this
+    callback along.
+
+    Args:
+        lease_s: How long a process may stay silent before others take over the prompts that it had taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lease_s: float = 60.0) -> None:
         super().__init__(write_interval="batch")
+        self.lease_s = lease_s
         self._files: TableFiles | None = None
-        self._path: Path | None = None
+        self._leases: PromptLeases | None = None
         self._finished: set[str] = set()
+        self.taken: set[str] = set()
+        """Keys of the prompts that are this process's to make."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the table, refusing one made with other models or settings, before anything is sampled."""
@@ -35,15 +41,52 @@ class ReferenceTableWriter(BasePredictionWriter):
         data = getattr(trainer, "datamodule", None)
         if data is None or getattr(data, "reference_table", None) is None:
             raise ValueError("`vbon predict` needs a place for the table: set data.reference_table to a directory")
-        self._path = Path(resolve_path(data.reference_table))
-        self._files = TableFiles(self._path, data.fingerprint(), shard=f"rank{trainer.global_rank}")
+        self._files = TableFiles(table_path(resolve_path(data.reference_table)), data.fingerprint())
+        self.taken.clear()
+        self._leases = PromptLeases(self._files.path / "leases", self._files.shard, seconds=self.lease_s)
+        self._files.remove_leftovers(self._leases.sweep())
         # Every rank must deal out the same prompts, so all look before any writes.
         self._finished = self._files.finished_keys()
         trainer.strategy.barrier("reference table opened")
 
     def finished_keys(self) -> set[str]:
-        """Return the prompts that the table held when it was opened."""
+        """Return the prompts that the table held when somebody last looked."""
         return self._finished
+
+    def take(self, keys: Iterable[str]) -> list[str]:
+        """Take the prompts of a group that are neither in the table nor at work elsewhere.
+
+        Args:
+            keys: Keys of prompts.
+
+        Returns:
+            The keys of the prompts taken; none where another process is at the group.
+        """
+        assert self._files is not None
+        assert self._leases is not None
+        wanted = [key for key in keys if key not in self._finished]
+        if not (taken := self._leases.take(wanted)):
+            return []
+        # Whoever had them until now may have written them in the meantime.
+        self._finished = self._files.finished_keys()
+        self._leases.release(self._finished.intersection(taken))
+        self.taken.update(set(taken) - self._finished)
+        return [key for key in taken if key not in self._finished]
+
+    def look_again(self) -> set[str]:
+        """Return the prompts that the table holds now."""
+        assert self._files is not None
+        self._finished = self._files.finished_keys()
+        return self._finished
+
+    def holders(self, keys: Iterable[str]) -> list[str]:
+        """Return the names of other processes that took some of these prompts.
+
+        Args:
+            keys: Keys of prompts.
+        """
+        assert self._leases is not None
+        return self._leases.holders(keys)
 
     def write_on_batch_end(
         self,
@@ -59,20 +102,38 @@ class ReferenceTableWriter(BasePredictionWriter):
         self.write(prediction)
 
     def write(self, rows: list[TableRow]) -> None:
-        """Write rows to the table.
+        """Write rows to the table, whose prompts are nobody's work from then on.
 
         Args:
             rows: The rows.
         """
-        if self._files is not None and rows:
+        if self._files is not None and self._leases is not None and rows:
             self._files.write(rows)
+            self._leases.release(row.key for row in rows)
+            self.taken.difference_update(row.key for row in rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge this process's files, and say what the table now holds."""
-        if self._files is None or self._path is None:
+        """Merge this process's files and those of processes that died, and say what the table now holds."""
+        if self._files is None or self._leases is None:
             return
-        self._files.compact()
+        self._merge(self._files, self._leases)
+        self._leases.close()
         trainer.strategy.barrier("reference table written")
         if trainer.is_global_zero:
-            summary = table_summary(ReferenceTable.open(self._path))
-            rank_zero_info(f"reference table {self._path}: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+            summary = table_summary(ReferenceTable.open(self._files.path))
+            rank_zero_info(f"reference table {self._files.path}: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+
+    def _merge(self, files: TableFiles, leases: PromptLeases) -> None:
+        files.remove_leftovers(leases.sweep())
+        abandoned = files.in_pieces() - leases.others()
+        # One at a time: two would do the same work, though they would lose nothing.
+        files.compact(abandoned if abandoned and leases.take(["merging"]) else ())
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let others have the prompts that were taken and will not be made."""
+        self.teardown(trainer, pl_module, "predict")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let others have what was taken and not made."""
+        if self._leases is not None:
+            self._leases.close()

@@ -112,6 +112,52 @@ class RowDealer(DistributedSampler):
             yield from mine[first : first + self.batch_size]
 
 
+class BatchTaker(DistributedSampler):
+    """Deal batches that no other process has taken, each process its share first.
+
+    A batch is of the same rows whoever deals it and whatever is done already: the last digits of a prompt's numbers
+    hang on those that it is padded to. Of W ranks, rank r begins with the batches r, r + W, ... that are wanted; these
+    are its length. What cannot be taken is passed over. The last batch is filled up with indices beyond the data set.
+
+    Args:
+        wanted: Numbers of the batches to deal.
+        take: Takes a batch, of rows with these numbers, and tells whether this process has it now.
+        batch_size: Rows a batch.
+        num_replicas: Number of ranks.
+        rank: This rank.
+        together: The ranks hold a model together.
+    """
+
+    def __init__(
+        self,
+        wanted: Sequence[int],
+        take: Callable[[range], bool],
+        *,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        together: bool = False,
+    ) -> None:
+        rows: Any = range(len(wanted) * batch_size)
+        super().__init__(rows, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.take, self.batch_size, self.together = take, batch_size, together
+        if together:
+            beyond = [max(wanted) + 1] * (-len(wanted) % num_replicas)
+            wanted = [*wanted, *beyond]
+        ranks = [(rank + later) % num_replicas for later in range(num_replicas)]
+        self.share = wanted[rank::num_replicas]
+        self.order = [batch for rank in ranks for batch in wanted[rank::num_replicas]]
+
+    def __len__(self) -> int:
+        return len(self.share) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in self.share if self.together else self.order:
+            rows = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            if self.take(rows) or self.together:
+                yield from rows
+
+
 class StreamedRows(IterableDataset):
     """Deal rows that are read as they are needed, as :class:`RowDealer` deals those that are all there.
 

@@ -10,19 +10,20 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.data.collating import collate_judged, collate_prompts, collate_texts
 from vbon_lightning.data.conversations import ConversationError
-from vbon_lightning.data.dealing import ResumableLoader, RowDealer, Rows, StreamedRows
+from vbon_lightning.data.dealing import BatchTaker, ResumableLoader, RowDealer, Rows, StreamedRows
 from vbon_lightning.data.encoding import EncodedJudged, EncodedPrompt, EncodedText
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextRow, TextSource, find_columns, read_rows, stream_rows
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable
+from vbon_lightning.sharding import is_sharded
 from vbon_lightning.types import JudgedBatch, PromptBatch, Responses, TableBatch, TextBatch
 
 Split = Literal["train", "val", "test"]
@@ -42,7 +43,8 @@ class AlignmentDataModule(LightningDataModule):
         test: Where held-out text for ``vbon test`` and ``vbon compare`` comes from.
         reward_columns: Columns of the data set that the reward reads beside the prompt, such as the right answer; those
             that it names itself come without asking.
-        reference_table: Directory of the reference table: read when it is there, written by ``vbon predict``.
+        reference_table: Directory of the reference table, or its URL in a store that ``fsspec`` knows (``s3://``): read
+            when it is there, written by ``vbon predict``, of which several may run at the same time.
         table_samples: M, how many of the table's responses a prompt to use, the first ones; all by default.
         table_skip: Leave out so many of the table's responses a prompt before that. Where a policy is judged on the
             prompts that it learnt from, those that judge are to be others than those that taught: train with
@@ -383,7 +385,40 @@ class AlignmentDataModule(LightningDataModule):
         )
 
     def predict_dataloader(self) -> DataLoader:
-        """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each once."""
+        """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each to one process."""
+        batches = self.table_batches()
+        module: Any = self._module
+        done = module.finished_keys() if hasattr(module, "finished_keys") else set()
+        take = getattr(module, "take", bool)  # any other module makes them all
+        keys = [[prompt.key for prompt in batch] for batch in batches]
+        together = module is not None and is_sharded(module)
+        # Ranks that must make the same passes deal out all: what is done may change between their looks.
+        wanted = [number for number, members in enumerate(keys) if together or not done.issuperset(members)]
+        rows, size = Rows([prompt for batch in batches for prompt in batch]), self.eval_batch_size
+        world, rank = self._ranks()
+        sampler: DistributedSampler = self._sampler(1, size)  # one that is done, for Lightning wants something
+        if wanted:
+            sampler = BatchTaker(
+                wanted,
+                lambda rows: bool(take(keys[rows.start // size] if rows.start < size * len(keys) else [])),
+                batch_size=size,
+                num_replicas=world,
+                rank=rank,
+                together=together,
+            )
+        return self._loader(DataLoader, rows, "table", sampler, size)
+
+    def table_batches(self) -> list[list[EncodedPrompt]]:
+        """Return :meth:`table_prompts` in the groups in which they are sampled, whatever is done of them."""
+        prompts = list(self.table_prompts().values())
+        return [prompts[first : first + self.eval_batch_size] for first in range(0, len(prompts), self.eval_batch_size)]
+
+    def table_prompts(self) -> dict[str, EncodedPrompt]:
+        """Return the prompts of ``table_splits`` by their keys, as the reference table is to hold them.
+
+        Raises:
+            ValueError: If there are none.
+        """
         prompts: dict[str, EncodedPrompt] = {}
         for split in self.table_splits:
             if self.sources[split] is not None:
@@ -391,12 +426,7 @@ class AlignmentDataModule(LightningDataModule):
                     prompts.setdefault(prompt.key, prompt)
         if not prompts:
             raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
-        module: Any = self._module
-        done = module.finished_keys() if hasattr(module, "finished_keys") else set()
-        rows = Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
-        return self._loader(
-            DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
-        )
+        return prompts
 
     def _sampler(self, size: int, batch_size: int) -> RowDealer:
         world, rank = self._ranks()
@@ -406,7 +436,7 @@ class AlignmentDataModule(LightningDataModule):
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _loader(
-        self, cls: type[DataLoader], rows: Rows | StreamedRows, kind: str, sampler: RowDealer | None, size: int
+        self, cls: type[DataLoader], rows: Rows | StreamedRows, kind: str, sampler: DistributedSampler | None, size: int
     ) -> DataLoader:
         collate: dict[str, Callable[[list[Any]], NamedTuple]] = {
             "text": self._collate_texts,

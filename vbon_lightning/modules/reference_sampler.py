@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,23 @@ class _Sampled(NamedTuple):
     responses: list[list[str]]
     finished: list[list[bool]]
     log_probs: list[list[float]]
+
+    def of(self, keys: Collection[str]) -> _Sampled:
+        """Return the prompts with these keys alone."""
+        rows = [row for row, key in enumerate(self.keys) if key in keys]
+
+        def picked(values: list[Any]) -> list[Any]:
+            return [values[row] for row in rows]
+
+        return _Sampled(
+            picked(self.keys),
+            select_prompts(self.prompts, rows),
+            picked(self.prompt_ids),
+            picked(self.token_ids),
+            picked(self.responses),
+            picked(self.finished),
+            picked(self.log_probs),
+        )
 
     def rows(self, rewards: dict[int, list[float]]) -> list[TableRow]:
         """Return the table's rows of the prompts whose rewards are given, by their place in the group."""
@@ -76,6 +94,9 @@ class ReferenceSampler(AlignmentModule):
             the same. A reward must then not touch what sampling uses (its model, the tokenizer's settings).
         responses_from: Directory of a table of the same reference and sampling settings under another reward: its
             responses are scored, and nothing is sampled.
+        lease_s: Where several `vbon predict` fill one table: how long one may be silent (it was killed, or its machine
+            is gone) before the others make the prompts that it had taken. A running one speaks five times in that
+            time, however long its prompts take.
         seed: Initialises a reference made from a config; the responses come from ``data.table_seed``.
     """
 
@@ -89,6 +110,7 @@ class ReferenceSampler(AlignmentModule):
         rows_per_pass: int = 1024,
         overlap_scoring: bool | None = None,
         responses_from: str | None = None,
+        lease_s: float = 60.0,
         seed: int = 0,
     ) -> None:
         super().__init__(actors, seed=seed)
@@ -99,7 +121,9 @@ class ReferenceSampler(AlignmentModule):
         self._source: ReferenceTable | None = None
         self._caller: RewardCaller | None = None
         self._pending: _Asked | None = None
-        self.writer = ReferenceTableWriter()
+        if not lease_s > 0:
+            raise ValueError(f"model.lease_s must be > 0, got {lease_s}")
+        self.writer = ReferenceTableWriter(lease_s)
         self.record_settings(samples=samples)
 
     def configure_model(self) -> None:
@@ -120,6 +144,10 @@ class ReferenceSampler(AlignmentModule):
     def finished_keys(self) -> set[str]:
         """Return the prompts the table holds already."""
         return self.writer.finished_keys()
+
+    def take(self, keys: list[str]) -> list[str]:
+        """Take the prompts of a group that the table lacks, unless another process has; return their keys."""
+        return self.writer.take(keys)
 
     def on_predict_start(self) -> None:
         """Check that prompts and responses fit the model's context, and that a table to take responses from fits."""
@@ -151,20 +179,59 @@ class ReferenceSampler(AlignmentModule):
 
         The next batch returns that group, the last one all that is left. What is not returned is not in the table.
         """
+        progress: Any = self.trainer.predict_loop.batch_progress
+        return self.make_rows(batch, last=progress.is_last_batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Make what is left when nothing can be taken any more: wait for the others, and take over from the dead.
+
+        A run that was limited to so many batches leaves it to the next.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        self.writer.write(self._finish_scoring())
+        limit = self.trainer.limit_predict_batches
+        if not (isinstance(limit, float) and limit == 1.0) or not hasattr(datamodule, "table_batches"):
+            return
+        batches, told = datamodule.table_batches(), 0
+        any_batch = batches[0]
+        while True:
+            done = self.writer.look_again()
+            batches = [batch for batch in batches if not done.issuperset(prompt.key for prompt in batch)]
+            if not self._anywhere(bool(batches)):
+                return
+            mine = next((batch for batch in batches if self.take([prompt.key for prompt in batch])), None)
+            if self._anywhere(mine is not None):
+                # Where this process has none of it, it makes the passes of those who hold the reference with it.
+                prompts = datamodule.prompt_batch(mine or any_batch)
+                prompts = self.trainer.strategy.batch_to_device(prompts, self.device)
+                with self.trainer.precision_plugin.predict_step_context():
+                    self.writer.write(self.call_whole("make_rows", prompts))
+            else:
+                missing = [prompt.key for batch in batches for prompt in batch if prompt.key not in done]
+                if len(missing) != told:
+                    told = len(missing)
+                    _say_waiting(told, self.writer.holders(missing), self.writer.lease_s)
+                time.sleep(min(1.0, self.writer.lease_s / 10))
+
+    def _anywhere(self, here: bool) -> bool:
+        """Return whether something is so here or, where processes hold the reference together, on one of them."""
+        return bool(most(int(here), self.device)) if is_sharded(self.loaded.policy) else here
+
+    def make_rows(self, batch: PromptBatch, last: bool = True) -> list[TableRow]:
+        """Return the table rows that are ready, of the prompts that this process took; with the last batch all."""
         rows: list[TableRow] = []
         try:
             groups = list(self._groups(batch))
             more = self._groups_of_others(len(groups))
             for group in groups:
-                sampled = self._sample(group)
+                sampled = self._sample(group).of(self.writer.taken)
                 rows += self._finish_scoring()
                 self._pending = _Asked(sampled, self._ask(sampled))
                 if not self._overlaps:
                     rows += self._finish_scoring()
             for _ in range(more):
                 self._sample(select_prompts(batch, [0]))
-            progress: Any = self.trainer.predict_loop.batch_progress
-            if progress.is_last_batch:
+            if last:
                 rows += self._finish_scoring()
         except RewardError:
             self.writer.write(rows + self._finished_rows())
@@ -246,14 +313,14 @@ class ReferenceSampler(AlignmentModule):
             )
 
     def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
-        """Split a batch so that its samples fit a pass, leaving out rows that even out the ranks and those done."""
-        done = self.finished_keys()
-        keys = batch_keys(batch) if done else batch.text
-        missing = [valid and key not in done for key, valid in zip(keys, batch.valid.tolist(), strict=True)]
-        kept = torch.tensor(missing, device=batch.tokens.device).nonzero().squeeze(-1)
-        if not len(kept):
-            return
+        """Split a batch so that its samples fit a pass, leaving out groups of which nothing is this process's to make.
+
+        A group is whole even if some of it is made: it is padded as it would be otherwise.
+        """
+        keys, kept = batch_keys(batch), batch.valid.nonzero().squeeze(-1)
         for rows in kept.split(max(1, self.rows_per_pass // self.samples)):
+            if self.writer.taken.isdisjoint(keys[row] for row in rows.tolist()):
+                continue
             width = int(batch.mask[rows].sum(-1).max())
             some = select_prompts(batch, rows.tolist())
             yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
@@ -336,6 +403,13 @@ class ReferenceSampler(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse checkpoints: the sampler has nothing to restore."""
         raise ValueError("`vbon predict` samples from data.reference and takes no --ckpt_path")
+
+
+def _say_waiting(prompts: int, holders: list[str], lease_s: float) -> None:
+    rank_zero_info(
+        f"waiting for {prompts} prompt{'s' * (prompts > 1)} that {', '.join(holders) or 'another process'} took: what "
+        f"a process that died did not write is free {lease_s:g} s after it was last heard of"
+    )
 
 
 class _Response(NamedTuple):

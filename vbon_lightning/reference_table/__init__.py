@@ -2,20 +2,25 @@
 
 from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
 from vbon_lightning.reference_table.json_lines import export_jsonl, import_jsonl
+from vbon_lightning.reference_table.leases import PromptLeases
 from vbon_lightning.reference_table.reader import PromptNotInTable, ReferenceTable
 from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, prompt_key
+from vbon_lightning.reference_table.store import TableStoreError, table_path
 from vbon_lightning.reference_table.summary import table_summary
 from vbon_lightning.reference_table.writer import ReferenceTableWriter
 
 __all__ = [
     "FingerprintMismatch",
+    "PromptLeases",
     "PromptNotInTable",
     "ReferenceTable",
     "ReferenceTableError",
     "ReferenceTableWriter",
     "TableRow",
+    "TableStoreError",
     "export_jsonl",
     "import_jsonl",
     "prompt_key",
+    "table_path",
     "table_summary",
 ]

@@ -15,6 +15,7 @@ from vbon_lightning.reference_table.shards import (
     shard_files,
     sync_directory,
 )
+from vbon_lightning.reference_table.store import TablePath, UrlPath, create_file
 
 _FILE = "fingerprint.json"
 _SKIPS = "on_missing"
@@ -28,7 +29,7 @@ class FingerprintMismatch(ReferenceTableError):
         differences: each differing field with the table's value and the run's value.
     """
 
-    def __init__(self, path: Path, differences: Mapping[str, tuple[Any, Any]]) -> None:
+    def __init__(self, path: TablePath, differences: Mapping[str, tuple[Any, Any]]) -> None:
         """Write the message."""
         self.path, self.differences = path, dict(differences)
         lines = "".join(
@@ -60,7 +61,7 @@ def plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         ) from problem
 
 
-def check(path: Path, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+def check(path: TablePath, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Compare a table's fingerprint with a run's.
 
     A table of a run that would have stopped at a missing reward has none, and is what one that skips would have made.
@@ -75,7 +76,7 @@ def check(path: Path, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         raise FingerprintMismatch(path, found)
 
 
-def read(directory: Path) -> dict[str, Any]:
+def read(directory: TablePath) -> dict[str, Any]:
     """Read the fingerprint of the table in ``directory``.
 
     Raises:
@@ -102,7 +103,7 @@ def read(directory: Path) -> dict[str, Any]:
     return fingerprint
 
 
-def claim(directory: Path, fingerprint: Mapping[str, Any], shard: str) -> dict[str, Any]:
+def claim(directory: TablePath, fingerprint: Mapping[str, Any], shard: str) -> dict[str, Any]:
     """Write the fingerprint of a new table, or check it against the one of an existing table.
 
     Of several first writers exactly one puts its file there; the others compare with it. A table that goes on with
@@ -115,23 +116,35 @@ def claim(directory: Path, fingerprint: Mapping[str, Any], shard: str) -> dict[s
     path = directory / _FILE
     ours = plain(fingerprint)
     content = (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode()
-    mine = directory / f".fingerprint-{shard}.json"
     if not path.exists() and not shard_files(directory):
-        with atomic_file(mine) as stream:
-            stream.write(content)
-        try:
-            os.link(mine, path)  # unlike a rename this fails when another writer was first
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            if not path.exists():
-                mine.replace(path)
-        mine.unlink(missing_ok=True)
-        sync_directory(directory)
+        _put_first(path, content, shard)
     theirs = read(directory)
     check(directory, theirs, ours)
     if _SKIPS in ours and _SKIPS not in theirs:
-        with atomic_file(path, mine) as stream:
+        with atomic_file(path, None if isinstance(path, UrlPath) else _temporary(path, shard)) as stream:
             stream.write(content)
         return ours
     return theirs
+
+
+def _put_first(path: TablePath, content: bytes, shard: str) -> None:
+    """Put the file there, whole, unless another writer was first."""
+    if isinstance(path, UrlPath):
+        create_file(path, content)
+        return
+    mine = _temporary(path, shard)
+    with atomic_file(mine) as stream:
+        stream.write(content)
+    try:
+        os.link(mine, path)  # unlike a rename this fails when another writer was first
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            mine.replace(path)
+    mine.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def _temporary(path: Path, shard: str) -> Path:
+    return path.with_name(f".fingerprint-{shard}.json")

@@ -20,6 +20,8 @@ import numpy as np
 from vbon_lightning._json_lines import read_json_lines
 from vbon_lightning.reference_table.reader import ReferenceTable
 from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, atomic_file, prompt_key
+from vbon_lightning.reference_table.store import TablePath
+from vbon_lightning.reference_table.store import table_path as as_path
 from vbon_lightning.reference_table.writer import ReferenceTableWriter
 
 _PROMPTS_A_SHARD = 1024
@@ -27,12 +29,12 @@ _PROMPTS_A_SHARD = 1024
 
 def import_jsonl(
     path: str | Path,
-    table_path: str | Path,
+    table_path: str | TablePath,
     *,
     encode: Callable[[str], list[int]],
     encode_response: Callable[[str], list[int]],
     fingerprint: Mapping[str, Any],
-    shard: str = "import",
+    shard: str | None = None,
 ) -> int:
     """Import a JSON Lines file of either layout into a reference table.
 
@@ -42,14 +44,14 @@ def import_jsonl(
     killed can be run again.
 
     Args:
-        path: the file, plain or ``.gz``; its lines may follow either layout.
-        table_path: directory of the table, made if absent.
+        path: the file or its URL, plain or ``.gz``; its lines may follow either layout.
+        table_path: directory of the table, made if absent, or its URL.
         encode: prompt -> token ids, as they will be looked up: ``lambda text: encode_prompt_ids(tokenizer, [text])[0]``
             of :mod:`vbon_lightning.data.encoding` has them as ``data.train`` does.
         encode_response: response -> token ids, without special tokens, also where it spells some:
             ``vbon_lightning.models.plain_text.PlainText(tokenizer).encode``.
         fingerprint: what made the responses and rewards.
-        shard: name of the table's shards.
+        shard: name of the table's shards, which no other process may use; by default one that nobody has.
 
     Returns:
         The number of prompts written.
@@ -58,7 +60,7 @@ def import_jsonl(
         FingerprintMismatch: if the table was made under other settings.
         ReferenceTableError: for a line that does not fit, naming its number, and for a file without lines.
     """
-    file = Path(path)
+    file = path
     gathered: dict[str, TableRow] = {}
     for number, record in read_json_lines(file, ReferenceTableError):
         prompt, responses, rewards = _parsed(record, f"file {file}, line {number}")
@@ -81,12 +83,14 @@ def import_jsonl(
     return written
 
 
-def export_jsonl(table: ReferenceTable, path: str | Path, layout: Literal["response", "prompt"] = "prompt") -> None:
+def export_jsonl(
+    table: ReferenceTable, path: str | TablePath, layout: Literal["response", "prompt"] = "prompt"
+) -> None:
     """Export a table's prompts, responses and rewards; the file appears when it is complete.
 
     Args:
         table: the table.
-        path: the file to write; a name ending in ``.gz`` is compressed.
+        path: the file to write, or its URL; a name ending in ``.gz`` is compressed.
         layout: "response" for a line a response, "prompt" for a line a prompt.
 
     Raises:
@@ -94,7 +98,7 @@ def export_jsonl(table: ReferenceTable, path: str | Path, layout: Literal["respo
     """
     if layout not in ("response", "prompt"):
         raise ValueError(f"layout must be 'response' or 'prompt', got {layout!r}")
-    target = Path(path)
+    target = as_path(path)
     with atomic_file(target) as raw:
         stream = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if target.suffix == ".gz" else raw
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="\n")

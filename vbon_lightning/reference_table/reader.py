@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vbon_lightning.reference_table import fingerprint as fingerprints
 from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, open_shard, shard_files
+from vbon_lightning.reference_table.store import TablePath, table_path
 
 _T = TypeVar("_T")
 _UNKNOWN = {
@@ -29,7 +29,7 @@ class PromptNotInTable(ReferenceTableError, KeyError):
 
 
 class _Place(NamedTuple):
-    file: Path
+    file: TablePath
     group: int
     offset: int
 
@@ -50,7 +50,7 @@ class ReferenceTable:
     for, in tensors a prompt; texts are read from the disk at each :meth:`row`.
     """
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], keys: Collection[str] | None) -> None:
+    def __init__(self, path: TablePath, fingerprint: dict[str, Any], keys: Collection[str] | None) -> None:
         """Take the parts; :meth:`open` finds them."""
         self.path = path
         self.fingerprint = fingerprint
@@ -64,15 +64,15 @@ class ReferenceTable:
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | TablePath,
         *,
         fingerprint: Mapping[str, Any] | None = None,
         keys: Collection[str] | None = None,
     ) -> ReferenceTable:
-        """Open the table in a directory.
+        """Open the table in a directory, or in a folder of a store.
 
         Args:
-            path: the directory.
+            path: the directory, or a URL that fsspec knows (``s3://bucket/table``).
             fingerprint: what this run expects to have made the table; None to take it as it is.
             keys: prompts to restrict the table to; None for all. A key the table lacks is no error here.
 
@@ -82,8 +82,9 @@ class ReferenceTable:
         Raises:
             FingerprintMismatch: if the table was made under other settings; it names each field.
             ReferenceTableError: if there is no table, it is empty, or a file of it is broken.
+            TableStoreError: if the store cannot be reached.
         """
-        directory = Path(path)
+        directory = table_path(path)
         stored = fingerprints.read(directory)
         if fingerprint is not None:
             fingerprints.check(directory, stored, fingerprint)
@@ -276,7 +277,7 @@ class ReferenceTable:
 
     def rows(self) -> Iterator[TableRow]:
         """Yield all rows in the table's order, holding one row group in memory at a time."""
-        at: tuple[Path, int] | None = None
+        at: tuple[TablePath, int] | None = None
         group: list[dict[str, Any]] = []
         for key in self.keys():
             place = self._places[key]
@@ -337,7 +338,7 @@ class ReferenceTable:
         return self._tokens
 
     def _load(self, name: str, part: Callable[[pa.ListArray], Callable[[int], _T]]) -> dict[str, _T | None]:
-        by_file: dict[Path, dict[int, list[tuple[str, int]]]] = {}
+        by_file: dict[TablePath, dict[int, list[tuple[str, int]]]] = {}
         for key, place in self._places.items():
             by_file.setdefault(place.file, {}).setdefault(place.group, []).append((key, place.offset))
         loaded: dict[str, _T | None] = {}

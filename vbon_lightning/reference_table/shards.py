@@ -7,13 +7,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from vbon_lightning.reference_table.store import TablePath, TableStoreError, UrlPath, telling
 
 SCHEMA = pa.schema(
     [
@@ -84,33 +86,43 @@ def prompt_key(tokens: Sequence[int], columns: Mapping[str, Any] | None = None) 
     return f"{key}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def shard_count(path: Path, shard: str) -> int | None:
+def shard_count(path: TablePath, shard: str) -> int | None:
     """Return the running number of a shard file of the writer named ``shard``, None for any other file."""
     match = _SHARD_FILE.fullmatch(path.name)
     return int(match["count"]) if match and match["shard"] == shard else None
 
 
-def shard_files(directory: Path) -> list[Path]:
+def shard_writer(path: TablePath) -> str:
+    """Return the name of the writer of a shard file, and nothing for any other file."""
+    match = _SHARD_FILE.fullmatch(path.name)
+    return match["shard"] if match else ""
+
+
+def shard_files(directory: TablePath) -> list[TablePath]:
     """List the complete shards by writer, then by number: the order in which duplicates are resolved."""
-    found = []
+    found: list[tuple[str, int, TablePath]] = []
     for path in directory.iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
         if match:
             found.append((match["shard"], int(match["count"]), path))
-    return [path for _, _, path in sorted(found)]
+    return [path for _, _, path in sorted(found, key=lambda shard: shard[:2])]
 
 
 @contextmanager
-def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when it is complete and on the disk.
+def atomic_file(path: TablePath, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when it is complete and on the disk, or in the store.
 
     Args:
         path: the name to appear.
-        temporary: where it is written until then, in the same directory; default ``.<name>.tmp``.
+        temporary: where it is written until then, in the same directory; default ``.<name>.tmp``. A store needs none.
 
     Yields:
         A binary stream.
     """
+    if isinstance(path, UrlPath):
+        with path.written_whole() as stream:
+            yield stream
+        return
     temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -124,9 +136,9 @@ def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]
     sync_directory(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
+def sync_directory(directory: TablePath) -> None:
     """Put a directory's entries on the disk, where the platform can."""
-    if os.name != "posix":
+    if os.name != "posix" or isinstance(directory, UrlPath):
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -136,22 +148,28 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+def open_shard(path: TablePath) -> Iterator[pq.ParquetFile]:
     """Open a shard for reading and turn whatever is wrong with its bytes into one error.
 
     Raises:
         FileNotFoundError: if it is gone (another process may have compacted it).
         ReferenceTableError: if it is truncated or corrupt, or not a shard of such a table.
+        TableStoreError: if the store cannot be reached.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with ExitStack() as opened:
+            source: Any = path
+            if isinstance(path, UrlPath):
+                opened.enter_context(telling(path, writing=False))
+                source = opened.enter_context(path.open())
+            file = opened.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
             if not file.schema_arrow.equals(SCHEMA):
                 raise ReferenceTableError(
                     f"{path} is not a shard of a reference table: expected the columns {SCHEMA.names}, "
                     f"got {file.schema_arrow.names} or other types; move that file elsewhere"
                 )
             yield file
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, TableStoreError):
         raise
     except (pa.ArrowException, OSError) as problem:
         raise ReferenceTableError(
@@ -160,7 +178,7 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
         ) from problem
 
 
-def shard_keys(path: Path) -> list[str]:
+def shard_keys(path: TablePath) -> list[str]:
     """Read the prompt keys of one shard, in its order."""
     with open_shard(path) as file:
         return list(file.read(columns=["key"]).column(0).to_pylist())

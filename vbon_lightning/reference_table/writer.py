@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,43 +23,66 @@ from vbon_lightning.reference_table.shards import (
     shard_count,
     shard_files,
     shard_keys,
+    shard_writer,
     sync_directory,
     write_tables,
 )
+from vbon_lightning.reference_table.store import TablePath, table_path, telling
+from vbon_lightning.reference_table.writer_names import new_writer_name, still_runs
+
+_AT_ONCE = 16
+"""Shards whose keys are read at the same time."""
+_UNFINISHED = re.compile(r"\.part-(?P<shard>.+)-\d{6,}\.parquet\.tmp|\.{1,2}fingerprint-(?P<claim>.+?)\.json(\.tmp)?")
 
 
 class ReferenceTableWriter:
-    """Add rows to a reference table; several processes may do so side by side under different shard names.
+    """Add rows to a reference table; any number of processes may do so side by side, each under a name of its own.
 
     Each :meth:`write` makes one Parquet file that appears whole or not at all. After a kill, open the writer
     again and leave out :meth:`finished_keys`.
 
     Args:
-        path: directory of the table, made if absent.
+        path: directory of the table, made if absent, or the URL of a folder of a store.
         fingerprint: what makes the table's rows: reference, reward, temperature, length, EOS rule. The first
             writer stores it, each later one must agree.
-        shard: name of this writer, different in each process that runs at the same time (say ``rank0``).
+        shard: name of this writer, which no other process may use; by default one that nobody has.
 
     Raises:
         FingerprintMismatch: if the table was made under other settings.
         ReferenceTableError: if there are shards without a fingerprint.
+        TableStoreError: if the place cannot be written.
         ValueError: for a shard name with characters other than letters, digits, ``_``, ``.`` and ``-``.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], *, shard: str) -> None:
+    def __init__(self, path: str | TablePath, fingerprint: Mapping[str, Any], *, shard: str | None = None) -> None:
         """Open the table for writing."""
+        if shard is None:
+            shard = new_writer_name()
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", shard):
             raise ValueError(f"a shard name has letters, digits, '_', '.' and '-' only, got {shard!r}")
-        self.path, self.shard = Path(path), shard
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
-        self._remove_leftovers()
+        self.path, self.shard = table_path(path), shard
+        self._next: int | None = None
+        self._keys: dict[str, list[str]] = {}
+        self._finished: set[str] = set()
+        with telling(self.path, writing=True):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
+            self.remove_leftovers()
 
     def finished_keys(self) -> set[str]:
         """Return the prompt keys in all complete shards, those of other processes included."""
         while True:
             try:
-                return {key for file in shard_files(self.path) for key in shard_keys(file)}
+                files = shard_files(self.path)
+                new = [file for file in files if file.name not in self._keys]  # a shard never changes
+                with ThreadPoolExecutor(_AT_ONCE) as threads:  # a store takes its time for each
+                    found = list(threads.map(shard_keys, new))
+                self._keys |= zip((file.name for file in new), found, strict=True)
+                if len(self._keys) > len(files):  # some were merged into others, or deleted
+                    self._keys, self._finished = {file.name: self._keys[file.name] for file in files}, set()
+                    new = files
+                self._finished.update(key for file in new for key in self._keys[file.name])
+                return set(self._finished)
             except FileNotFoundError:  # another process has just compacted its shards: list them again
                 continue
 
@@ -73,43 +97,60 @@ class ReferenceTableWriter:
         """
         checked = [_checked(row) for row in rows]
         if checked:
-            with atomic_file(self._next_file()) as stream:
+            with telling(self.path, writing=True), atomic_file(self._next_file()) as stream:
                 write_tables(stream, iter([rows_to_table(checked)]))
 
-    def compact(self) -> None:
-        """Merge this writer's own shards into one.
+    def compact(self, abandoned: Collection[str] = ()) -> None:
+        """Merge this writer's own shards, and those that others left behind, into one.
 
         The merged shard appears before its parts go, so a kill in between leaves duplicates, never a gap;
         readers drop them by key, and the first wins.
+
+        Args:
+            abandoned: names of writers that died, whose shards are merged, too.
         """
-        parts = self._own_files()
-        if len(parts) < 2:
-            return
-        with atomic_file(self._next_file()) as stream:
-            write_tables(stream, _without_duplicates(parts))
+        while True:
+            parts = [file for file in shard_files(self.path) if shard_writer(file) in {self.shard, *abandoned}]
+            if len(parts) < 2:
+                return
+            try:
+                with telling(self.path, writing=True), atomic_file(self._next_file()) as stream:
+                    write_tables(stream, _without_duplicates(parts))
+                break
+            except FileNotFoundError:  # another process has just merged some of them: list them again
+                continue
         # Last to first: what is left after a kill is a prefix, whose first rows are also the merged ones.
         for part in reversed(parts):
-            part.unlink()
+            part.unlink(missing_ok=True)
         sync_directory(self.path)
 
-    def _own_files(self) -> list[Path]:
-        return [file for file in shard_files(self.path) if shard_count(file, self.shard) is not None]
+    def in_pieces(self) -> set[str]:
+        """Return the other writers that have several shards: those that go on, and those that died."""
+        shards = Counter(shard_writer(file) for file in shard_files(self.path))
+        return {name for name, count in shards.items() if count > 1} - {self.shard}
 
-    def _next_file(self) -> Path:
-        counts = [shard_count(file, self.shard) for file in self._own_files()]
-        number = max((count for count in counts if count is not None), default=-1) + 1
-        return self.path / f"part-{self.shard}-{number:06d}.parquet"
+    def remove_leftovers(self, writers: Collection[str] = ()) -> None:
+        """Remove unfinished files of this writer before it began, of processes that are gone, and of others that died.
 
-    def _remove_leftovers(self) -> None:
-        name = re.escape(self.shard)
-        temporary = rf"\.part-{name}-\d{{6,}}\.parquet\.tmp|\.{{1,2}}fingerprint-{name}\.json(\.tmp)?"
-        pattern = re.compile(temporary)
+        Args:
+            writers: names of others that died.
+        """
         for file in self.path.iterdir():
-            if pattern.fullmatch(file.name):
+            match = _UNFINISHED.fullmatch(file.name)
+            name = match and (match["shard"] or match["claim"])
+            if name and (name in (self.shard, *writers) or still_runs(name) is False):
                 file.unlink(missing_ok=True)
 
+    def _next_file(self) -> TablePath:
+        """Return a name that this writer never used, though its shard be merged by another: readers know it by name."""
+        if self._next is None:
+            counts = [shard_count(file, self.shard) for file in shard_files(self.path)]
+            self._next = max((count + 1 for count in counts if count is not None), default=0)
+        number, self._next = self._next, self._next + 1
+        return self.path / f"part-{self.shard}-{number:06d}.parquet"
 
-def _without_duplicates(files: list[Path]) -> Iterator[pa.Table]:
+
+def _without_duplicates(files: Sequence[TablePath]) -> Iterator[pa.Table]:
     seen: set[str] = set()
     for path in files:
         with open_shard(path) as file:
