@@ -79,7 +79,7 @@ def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config is not None
 
 
-GUIDES = ["docs/scaling.md"]
+GUIDES = ["docs/scaling.md", "docs/tables.md"]
 
 SBATCH = {
     "array",
@@ -118,7 +118,11 @@ def test_the_commands_of_a_guide_parse(guide: str, monkeypatch: pytest.MonkeyPat
         script = sbatch_options(block)
         for starter, words in found:
             config: Any = parse(words, monkeypatch)
-            processes = config.trainer.num_nodes, int(config.trainer.devices)
+            trainer = getattr(config, "trainer", None)
+            if trainer is None or trainer.devices == "auto":  # another command, or whatever there is
+                assert not starter
+                continue
+            processes = trainer.num_nodes, int(trainer.devices)
             if starter[:1] == ["torchrun"]:
                 given = torch_run.get_args_parser().parse_args([*starter[1:], "-m", "vbon_lightning"])
                 assert (int(given.nnodes.split(":")[-1]), int(given.nproc_per_node)) == processes
@@ -146,16 +150,6 @@ def test_the_readers_of_guides_see_what_they_are_to_check() -> None:
     assert launched(text) == [(["srun", "--a=1"], ["fit", "--x", "1"]), ([], ["test"])]
     assert sbatch_options(text) == {"nodes": "2", "requeue": ""}
     assert launched("torchrun --nnodes 2 -m vbon_lightning fit") == [(["torchrun", "--nnodes", "2"], ["fit"])]
-
-
-def test_the_commands_of_the_page_on_tables_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = [block.split("```")[0] for block in (ROOT / "docs/tables.md").read_text().split("```sh")[1:]]
-    found = [words for block in blocks for words in commands(block)]
-    launched = [line.split(" -m vbon_lightning ")[1] for line in "".join(blocks).replace("\\\n", " ").splitlines()
-                if line.startswith("torchrun ")]  # fmt: skip
-    assert (len(found), len(launched)) == (7, 1)
-    for words in [*found, *map(shlex.split, launched)]:
-        assert parse(words, monkeypatch) is not None
 
 
 def test_the_adapters_of_the_summarisation_setting_fit_its_kind_of_model() -> None:

@@ -119,6 +119,9 @@ class BatchTaker(DistributedSampler):
     hang on those that it is padded to. Of W ranks, rank r begins with the batches r, r + W, ... that are wanted; these
     are its length. What cannot be taken is passed over. The last batch is filled up with indices beyond the data set.
 
+    Ranks that hold a model together make the same passes: each is dealt its share alone, also what it cannot take, and
+    at the end a batch of indices beyond the data set where others have one more.
+
     Args:
         wanted: Numbers of the batches to deal.
         take: Takes a batch, of rows with these numbers, and tells whether this process has it now.
