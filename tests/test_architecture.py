@@ -17,7 +17,7 @@ LAYERS = [
     {"adapters", "functional", "paths", "_json_lines", "_markdown", "checks", "data.conversations", "data.readers"},
     {"types"},
     {"loggers", "metrics", "models", "rewards", "sampling", "reference_table", "data.sources", "data.dealing"},
-    {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
+    {"data.encoding", "data.collating", "data.preparing", "data.duplicates", "prefix_scorer"},
     {"actors", "callbacks"},
     {"data.module", "decoding"},
     {"data"},

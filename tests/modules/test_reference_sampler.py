@@ -340,14 +340,14 @@ def test_a_failing_reward_names_the_prompt_and_keeps_what_is_done(workers: int, 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_response_without_a_reward_is_replaced_by_a_further_draw(workers: int, files: Path, tmp_path: Path) -> None:
     calls = RewardCalls(workers=workers, on_missing="skip")
-    sampler = fill(files, tmp_path / "one" / "table", Picky("abc"), samples=12, reward_calls=calls)
+    sampler = fill(files, tmp_path / "one" / "table", Picky("abc"), samples=16, reward_calls=calls)
     found = rows_of(tmp_path / "one" / "table")
     assert len(found) == PROMPTS
     assert sampler.loaded.record.missing > 20
-    fill(files, tmp_path / "all" / "table", VowelReward(), samples=12)
+    fill(files, tmp_path / "all" / "table", VowelReward(), samples=16)
     kept = 0
     for row, whole in zip(sorted(found), sorted(rows_of(tmp_path / "all" / "table")), strict=True):
-        assert len(row.responses) == 12, "M stays M"
+        assert len(row.responses) == 16, "M stays M"
         assert not any(text.startswith(("a", "b", "c")) for text in row.responses)
         for place, text in enumerate(whole.responses):
             if not text.startswith(("a", "b", "c")):
@@ -357,7 +357,7 @@ def test_a_response_without_a_reward_is_replaced_by_a_further_draw(workers: int,
                 assert row.log_probs[place] == whole.log_probs[place]  # type: ignore[index]
         scored = VowelReward()([row.prompt], [row.responses], [row.response_tokens])
         assert row.rewards == pytest.approx(scored[0].tolist())
-    assert 0 < kept < 12 * PROMPTS
+    assert 0 < kept < 16 * PROMPTS
 
 
 @pytest.mark.filterwarnings("ignore:the reward says None")

@@ -18,15 +18,17 @@ from vbon_lightning.reference_table import ReferenceTableWriter as TableFiles
 class ReferenceTableWriter(BasePredictionWriter):
     """Write each predicted batch to the data module's reference table as soon as it is there.
 
-    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing. Processes
-    write side by side. ``ReferenceSampler`` brings this callback along.
+    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing, and with the responses
+    that are missing to those of a smaller table. Processes write side by side. ``ReferenceSampler`` brings this
+    callback along.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self._files: TableFiles | None = None
         self._path: Path | None = None
-        self._finished: set[str] = set()
+        self.table: ReferenceTable | None = None
+        """The table as it was when it was opened; None if it held nothing."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the table, refusing one made with other models or settings, before anything is sampled."""
@@ -38,12 +40,28 @@ class ReferenceTableWriter(BasePredictionWriter):
         self._path = Path(resolve_path(data.reference_table))
         self._files = TableFiles(self._path, data.fingerprint(), shard=f"rank{trainer.global_rank}")
         # Every rank must deal out the same prompts, so all look before any writes.
-        self._finished = self._files.finished_keys()
+        self.table = ReferenceTable.open(self._path) if self._files.finished_keys() else None
+        self._check_samples(getattr(pl_module, "samples", None))
         trainer.strategy.barrier("reference table opened")
 
-    def finished_keys(self) -> set[str]:
-        """Return the prompts that the table held when it was opened."""
-        return self._finished
+    def _check_samples(self, samples: int | None) -> None:
+        """Refuse to make rows of fewer responses than the table has: the rows would set its M."""
+        if samples is not None and self.table is not None and self.table.most_samples > samples:
+            most = self.table.most_samples
+            raise ValueError(
+                f"the reference table {self._path} holds {most} responses a prompt, and model.samples={samples} is "
+                f"fewer: set it to {most} or more (more tops the table up). A training that is to use fewer "
+                "says so with data.table_samples"
+            )
+
+    def finished_keys(self, samples: int = 1) -> set[str]:
+        """Return the prompts that the table held so many responses to when it was opened.
+
+        Args:
+            samples: Responses a prompt.
+        """
+        table = self.table
+        return set() if table is None else {key for key in table.keys() if table.count(key) >= samples}  # noqa: SIM118
 
     def write_on_batch_end(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.data.collating import batch_keys
+from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.paths import resolve_path
-from vbon_lightning.reference_table import ReferenceTable, TableRow
+from vbon_lightning.reference_table import ReferenceTable, TableRow, joined_rows
 from vbon_lightning.rewards import RewardError
 from vbon_lightning.rewards.base import shorten
 from vbon_lightning.rewards.calls import PendingRewards, RewardCaller
@@ -35,9 +36,13 @@ class _Sampled(NamedTuple):
     responses: list[list[str]]
     finished: list[list[bool]]
     log_probs: list[list[float]]
+    first: int = 0
+    """The place of the first of these responses among their prompt's."""
+    held: tuple[TableRow, ...] = ()
+    """The table's rows with the responses before it; none where it is the first of all."""
 
     def rows(self, rewards: dict[int, list[float]]) -> list[TableRow]:
-        """Return the table's rows of the prompts whose rewards are given, by their place in the group."""
+        """Return the rows of these responses, for the prompts whose rewards are given, by their place in the group."""
         return [
             TableRow(
                 self.keys[row],
@@ -52,6 +57,10 @@ class _Sampled(NamedTuple):
             for row, values in rewards.items()
         ]
 
+    def topped_up(self, rows: dict[int, TableRow]) -> list[TableRow]:
+        """Return the table's rows: of rows, by their place in the group, each with what the table has put before."""
+        return [joined_rows(self.held[place], row, self.first) if self.held else row for place, row in rows.items()]
+
 
 class _Asked(NamedTuple):
     """A group whose rewards are being found."""
@@ -64,11 +73,12 @@ class ReferenceSampler(AlignmentModule):
     """Sample M responses a prompt from the reference and score them, for ``vbon predict``.
 
     Each prompt's noise comes from its own tokens and ``data.table_seed``, so that a table is the same however
-    its making was interrupted or shared among processes.
+    its making was interrupted or shared among processes. A table of fewer responses a prompt is topped up: what is
+    there stays, and the table becomes the one that would have been made at once.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
-        samples: M, responses a prompt.
+        samples: M, responses a prompt; at least as many as the table has.
         rows_per_pass: Most responses decoded at once; bounds the memory.
         overlap_scoring: Score a group of prompts in threads of its own while the next is sampled; by default on CUDA
             and with several ``data.reward_calls.workers``, since on the CPU both may want the same cores. The table is
@@ -116,8 +126,18 @@ class ReferenceSampler(AlignmentModule):
         return [self.writer]
 
     def finished_keys(self) -> set[str]:
-        """Return the prompts the table holds already."""
-        return self.writer.finished_keys()
+        """Return the prompts that the table holds M responses to already."""
+        return self.writer.finished_keys(self.samples)
+
+    def check_held(self, prompts: Iterable[EncodedPrompt]) -> None:
+        """Refuse prompts whose rows in the table are another text's.
+
+        Raises:
+            OtherPrompt: Naming both texts.
+        """
+        if self.writer.table is not None:
+            for prompt in prompts:
+                self.writer.table.check_text(prompt.key, prompt.text)
 
     def on_predict_start(self) -> None:
         """Check that prompts and responses fit the model's context, and that a table to take responses from fits."""
@@ -201,9 +221,10 @@ class ReferenceSampler(AlignmentModule):
         """
         rows = sampled.rows(dict(enumerate(rewards)))
 
-        def again(row: int, count: int, number: int) -> list[_Response]:
+        def again(row: int, places: list[int], number: int) -> list[_Response]:
             prompt = _one_prompt(sampled.prompts, row, self.device)
-            drawn = self._draw(prompt, sampled.keys[row : row + 1], count, stream="table/further", step=number)
+            own = [sampled.first + place for place in places]
+            drawn = self._draw(prompt, sampled.keys[row : row + 1], own, stream="table/further", step=number)
             found = self.loaded.score(prompt, drawn.responses, drawn.token_ids, torch.tensor(drawn.finished))
             return _responses_of(drawn.rows(dict(enumerate(found.tolist())))[0])
 
@@ -212,16 +233,24 @@ class ReferenceSampler(AlignmentModule):
 
         try:
             filled, _ = replace_missing(
-                [_responses_of(row) for row in rows], lambda one: math.isnan(one.reward), again, named
+                [_responses_of(row) for row in rows],
+                lambda one: math.isnan(one.reward),
+                again,
+                named,
+                most=self.samples,
             )
         except TooManyMissingError as problem:
             raise RewardError(str(problem)) from problem
-        return [_with_responses(row, group) for row, group in zip(rows, filled, strict=True)]
+        replaced = [_with_responses(row, group) for row, group in zip(rows, filled, strict=True)]
+        return sampled.topped_up(dict(enumerate(replaced)))
 
     def _finished_rows(self) -> list[TableRow]:
         """Return the rows of a group that broke off which have all of their rewards."""
         asked, self._pending = self._pending, None
-        return [] if asked is None else asked.sampled.rows(dict(asked.rewards.finished_rows()))
+        if asked is None:
+            return []
+        known = dict(asked.rewards.finished_rows())
+        return asked.sampled.topped_up(dict(zip(known, asked.sampled.rows(known), strict=True)))
 
     def _stop_scoring(self, *, wait: bool) -> None:
         """Let the threads go, and forget what they have not finished."""
@@ -240,35 +269,49 @@ class ReferenceSampler(AlignmentModule):
             )
 
     def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
-        """Split a batch so that its samples fit a pass, leaving out rows that even out the ranks and those done."""
-        done = self.finished_keys()
-        keys = batch_keys(batch) if done else batch.text
-        missing = [valid and key not in done for key, valid in zip(keys, batch.valid.tolist(), strict=True)]
-        kept = torch.tensor(missing, device=batch.tokens.device).nonzero().squeeze(-1)
-        if not len(kept):
-            return
-        for rows in kept.split(max(1, self.rows_per_pass // self.samples)):
-            width = int(batch.mask[rows].sum(-1).max())
-            some = select_prompts(batch, rows.tolist())
-            yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
+        """Split a batch so that its samples fit a pass, leaving out rows that even out the ranks and those done.
+
+        The table has as many responses to all prompts of a group.
+        """
+        keys, table, done = batch_keys(batch), self.writer.table, self.finished_keys()
+        by_held: dict[int, list[int]] = {}
+        for place, (key, valid) in enumerate(zip(keys, batch.valid.tolist(), strict=True)):
+            if valid and key not in done:
+                by_held.setdefault(0 if table is None else table.count(key), []).append(place)
+        for held, places in by_held.items():
+            for rows in _split(places, max(1, self.rows_per_pass // (self.samples - held))):
+                width = int(batch.mask[rows].sum(-1).max())
+                some = select_prompts(batch, rows)
+                yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
 
     def _sample(self, prompts: PromptBatch) -> _Sampled:
         self.loaded.place()
-        keys = batch_keys(prompts)
+        keys, table = batch_keys(prompts), self.writer.table
+        held: tuple[TableRow, ...] = ()
+        if table is not None and keys[0] in table:
+            held = tuple(table.row(key, text) for key, text in zip(keys, prompts.text, strict=True))
+        # Another process may have topped some up by now.
+        first = min((len(row.rewards) for row in held), default=0)
+        places = range(min(first, self.samples - 1), self.samples)
         if self._source is not None:
-            return self._cached(self._source, prompts, keys)
-        return self._draw(prompts, keys, self.samples, stream="table", step=0)
+            sampled = self._cached(self._source, prompts, keys, places)
+        else:
+            sampled = self._draw(prompts, keys, places, stream="table", step=0)
+        return sampled._replace(first=places.start, held=held)
 
-    def _draw(self, prompts: PromptBatch, keys: list[str], samples: int, *, stream: str, step: int) -> _Sampled:
+    def _draw(
+        self, prompts: PromptBatch, keys: list[str], places: Sequence[int], *, stream: str, step: int
+    ) -> _Sampled:
+        """Sample the responses that stand at some places among those of a prompt."""
         actors = self.loaded
         noise = prompt_noise(
             keys,
-            num_samples=samples,
+            num_samples=places[-1] + 1,
             length=actors.max_new_tokens,
             seed=self._table_seed,
             stream=stream,
             step=step,
-        )
+        )[:, list(places)]
         passes = [
             actors.sampler(actors.policy, actors.request(prompts, part))
             for part in noise.split(self.rows_per_pass, dim=1)
@@ -282,16 +325,15 @@ class ReferenceSampler(AlignmentModule):
             log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1),
         )
 
-    def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str]) -> _Sampled:
+    def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], places: range) -> _Sampled:
+        asked = slice(places.start, places.stop)
         found = [table.response_tokens(key, text) for key, text in zip(keys, prompts.text, strict=True)]
         return self._sampled(
             prompts,
             keys,
-            token_ids=[
-                [ids.tolist() for ids in row.tokens.split(row.lengths.tolist())[: self.samples]] for row in found
-            ],
-            finished=table.finished_matrix(keys, prompts.text)[:, : self.samples],
-            log_probs=table.log_probs_matrix(keys, prompts.text)[:, : self.samples],
+            token_ids=[[ids.tolist() for ids in row.tokens.split(row.lengths.tolist())[asked]] for row in found],
+            finished=table.finished_matrix(keys, prompts.text)[:, asked],
+            log_probs=table.log_probs_matrix(keys, prompts.text)[:, asked],
         )
 
     def _sampled(
@@ -343,6 +385,11 @@ def _with_responses(row: TableRow, responses: list[_Response]) -> TableRow:
     return row._replace(
         responses=texts, response_tokens=tokens, rewards=rewards, log_probs=log_probs, finished=finished
     )
+
+
+def _split(places: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(places), size):
+        yield places[first : first + size]
 
 
 def _one_prompt(prompts: PromptBatch, row: int, device: torch.device) -> PromptBatch:

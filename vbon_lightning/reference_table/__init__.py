@@ -2,13 +2,14 @@
 
 from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
 from vbon_lightning.reference_table.json_lines import export_jsonl, import_jsonl
-from vbon_lightning.reference_table.reader import PromptNotInTable, ReferenceTable
-from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, prompt_key
+from vbon_lightning.reference_table.reader import OtherPrompt, PromptNotInTable, ReferenceTable
+from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, joined_rows, prompt_key
 from vbon_lightning.reference_table.summary import table_summary
 from vbon_lightning.reference_table.writer import ReferenceTableWriter
 
 __all__ = [
     "FingerprintMismatch",
+    "OtherPrompt",
     "PromptNotInTable",
     "ReferenceTable",
     "ReferenceTableError",
@@ -16,6 +17,7 @@ __all__ = [
     "TableRow",
     "export_jsonl",
     "import_jsonl",
+    "joined_rows",
     "prompt_key",
     "table_summary",
 ]

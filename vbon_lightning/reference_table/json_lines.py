@@ -19,7 +19,7 @@ import numpy as np
 
 from vbon_lightning._json_lines import read_json_lines
 from vbon_lightning.reference_table.reader import ReferenceTable
-from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, atomic_file, prompt_key
+from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, atomic_file, prompt_key, quoted
 from vbon_lightning.reference_table.writer import ReferenceTableWriter
 
 _PROMPTS_A_SHARD = 1024
@@ -63,12 +63,21 @@ def import_jsonl(
         tokens = list(encode(prompt))
         key = prompt_key(tokens)
         row = gathered.setdefault(key, TableRow(key, prompt, tokens, [], [], [], None, None))
+        if row.prompt != prompt:
+            raise ReferenceTableError(
+                f"file {file}, line {number}: the prompt {quoted(prompt)} has the tokens of {quoted(row.prompt)}, "
+                "which stands before it, and would share its row: leave one of the two out, or write both alike"
+            )
         row.responses.extend(responses)
         row.rewards.extend(rewards)
     if not gathered:
         raise ReferenceTableError(f"file {file} holds no prompts")
     writer = ReferenceTableWriter(table_path, fingerprint, shard=shard)
     known = writer.finished_keys()
+    if known:
+        table = ReferenceTable.open(table_path)
+        for key, row in gathered.items():
+            table.check_text(key, row.prompt)
     waiting = (row for key, row in gathered.items() if key not in known)
     written = 0
     while chunk := list(islice(waiting, _PROMPTS_A_SHARD)):

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vbon_lightning.reference_table import fingerprint as fingerprints
+from vbon_lightning.reference_table.checking import checked_groups
 from vbon_lightning.reference_table.shards import (
     ReferenceTableError,
     TableRow,
     atomic_file,
-    open_shard,
     prompt_key,
+    quoted,
     rows_to_table,
     shard_count,
     shard_files,
@@ -80,14 +82,14 @@ class ReferenceTableWriter:
         """Merge this writer's own shards into one.
 
         The merged shard appears before its parts go, so a kill in between leaves duplicates, never a gap;
-        readers drop them by key, and the first wins.
+        of rows with one key, readers and this take the one with most responses, and of such the first.
         """
         parts = self._own_files()
         if len(parts) < 2:
             return
         with atomic_file(self._next_file()) as stream:
             write_tables(stream, _without_duplicates(parts))
-        # Last to first: what is left after a kill is a prefix, whose first rows are also the merged ones.
+        # Last to first: what is left after a kill is a prefix, and what is taken from it and the merged shard the same.
         for part in reversed(parts):
             part.unlink()
         sync_directory(self.path)
@@ -110,25 +112,28 @@ class ReferenceTableWriter:
 
 
 def _without_duplicates(files: list[Path]) -> Iterator[pa.Table]:
-    seen: set[str] = set()
+    most: dict[str, tuple[int, int]] = {}
+    for number, (key, count) in enumerate(
+        row for path in files for table in checked_groups(path) for row in _sizes(table)
+    ):
+        if count > most.get(key, (0, 0))[0]:
+            most[key] = count, number
+    number = 0
     for path in files:
-        with open_shard(path) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                fresh = []
-                for key in table.column("key").to_pylist():
-                    fresh.append(key not in seen)
-                    seen.add(key)
-                yield table.filter(pa.array(fresh, type=pa.bool_()))
+        for table in checked_groups(path):
+            chosen = [most[key][1] == place for place, (key, _) in enumerate(_sizes(table), number)]
+            number += len(table)
+            yield table.filter(pa.array(chosen, type=pa.bool_()))
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else text[:200] + "...")
+def _sizes(table: pa.Table) -> Iterator[tuple[str, int]]:
+    """Return the key and the number of responses of each row."""
+    return zip(table.column("key").to_pylist(), pc.list_value_length(table.column("rewards")).to_pylist(), strict=True)
 
 
 def _checked(row: TableRow) -> TableRow:
     """Return the row in plain types, or say what is wrong with it."""
-    where = f"the row of prompt {_short(row.prompt)}"
+    where = f"the row of prompt {quoted(row.prompt)}"
     try:
         key = prompt_key(row.prompt_tokens)
     except ValueError as problem:
@@ -148,7 +153,7 @@ def _checked(row: TableRow) -> TableRow:
         try:
             text.encode()
         except UnicodeEncodeError as problem:
-            raise ReferenceTableError(f"{where}: {_short(text)} cannot be stored as UTF-8") from problem
+            raise ReferenceTableError(f"{where}: {quoted(text)} cannot be stored as UTF-8") from problem
     return TableRow(
         key=row.key,
         prompt=row.prompt,
@@ -166,5 +171,5 @@ def _finite(values: Any, what: str, where: str, responses: list[str]) -> list[fl
         numbers: list[float] = np.asarray(values, dtype=np.float64).astype(np.float32).tolist()
     for number, response in zip(numbers, responses, strict=True):
         if not math.isfinite(number):
-            raise ReferenceTableError(f"{where}: the {what} of response {_short(response)} is {number}, not finite")
+            raise ReferenceTableError(f"{where}: the {what} of response {quoted(response)} is {number}, not finite")
     return numbers
