@@ -29,6 +29,7 @@ class ReferenceTableWriter(BasePredictionWriter):
         self._path: Path | None = None
         self.table: ReferenceTable | None = None
         """The table as it was when it was opened; None if it held nothing."""
+        self._finished: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the table, refusing one made with other models or settings, before anything is sampled."""
@@ -40,28 +41,24 @@ class ReferenceTableWriter(BasePredictionWriter):
         self._path = Path(resolve_path(data.reference_table))
         self._files = TableFiles(self._path, data.fingerprint(), shard=f"rank{trainer.global_rank}")
         # Every rank must deal out the same prompts, so all look before any writes.
-        self.table = ReferenceTable.open(self._path) if self._files.finished_keys() else None
-        self._check_samples(getattr(pl_module, "samples", None))
+        if self._files.finished_keys():
+            self.table = ReferenceTable.open(self._path)
+            self._finished = self._finished_of(self.table, getattr(pl_module, "samples", self.table.most_samples))
         trainer.strategy.barrier("reference table opened")
 
-    def _check_samples(self, samples: int | None) -> None:
-        """Refuse to make rows of fewer responses than the table has: the rows would set its M."""
-        if samples is not None and self.table is not None and self.table.most_samples > samples:
-            most = self.table.most_samples
+    def _finished_of(self, table: ReferenceTable, samples: int) -> set[str]:
+        """Return the prompts that a table has so many responses to, refusing to make rows of fewer than others have."""
+        if (most := table.most_samples) > samples:
             raise ValueError(
                 f"the reference table {self._path} holds {most} responses a prompt, and model.samples={samples} is "
                 f"fewer: set it to {most} or more (more tops the table up). A training that is to use fewer "
                 "says so with data.table_samples"
             )
+        return {key for key in table.keys() if table.count(key) >= samples}  # noqa: SIM118
 
-    def finished_keys(self, samples: int = 1) -> set[str]:
-        """Return the prompts that the table held so many responses to when it was opened.
-
-        Args:
-            samples: Responses a prompt.
-        """
-        table = self.table
-        return set() if table is None else {key for key in table.keys() if table.count(key) >= samples}  # noqa: SIM118
+    def finished_keys(self) -> set[str]:
+        """Return the prompts that the table held all responses to when it was opened."""
+        return self._finished
 
     def write_on_batch_end(
         self,

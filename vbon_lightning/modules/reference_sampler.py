@@ -127,7 +127,7 @@ class ReferenceSampler(AlignmentModule):
 
     def finished_keys(self) -> set[str]:
         """Return the prompts that the table holds M responses to already."""
-        return self.writer.finished_keys(self.samples)
+        return self.writer.finished_keys()
 
     def check_held(self, prompts: Iterable[EncodedPrompt]) -> None:
         """Refuse prompts whose rows in the table are another text's.
@@ -278,10 +278,11 @@ class ReferenceSampler(AlignmentModule):
         for place, (key, valid) in enumerate(zip(keys, batch.valid.tolist(), strict=True)):
             if valid and key not in done:
                 by_held.setdefault(0 if table is None else table.count(key), []).append(place)
-        for held, places in by_held.items():
-            for rows in _split(places, max(1, self.rows_per_pass // (self.samples - held))):
-                width = int(batch.mask[rows].sum(-1).max())
-                some = select_prompts(batch, rows)
+        for places in by_held.values():
+            together = max(1, self.rows_per_pass // self.samples)
+            for first in range(0, len(places), together):
+                some = select_prompts(batch, places[first : first + together])
+                width = int(some.mask.sum(-1).max())
                 yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
 
     def _sample(self, prompts: PromptBatch) -> _Sampled:
@@ -303,27 +304,51 @@ class ReferenceSampler(AlignmentModule):
         self, prompts: PromptBatch, keys: list[str], places: Sequence[int], *, stream: str, step: int
     ) -> _Sampled:
         """Sample the responses that stand at some places among those of a prompt."""
-        actors = self.loaded
         noise = prompt_noise(
             keys,
-            num_samples=places[-1] + 1,
-            length=actors.max_new_tokens,
+            num_samples=_block(places[-1], self.rows_per_pass).stop,
+            length=self.loaded.max_new_tokens,
             seed=self._table_seed,
             stream=stream,
             step=step,
-        )[:, list(places)]
+        )
+        if not self._in_blocks:
+            return self._sampled(prompts, keys, *self._in_passes(prompts, noise[:, list(places)]))
+        blocks = sorted({_block(place, self.rows_per_pass) for place in places}, key=lambda block: block.start)
+        drawn = [place for block in blocks for place in block]
+        wanted = [drawn.index(place) for place in places]
+        found: tuple[list[Any], ...] = ([], [], [])
+        for row in range(len(keys)):
+            prompt = _one_prompt(prompts, row, self.device)
+            parts = [self._in_passes(prompt, noise[row : row + 1, block.start : block.stop]) for block in blocks]
+            for column, by_block in zip(found, zip(*parts, strict=True), strict=True):
+                values = [value for (block,) in by_block for value in block]
+                column.append([values[place] for place in wanted])
+        return self._sampled(prompts, keys, *found)
+
+    @property
+    def _in_blocks(self) -> bool:
+        """Whether each prompt is sampled by itself, in blocks that do not depend on M or on what else is to be sampled.
+
+        Matrix products round by their shape, and a token may hang on the last digit: this way it is the same however a
+        table is made. On a GPU it would take too long.
+        """
+        return self.device.type == "cpu"
+
+    def _in_passes(
+        self, prompts: PromptBatch, noise: Tensor
+    ) -> tuple[list[list[list[int]]], list[list[bool]], list[list[float]]]:
+        """Return the token ids of the responses, whether they finished, and their log-probabilities: ``[B][G]``."""
+        actors = self.loaded
         passes = [
             actors.sampler(actors.policy, actors.request(prompts, part))
             for part in noise.split(self.rows_per_pass, dim=1)
         ]
         by_pass = [actors.token_ids(part) for part in passes]
-        return self._sampled(
-            prompts,
-            keys,
-            token_ids=[[ids for part in by_pass for ids in part[row]] for row in range(len(keys))],
-            finished=torch.cat([part.finished for part in passes], dim=1),
-            log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1),
-        )
+        token_ids = [[ids for part in by_pass for ids in part[row]] for row in range(len(noise))]
+        finished = torch.cat([part.finished for part in passes], dim=1).tolist()
+        log_probs = torch.cat([part.log_probs.sum(-1) for part in passes], dim=1).tolist()
+        return token_ids, finished, log_probs
 
     def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], places: range) -> _Sampled:
         asked = slice(places.start, places.stop)
@@ -332,18 +357,17 @@ class ReferenceSampler(AlignmentModule):
             prompts,
             keys,
             token_ids=[[ids.tolist() for ids in row.tokens.split(row.lengths.tolist())[asked]] for row in found],
-            finished=table.finished_matrix(keys, prompts.text)[:, asked],
-            log_probs=table.log_probs_matrix(keys, prompts.text)[:, asked],
+            finished=table.finished_matrix(keys, prompts.text)[:, asked].tolist(),
+            log_probs=table.log_probs_matrix(keys, prompts.text)[:, asked].tolist(),
         )
 
     def _sampled(
         self,
         prompts: PromptBatch,
         keys: list[str],
-        *,
         token_ids: list[list[list[int]]],
-        finished: Tensor,
-        log_probs: Tensor,
+        finished: list[list[bool]],
+        log_probs: list[list[float]],
     ) -> _Sampled:
         prompts = prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu(), valid=prompts.valid.cpu())
         return _Sampled(
@@ -352,8 +376,8 @@ class ReferenceSampler(AlignmentModule):
             prompt_ids=[row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)],
             token_ids=token_ids,
             responses=self.loaded.decode(token_ids, prompts),
-            finished=finished.tolist(),
-            log_probs=log_probs.tolist(),
+            finished=finished,
+            log_probs=log_probs,
         )
 
     @property
@@ -387,9 +411,11 @@ def _with_responses(row: TableRow, responses: list[_Response]) -> TableRow:
     )
 
 
-def _split(places: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(places), size):
-        yield places[first : first + size]
+def _block(place: int, most: int) -> range:
+    """Return the places among a prompt's responses that are sampled with one of them: 16, 48, then 64, or ``most``."""
+    start, stop = (0, 16) if place < 16 else (max(16, place // 64 * 64), place // 64 * 64 + 64)
+    first = start + (place - start) // most * most
+    return range(first, min(first + most, stop))
 
 
 def _one_prompt(prompts: PromptBatch, row: int, device: torch.device) -> PromptBatch:
