@@ -15,6 +15,7 @@ from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.data.collating import batch_keys
 from vbon_lightning.data.encoding import EncodedPrompt
+from vbon_lightning.models import vocabulary_size
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, TableRow, joined_rows
@@ -144,6 +145,7 @@ class ReferenceSampler(AlignmentModule):
         self._stop_scoring(wait=False)  # of a run that was interrupted
         if self.responses_from is not None:
             self._source = self._open_source(resolve_path(self.responses_from))
+            self._source.check_vocabulary(vocabulary_size(self.loaded.policy))
         self.check_lengths(self.response_room)
 
     def _open_source(self, path: str) -> ReferenceTable:

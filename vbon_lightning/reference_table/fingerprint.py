@@ -92,13 +92,18 @@ def read(directory: Path) -> dict[str, Any]:
                 "or make the table anew in another directory with `vbon predict`"
             ) from None
         raise ReferenceTableError(f"there is no reference table in {directory}; make it with `vbon predict`") from None
+    except OSError as problem:
+        raise ReferenceTableError(f"{path} cannot be read: {problem.strerror or problem}") from problem
     except ValueError as problem:
         raise ReferenceTableError(
             f"{path} is not valid JSON ({problem}); put the file back, or make the table anew in another "
             "directory with `vbon predict`"
         ) from problem
     if not isinstance(fingerprint, dict):
-        raise ReferenceTableError(f"{path} must hold a JSON object, got {type(fingerprint).__name__}")
+        raise ReferenceTableError(
+            f"{path} must hold a JSON object, got {type(fingerprint).__name__}; put the file back, or make the table "
+            "anew in another directory with `vbon predict`"
+        )
     return fingerprint
 
 

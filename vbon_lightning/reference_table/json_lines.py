@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,8 @@ from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow,
 from vbon_lightning.reference_table.writer import ReferenceTableWriter
 
 _PROMPTS_A_SHARD = 1024
+_LARGEST = float(np.finfo(np.float32).max)
+"""Larger rewards would be infinite where they are stored."""
 
 
 def import_jsonl(
@@ -61,7 +62,12 @@ def import_jsonl(
     for number, record in read_json_lines(file, ReferenceTableError):
         prompt, responses, rewards = _parsed(record, f"file {file}, line {number}")
         tokens = list(encode(prompt))
-        key = prompt_key(tokens)
+        try:
+            key = prompt_key(tokens)
+        except ValueError as problem:
+            raise ReferenceTableError(
+                f"file {file}, line {number}: the prompt {quoted(prompt)}: {problem}"
+            ) from problem
         row = gathered.setdefault(key, TableRow(key, prompt, tokens, [], [], [], None, None))
         if row.prompt != prompt:
             raise ReferenceTableError(
@@ -147,6 +153,6 @@ def _parsed(record: dict[str, Any], where: str) -> tuple[str, list[str], list[fl
     for response, reward in zip(responses, rewards, strict=True):
         if not isinstance(response, str):
             raise ReferenceTableError(f"{where}: a response must be text, got {response!r}")
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= _LARGEST:
             raise ReferenceTableError(f"{where}: the reward of response {response!r} must be finite, got {reward!r}")
     return prompt, responses, [float(reward) for reward in rewards]

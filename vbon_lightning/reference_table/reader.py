@@ -75,6 +75,8 @@ class ReferenceTable:
         self._columns: dict[str, dict[str, Tensor | None]] = {}
         self._tokens: dict[str, TokenLists | None] | None = None
         self._samples: int | None = None
+        self._read: tuple[Path, int, pa.Table] | None = None
+        """The row group that a row was read of last: others of it may be asked for next."""
         self._places = self._retrying(self._scan)
 
     @classmethod
@@ -280,6 +282,26 @@ class ReferenceTable:
                     "name the model that it was made with"
                 )
 
+    def check_vocabulary(self, size: int | None) -> None:
+        """Refuse a table with token ids that a model does not have.
+
+        Args:
+            size: how many it has; None where that is unknown, and nothing is checked.
+
+        Raises:
+            ReferenceTableError: naming the prompt and the token.
+        """
+        if size is None:
+            return
+        found = self._retrying(lambda: self._load("response_tokens", _largest))
+        for key, token in found.items():
+            if token is not None and token >= size:
+                raise ReferenceTableError(
+                    f"the reference table {self.path} has a response to {self.row(key).prompt!r} with the token id "
+                    f"{token}, and the model has {size} tokens: name the model that the table was made with, or make "
+                    "it again in another directory"
+                )
+
     @property
     def longest_response(self) -> int:
         """Return the most tokens that a response has."""
@@ -307,9 +329,10 @@ class ReferenceTable:
 
         def read() -> TableRow:
             place = self._place(key, text)
-            with open_shard(place.file) as file:
-                table = file.read_row_group(place.group).slice(place.offset, 1)
-            return TableRow(**table.to_pylist()[0])
+            if self._read is None or self._read[:2] != (place.file, place.group):
+                with open_shard(place.file) as file:
+                    self._read = place.file, place.group, file.read_row_group(place.group)
+            return TableRow(**self._read[2].slice(place.offset, 1).to_pylist()[0])
 
         return self._retrying(read)
 
@@ -422,6 +445,14 @@ class ReferenceTable:
 def _numbers(lists: pa.ListArray) -> Callable[[int], Tensor]:
     bounds, values = lists.offsets.to_pylist(), lists.values.to_numpy(zero_copy_only=False)
     return lambda i: torch.from_numpy(values[bounds[i] : bounds[i + 1]].copy())
+
+
+def _largest(lists: pa.ListArray) -> Callable[[int], int]:
+    """Return what finds the largest token id of a prompt's responses, -1 where they have none."""
+    bounds = lists.offsets.to_pylist()
+    edges = lists.values.offsets.to_numpy()
+    tokens = lists.values.values.to_numpy(zero_copy_only=False)
+    return lambda i: int(tokens[edges[bounds[i]] : edges[bounds[i + 1]]].max(initial=-1))
 
 
 def _early_ends(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], list[int]]]:

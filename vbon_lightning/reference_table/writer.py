@@ -154,12 +154,18 @@ def _checked(row: TableRow) -> TableRow:
             text.encode()
         except UnicodeEncodeError as problem:
             raise ReferenceTableError(f"{where}: {quoted(text)} cannot be stored as UTF-8") from problem
+    tokens = [[int(token) for token in ids] for ids in row.response_tokens]
+    for response, ids in zip(row.responses, tokens, strict=True):
+        if ids and not 0 <= min(ids) <= max(ids) < 2**31:
+            raise ReferenceTableError(
+                f"{where}: token ids must be in [0, 2**31), and response {quoted(response)} has {min(ids)} to {max(ids)}"
+            )
     return TableRow(
         key=row.key,
         prompt=row.prompt,
         prompt_tokens=[int(token) for token in row.prompt_tokens],
         responses=list(row.responses),
-        response_tokens=[[int(token) for token in tokens] for tokens in row.response_tokens],
+        response_tokens=tokens,
         rewards=_finite(row.rewards, "reward", where, row.responses),
         log_probs=None if row.log_probs is None else _finite(row.log_probs, "log-prob", where, row.responses),
         finished=None if row.finished is None else [bool(value) for value in row.finished],
