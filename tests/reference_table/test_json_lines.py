@@ -113,9 +113,7 @@ def test_two_prompts_of_the_same_tokens_are_refused(tmp_path: Path) -> None:
         return import_jsonl(file, tmp_path / "table", encode=folding, encode_response=encode, fingerprint=FINGERPRINT)
 
     other = {"prompt": "A ", "text": "three", "reward": 9.0}
-    with pytest.raises(
-        ReferenceTableError, match="in.jsonl, line 4: the prompt 'A ' has the tokens of 'a', which stands"
-    ):
+    with pytest.raises(ReferenceTableError, match="line 4: the prompt 'A ' has the tokens of 'a', which stands before"):
         import_of("in.jsonl", *RESPONSE_LINES, other)
     assert not (tmp_path / "table").exists()
     assert import_of("one.jsonl", *RESPONSE_LINES) == 2
@@ -126,9 +124,7 @@ def test_two_prompts_of_the_same_tokens_are_refused(tmp_path: Path) -> None:
 
 def test_a_prompt_without_tokens_is_named_by_its_line(tmp_path: Path) -> None:
     file = lines(tmp_path / "in.jsonl", *RESPONSE_LINES)
-    with pytest.raises(
-        ReferenceTableError, match=r"in\.jsonl, line 2: the prompt 'b': a prompt needs at least one token"
-    ):
+    with pytest.raises(ReferenceTableError, match=r"in\.jsonl, line 2: the prompt 'b': a prompt needs at least one"):
         import_jsonl(
             file,
             tmp_path / "table",

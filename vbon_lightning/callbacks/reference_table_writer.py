@@ -44,6 +44,8 @@ class ReferenceTableWriter(BasePredictionWriter):
         if self._files.finished_keys():
             self.table = ReferenceTable.open(self._path)
             self._finished = self._finished_of(self.table, getattr(pl_module, "samples", self.table.most_samples))
+            for key, prompt in data.table_prompts().items():
+                self.table.check_text(key, prompt.text)
         trainer.strategy.barrier("reference table opened")
 
     def _finished_of(self, table: ReferenceTable, samples: int) -> set[str]:

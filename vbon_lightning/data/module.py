@@ -414,16 +414,22 @@ class AlignmentDataModule(LightningDataModule):
             DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
         )
 
+    def table_prompts(self) -> dict[str, EncodedPrompt]:
+        """Return the prompts of ``table_splits`` by their keys, each once.
+
+        Raises:
+            PromptError: Naming two that would share a row of the table.
+        """
+        named = [split for split in self.table_splits if self.sources[split] is not None]
+        return self._distinct(row for split in named for row in self._split(split, "prompts").rows)
+
     def predict_dataloader(self) -> DataLoader:
         """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each once."""
-        named = [split for split in self.table_splits if self.sources[split] is not None]
-        prompts = self._distinct(row for split in named for row in self._split(split, "prompts").rows)
+        prompts = self.table_prompts()
         if not prompts:
             raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
         module: Any = self._module
         done = module.finished_keys() if hasattr(module, "finished_keys") else set()
-        if hasattr(module, "check_held"):
-            module.check_held(prompts.values())
         rows = Rows([prompt for key, prompt in prompts.items() if key not in done] or list(prompts.values())[:1])
         return self._loader(
             DataLoader, rows, "table", self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size

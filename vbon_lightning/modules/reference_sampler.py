@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.data.collating import batch_keys
-from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.models import vocabulary_size
 from vbon_lightning.modules.base import AlignmentModule
 from vbon_lightning.paths import resolve_path
@@ -130,22 +129,13 @@ class ReferenceSampler(AlignmentModule):
         """Return the prompts that the table holds M responses to already."""
         return self.writer.finished_keys()
 
-    def check_held(self, prompts: Iterable[EncodedPrompt]) -> None:
-        """Refuse prompts whose rows in the table are another text's.
-
-        Raises:
-            OtherPrompt: Naming both texts.
-        """
-        if self.writer.table is not None:
-            for prompt in prompts:
-                self.writer.table.check_text(prompt.key, prompt.text)
-
     def on_predict_start(self) -> None:
         """Check that prompts and responses fit the model's context, and that a table to take responses from fits."""
         self._stop_scoring(wait=False)  # of a run that was interrupted
         if self.responses_from is not None:
             self._source = self._open_source(resolve_path(self.responses_from))
             self._source.check_vocabulary(vocabulary_size(self.loaded.policy))
+            self._check_source(self._source)
         self.check_lengths(self.response_room)
 
     def _open_source(self, path: str) -> ReferenceTable:
@@ -165,6 +155,15 @@ class ReferenceSampler(AlignmentModule):
                 f"model.samples={self.samples}: lower model.samples"
             )
         return table
+
+    def _check_source(self, source: ReferenceTable) -> None:
+        """Name a prompt that the table to take responses from lacks, or whose row there is another text's."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            done = self.finished_keys()
+            for key, prompt in datamodule.table_prompts().items():
+                if key not in done:
+                    source.response_tokens(key, prompt.text)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[TableRow]:
         """Return the table rows that are ready: those of the batch or, where scoring overlaps, all but a group.

@@ -19,6 +19,8 @@ from vbon_lightning.reference_table.shards import (
 _FILE = "fingerprint.json"
 _SKIPS = "on_missing"
 """In the fingerprint where responses without a reward are replaced by further draws."""
+_UNSAID = {"precision": "32-true"}
+"""What a fingerprint means that does not say it: those of older tables do not, and the default is not written down."""
 
 
 class FingerprintMismatch(ReferenceTableError):
@@ -68,10 +70,10 @@ def check(path: Path, table: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     Raises:
         FingerprintMismatch: naming each field that differs.
     """
-    ours = plain(run)
+    ours = _UNSAID | plain(run)
     if _SKIPS not in table:
         ours.pop(_SKIPS, None)
-    if found := differences(table, ours):
+    if found := differences(_UNSAID | dict(table), ours):
         raise FingerprintMismatch(path, found)
 
 

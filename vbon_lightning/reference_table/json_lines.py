@@ -60,18 +60,17 @@ def import_jsonl(
     file = Path(path)
     gathered: dict[str, TableRow] = {}
     for number, record in read_json_lines(file, ReferenceTableError):
-        prompt, responses, rewards = _parsed(record, f"file {file}, line {number}")
+        where = f"file {file}, line {number}"
+        prompt, responses, rewards = _parsed(record, where)
         tokens = list(encode(prompt))
         try:
             key = prompt_key(tokens)
         except ValueError as problem:
-            raise ReferenceTableError(
-                f"file {file}, line {number}: the prompt {quoted(prompt)}: {problem}"
-            ) from problem
+            raise ReferenceTableError(f"{where}: the prompt {quoted(prompt)}: {problem}") from problem
         row = gathered.setdefault(key, TableRow(key, prompt, tokens, [], [], [], None, None))
         if row.prompt != prompt:
             raise ReferenceTableError(
-                f"file {file}, line {number}: the prompt {quoted(prompt)} has the tokens of {quoted(row.prompt)}, "
+                f"{where}: the prompt {quoted(prompt)} has the tokens of {quoted(row.prompt)}, "
                 "which stands before it, and would share its row: leave one of the two out, or write both alike"
             )
         row.responses.extend(responses)

@@ -158,7 +158,8 @@ def _checked(row: TableRow) -> TableRow:
     for response, ids in zip(row.responses, tokens, strict=True):
         if ids and not 0 <= min(ids) <= max(ids) < 2**31:
             raise ReferenceTableError(
-                f"{where}: token ids must be in [0, 2**31), and response {quoted(response)} has {min(ids)} to {max(ids)}"
+                f"{where}: token ids must be in [0, 2**31), and those of response {quoted(response)} go from "
+                f"{min(ids)} to {max(ids)}"
             )
     return TableRow(
         key=row.key,
