@@ -13,6 +13,7 @@ from tests.modules.fake import FakeTrainer, attach
 from tests.modules.setting import PROMPTS, Killed, Picky, VowelReward, make_files, make_trainer
 from tests.modules.test_reference_sampler import KillAfter, Watched, data_of, rows_of
 from vbon_lightning import ReferenceSampler
+from vbon_lightning.modules import reference_sampler
 from vbon_lightning.reference_table import (
     OtherPrompt,
     PromptNotInTable,
@@ -21,6 +22,7 @@ from vbon_lightning.reference_table import (
     import_jsonl,
 )
 from vbon_lightning.rewards import RewardCalls
+from vbon_lightning.sampling.further import replace_missing
 
 SKIP = RewardCalls(on_missing="skip")
 
@@ -184,18 +186,43 @@ def test_a_row_of_another_text_is_refused_before_a_model_is_loaded(
 ) -> None:
     table = tmp_path / "table"
     data = data_of(files, table, VowelReward())
-    (tmp_path / "in.jsonl").write_text('{"prompt": "AB", "text": "c", "reward": 1.0}\n')
+    lines = ['{"prompt": "AB", "text": "c", "reward": 1.0}', '{"prompt": "cd", "text": "c", "reward": 1.0}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
     encode: Any = lambda text: data.tokenizer.encode(text.lower())  # noqa: E731
     import_jsonl(tmp_path / "in.jsonl", table, encode=encode, encode_response=encode, fingerprint=data.fingerprint())
     with pytest.raises(OtherPrompt, match="prompt 'ab' has the tokens of 'AB', whose responses and rewards are in"):
-        fill(files, tmp_path / "other", 1, source=table, train=[{"text": "ab"}])
-    with pytest.raises(PromptNotInTable, match="prompt 'cd' .* is not among the 1 prompts of the reference table"):
-        fill(files, tmp_path / "other", 1, source=table, train=[{"text": "cd"}])
+        fill(files, tmp_path / "other", 1, source=table, train=[{"text": "cd"}, {"text": "ab"}], eval_batch_size=1)
+    with pytest.raises(PromptNotInTable, match="prompt 'ef' .* is not among the 2 prompts of the reference table"):
+        fill(files, tmp_path / "other", 1, source=table, train=[{"text": "cd"}, {"text": "ef"}], eval_batch_size=1)
     assert not list((tmp_path / "other").glob("*.parquet"))
     monkeypatch.setattr(ReferenceSampler, "configure_model", lambda module: pytest.fail("a model is loaded"))
     for samples in (1, 3):
         with pytest.raises(OtherPrompt, match="prompt 'ab' has the tokens of 'AB', whose responses and rewards are in"):
             fill(files, table, samples)
+
+
+def test_responses_of_another_vocabulary_are_refused(files: Path, tmp_path: Path) -> None:
+    data = data_of(files, tmp_path / "source", VowelReward())
+    (tmp_path / "in.jsonl").write_text('{"prompt": "ab", "text": "c", "reward": 1.0}\n')
+    made_of: dict[str, Any] = {"encode": data.tokenizer.encode, "fingerprint": data.fingerprint()}
+    import_jsonl(tmp_path / "in.jsonl", tmp_path / "source", encode_response=lambda text: [11], **made_of)
+    with pytest.raises(ReferenceTableError, match="to 'ab' with the token id 11, and the model has 11 tokens"):
+        fill(files, tmp_path / "table", 1, source=tmp_path / "source", train=[{"text": "ab"}])
+
+
+def test_a_top_up_may_take_as_many_further_draws_as_the_whole(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[Any] = []
+
+    def noting(*given: Any, most: int | None = None) -> Any:
+        allowed.append(most)
+        return replace_missing(*given, most=most)
+
+    monkeypatch.setattr(reference_sampler, "replace_missing", noting)
+    for samples in (20, 21):
+        fill(files, tmp_path / "table", samples, train=[{"text": "ab"}])
+    assert allowed == [20, 21]
 
 
 def test_the_precision_of_a_table_is_that_of_its_top_up(files: Path, tmp_path: Path) -> None:
