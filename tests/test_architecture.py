@@ -32,7 +32,7 @@ LAYERS = [
         *{"checkpoints", "loggers", "metrics", "models", "rewards", "sampling", "staging", "reference_table"},
         *{"data.sources", "data.dealing"},
     },
-    {"data.encoding", "data.collating", "data.preparing", "prefix_scorer"},
+    {"data.encoding", "data.collating", "data.preparing", "data.duplicates", "prefix_scorer"},
     {"actors", "callbacks"},
     {"data.module", "decoding", "sharded_strategy"},
     {"data"},

@@ -155,7 +155,7 @@ def known_rewards(rewards: Tensor) -> list[list[float | None]]:
 def select_prompts(value: Any, rows: list[int]) -> Any:
     """Return the same record for some of its prompts: dimension 0 of every tensor and list."""
     if isinstance(value, Tensor):
-        return value[torch.as_tensor(rows, device=value.device)]
+        return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(select_prompts(part, rows) for part in value))
     if isinstance(value, list):

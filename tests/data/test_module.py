@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from tokenizers import normalizers
 from torch import Tensor
 
-from tests.helpers import BOS, save_tiny_model
+from tests.helpers import BOS, save_tiny_model, tiny_tokenizer
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.data import module as data_module
 from vbon_lightning.data.encoding import PromptError
 from vbon_lightning.data.sources import TextSource
+from vbon_lightning.models import ModelSpec
 from vbon_lightning.reference_table import (
     FingerprintMismatch,
+    OtherPrompt,
     PromptNotInTable,
     ReferenceTableError,
     ReferenceTableWriter,
@@ -297,6 +301,114 @@ def test_training_brings_the_tables_responses_where_they_are_asked_for(make, tmp
     for batch in data.val_dataloader():  # prompts, to be sampled from
         assert batch.reference_rewards.shape[1] == 4
         assert batch.tokens.shape == batch.mask.shape
+
+
+# --- one row, one text ---
+
+
+def folding(model: str, tmp_path: Path) -> Any:
+    """Return the model with a tokenizer for which capitals are small letters."""
+    tokenizer = tiny_tokenizer(alphabet=ALPHABET)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "folding")
+    return ModelSpec(name=model, tokenizer=str(tmp_path / "folding"))
+
+
+def test_two_texts_of_a_split_do_not_share_a_row(make, model, tmp_path):
+    rows = [{"text": "ab"}, {"text": "c"}, {"text": "AB"}]
+    settings = {"policy": folding(model, tmp_path), "train": rows, "val": None}
+    with pytest.raises(PromptError, match="the prompts 'ab' and 'AB' have the same tokens"):
+        make(**settings, reference_table=str(tmp_path / "table")).setup("fit")
+    # Without a table they share nothing: their noise is that of their rows, and each is scored by its own text.
+    data = make(**settings, module=SimpleNamespace(batches_seen=0))
+    data.setup("fit")
+    assert [prompt.text for prompt in data.prompts("train")] == ["ab", "c", "AB"]
+    assert len({prompt.key for prompt in data.prompts("train")}) == 2
+
+
+def test_two_texts_of_two_splits_do_not_share_a_row(make, model, tmp_path):
+    settings = {
+        "policy": folding(model, tmp_path),
+        "train": [{"text": "ab"}],
+        "reference_table": str(tmp_path / "table"),
+    }
+    data = make(**settings, val=[{"text": "AB"}], batch_size=1)
+    with pytest.raises(PromptError, match="the prompts 'ab' and 'AB' have the same tokens"):
+        data.predict_dataloader()
+    write_table(data, ["ab"])
+    with pytest.raises(OtherPrompt, match="prompt 'AB' has the tokens of 'ab', whose responses and rewards are in"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("batch_kind", ["prompts", "responses"])
+def test_a_streamed_prompt_is_compared_with_its_row_when_its_turn_comes(make, model, tmp_path, batch_kind):
+    (tmp_path / "stream.txt").write_text("ab\ncd\nef\nAB\n")
+    module = SimpleNamespace(batches_seen=0, batch_kind=batch_kind)
+    streamed = TextSource(path=str(tmp_path / "stream.txt"), streaming=True, buffer_size=1)
+    settings = {"policy": folding(model, tmp_path), "val": None, "reference_table": str(tmp_path / "table")}
+    data = make(module=module, train=streamed, batch_size=1, **settings)
+    write_table(data, ["ab", "cd", "ef"])
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    for _ in range(3):
+        next(batches)
+    with pytest.raises(OtherPrompt, match="prompt 'AB' has the tokens of 'ab'"):
+        next(batches)
+    # The first batch is looked at before anything starts.
+    (tmp_path / "stream.txt").write_text("AB\ncd\n")
+    with pytest.raises(OtherPrompt, match="prompt 'AB' has the tokens of 'ab'"):
+        make(module=module, train=streamed, batch_size=1, **settings).setup("fit")
+
+
+def test_a_conversation_is_another_where_the_reward_reads_its_messages(make, tmp_path):
+    template = "{% for message in messages %}{{ message.content | trim }}{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("ab", " ab")]
+    settings = {"train": rows, "val": None, "chat": {"template": template}, "reference_table": str(tmp_path / "table")}
+    assert len(make(**settings).prompts("train")) == 2
+
+    class Reading(Lengths):
+        reads_columns = True
+
+    with pytest.raises(PromptError, match="'content': ' ab'.* have the same tokens"):
+        make(**settings, reward=Reading()).prompts("train")
+
+
+# --- tables of several precisions, and of several M ---
+
+
+def test_a_table_serves_the_precision_that_it_was_made_in(make, tmp_path):
+    def run(precision: str | None) -> AlignmentDataModule:
+        data = make(module=SimpleNamespace(batches_seen=0), reference_table=str(tmp_path / f"table-{made_in}"))
+        if precision is None:
+            data.trainer = None  # as in `vbon compare`
+        else:
+            data.trainer.precision = precision
+        return data
+
+    for made_in, other in (("32-true", "bf16-mixed"), ("bf16-mixed", "32-true"), ("bf16-true", "bf16-mixed")):
+        write_table(run(made_in), TRAIN)
+        assert ("precision" in run(made_in).fingerprint()) == (made_in != "32-true")
+        assert run(made_in).table().samples == run(None).table().samples == 4
+        with pytest.raises(FingerprintMismatch, match=f"precision: the table has '{made_in}', this run has '{other}'"):
+            run(other).table()
+        with pytest.raises(FingerprintMismatch, match=f"precision: the table has '{made_in}', this run has '{other}'"):
+            write_table(run(other), TRAIN)
+
+
+def test_a_table_that_is_half_topped_up_says_so_once(make, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(data_module, "rank_zero_warn", said.append)
+    data = make(module=SimpleNamespace(batches_seen=0), reference_table=str(tmp_path / "table"))
+    write_table(data, [*TRAIN, *VAL], samples=2)
+    assert data.reference_rewards == 2
+    assert not said
+    write_table(data, TRAIN[:3], samples=5)
+    data = make(module=SimpleNamespace(batches_seen=0), reference_table=str(tmp_path / "table"))
+    data.setup("fit")
+    assert data.reference_rewards == 2
+    assert {batch.reference_rewards.shape[1] for batch in data.train_dataloader()} == {2}
+    assert len(said) == 1
+    assert "holds 2 to 5 responses a prompt: the first 2 are used. `vbon predict` with model.samples=5" in said[0]
 
 
 def test_training_resumes_at_any_batch(make):

@@ -21,6 +21,7 @@ from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.evaluation import PolicyReport, command
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
+from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.rewards import RewardCalls
 
 
@@ -209,6 +210,21 @@ def test_prompts_that_no_table_holds(decoded: AlignmentDataModule, tmp_path: Pat
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "as the value model predicts them" in text and "| Best-of-4 |" in text
     assert (tmp_path / "out" / "temperatures.json").exists() and (tmp_path / "out" / "pareto.png").exists()
+
+
+def test_a_table_of_another_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny_model(tmp_path / "model", alphabet=ALPHABET)
+    data = AlignmentDataModule(
+        policy=model, reward=Lengths(), test=[{"text": "ab"}], reference_table=str(tmp_path / "table"), max_new_tokens=4
+    )
+    write_table(data, ["ab"])
+
+    def largest(table: ReferenceTable, size: int) -> None:
+        raise ReferenceTableError(f"a token beyond {size}")
+
+    monkeypatch.setattr(ReferenceTable, "check_vocabulary", largest)
+    with pytest.raises(ReferenceTableError, match="a token beyond 11"):
+        compare(data, {"mine": model}, output=str(tmp_path / "out"), n=[2], device="cpu")
 
 
 def test_neither_table_nor_value_model(tmp_path: Path) -> None:

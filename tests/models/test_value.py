@@ -227,6 +227,9 @@ def test_the_missing_eos_penalty_is_part_of_what_it_was_trained_on(files: Path, 
         load(files, value_model=value, missing_eos_penalty=0.5)
     # One that does not say was trained without.
     assert "missing_eos_penalty" not in make_data(files).fingerprint()
+    # What it predicts has a precision of its own: it need not be that of the table it was trained on.
+    other = save_value_model(data, tmp_path / "bf16", fingerprint=fingerprint | {"precision": "bf16-mixed"})
+    assert load(files, value_model=other, missing_eos_penalty=1.0).value is not None
     with pytest.raises(ModelError, match=r"missing_eos_penalty: the value model has 0\.0, this run has 0\.5"):
         load(files, missing_eos_penalty=0.5)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +109,14 @@ def make_table(directory: Path, samples: int = 16, **changes: Any) -> str:
         ReferenceSampler(data.actors, samples=samples), data, return_predictions=False
     )
     return table
+
+
+def as_made_in(precision: str, table: Path, directory: Path) -> str:
+    """Copy a table to a directory as if its reference had sampled in a precision, and return its path."""
+    copied = Path(shutil.copytree(table, directory / f"table-{precision}"))
+    made_of = json.loads((copied / "fingerprint.json").read_text())
+    (copied / "fingerprint.json").write_text(json.dumps(made_of | {"precision": precision}))
+    return str(copied)
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.helpers import save_tiny_classifier
 from tests.models.setting import make_valued_files
-from tests.modules.setting import make_data, make_module, make_trainer, weights
+from tests.modules.setting import as_made_in, make_data, make_module, make_trainer, weights
 from vbon_lightning import ReferenceSampler, TextSource
 from vbon_lightning.callbacks import BestOfNWinRate, DialCalibration, KLMonitor, PolicyExport, RewardMonitor
 from vbon_lightning.decoding import BestOfN, ValueGuided
@@ -98,7 +98,8 @@ def test_three_steps_are_those_of_the_cpu(kind: str, sampler: str, files: Path, 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lower_precision_runs(kind: str, precision: Any, files: Path, tmp_path: Path) -> None:
-    data, module = setting(kind, files)
+    table = {} if kind == "sft" else {"reference_table": as_made_in(precision, files / "table", tmp_path)}
+    data, module = setting(kind, files, **table)
     record = Record()
     make_trainer(tmp_path, record, steps=2, accelerator=DEVICE, precision=precision).fit(module, data)
     assert len(record.steps) == 2

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.helpers import save_tiny_classifier, save_tiny_model
 from tests.models.setting import make_valued_files
-from tests.modules.setting import ALPHABET, make_data, make_module, make_trainer
+from tests.modules.setting import ALPHABET, as_made_in, make_data, make_module, make_trainer
 from vbon_lightning import ReferenceSampler, RewardModelling, TextSource
 from vbon_lightning.callbacks import RewardMonitor
 from vbon_lightning.models import ModelError
@@ -70,7 +70,8 @@ def test_a_scheduler_that_watches_nothing_is_refused(files: Path, tmp_path: Path
     "kind", ["vbon", "ppo", "valuecritic", "bonsft", "dpo", "distillation", "valuemodelling", "sft"]
 )
 def test_every_precision(kind: str, precision: Any, files: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"reference_table": str(files / "table"), "value_model": str(files / "value")}
+    table = as_made_in(precision, files / "table", tmp_path)
+    changes: dict[str, Any] = {"reference_table": table, "value_model": str(files / "value")}
     if kind == "sft":
         changes = {"train": TextSource(path=str(files / "texts.txt"))}
     elif kind == "valuemodelling":

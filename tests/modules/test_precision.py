@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.models.setting import make_valued_files
-from tests.modules.setting import make_data, make_module, make_trainer
+from tests.modules.setting import as_made_in, make_data, make_module, make_trainer
 from vbon_lightning.models import ModelSpec
 
 
@@ -34,7 +34,8 @@ class Rewards(Callback):
 
 @pytest.mark.parametrize("kind", ["vbon", "klrl", "distillation", "tilted", "bonsft"])
 def test_a_run_in_bfloat16(kind: str, files: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"reference_table": str(files / "table"), "value_model": str(files / "value")}
+    table = as_made_in("bf16-true", files / "table", tmp_path)
+    changes: dict[str, Any] = {"reference_table": table, "value_model": str(files / "value")}
     if kind == "tilted":
         changes["policy"] = ModelSpec(str(files / "llama"), tilt=str(files / "value"))
     data, rewards = make_data(files, **changes), Rewards()

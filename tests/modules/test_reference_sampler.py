@@ -74,13 +74,15 @@ def rows_of(table: Path) -> list[TableRow]:
     return [opened.row(key) for key in opened.keys()]  # noqa: SIM118
 
 
-def assert_same_rows(table: Path, whole: Path) -> None:
-    """Compare tables whose prompts stood in other batches, and so with other padding: their last digits differ."""
+def assert_same_rows(table: Path, whole: Path, *, to_the_bit: bool = True) -> None:
+    """Compare tables whose prompts stood in other batches: not a bit differs, unless other shapes were multiplied."""
     ours, theirs = sorted(rows_of(table)), sorted(rows_of(whole))
     assert len(ours) == len(theirs) == PROMPTS
     for one, other in zip(ours, theirs, strict=True):
-        assert one._replace(log_probs=None) == other._replace(log_probs=None)
-        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+        if not to_the_bit:
+            assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+            one = one._replace(log_probs=other.log_probs)
+        assert one == other
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -220,7 +222,7 @@ def _trainer() -> Any:
 def test_the_table_does_not_depend_on_the_sampler(settings: dict[str, Any], files: Path, tmp_path: Path) -> None:
     predict(files, tmp_path / "one" / "table", Watched(), overlap=False)
     predict(files, tmp_path / "other" / "table", Watched(), overlap=False, data=settings)
-    assert_same_rows(tmp_path / "one" / "table", tmp_path / "other" / "table")
+    assert_same_rows(tmp_path / "one" / "table", tmp_path / "other" / "table", to_the_bit=False)
 
 
 def rescore(files: Path, table: Path, source: Path, reward: Any, samples: int = 4, **changes: Any) -> None:
@@ -340,24 +342,24 @@ def test_a_failing_reward_names_the_prompt_and_keeps_what_is_done(workers: int, 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_response_without_a_reward_is_replaced_by_a_further_draw(workers: int, files: Path, tmp_path: Path) -> None:
     calls = RewardCalls(workers=workers, on_missing="skip")
-    sampler = fill(files, tmp_path / "one" / "table", Picky("abc"), samples=12, reward_calls=calls)
+    sampler = fill(files, tmp_path / "one" / "table", Picky("bdfh"), samples=16, reward_calls=calls)
     found = rows_of(tmp_path / "one" / "table")
     assert len(found) == PROMPTS
     assert sampler.loaded.record.missing > 20
-    fill(files, tmp_path / "all" / "table", VowelReward(), samples=12)
+    fill(files, tmp_path / "all" / "table", VowelReward(), samples=16)
     kept = 0
     for row, whole in zip(sorted(found), sorted(rows_of(tmp_path / "all" / "table")), strict=True):
-        assert len(row.responses) == 12, "M stays M"
-        assert not any(text.startswith(("a", "b", "c")) for text in row.responses)
+        assert len(row.responses) == 16, "M stays M"
+        assert not any(text.startswith(tuple("bdfh")) for text in row.responses)
         for place, text in enumerate(whole.responses):
-            if not text.startswith(("a", "b", "c")):
+            if not text.startswith(tuple("bdfh")):
                 kept += 1
                 assert row.responses[place] == text
                 assert row.rewards[place] == whole.rewards[place]
                 assert row.log_probs[place] == whole.log_probs[place]  # type: ignore[index]
         scored = VowelReward()([row.prompt], [row.responses], [row.response_tokens])
         assert row.rewards == pytest.approx(scored[0].tolist())
-    assert 0 < kept < 12 * PROMPTS
+    assert 0 < kept < 16 * PROMPTS
 
 
 @pytest.mark.filterwarnings("ignore:the reward says None")

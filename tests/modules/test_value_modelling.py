@@ -32,6 +32,7 @@ from vbon_lightning.functional import bin_labels, forecast_head, reward_bins
 from vbon_lightning.models import ModelError, load_value_model
 from vbon_lightning.modules import value_modelling
 from vbon_lightning.prefix_scorer import PrefixScorer
+from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.sampling import pick_some
 from vbon_lightning.types import TableBatch
 
@@ -168,6 +169,15 @@ def test_one_of_other_rewards_is_not_evaluated(files: Path, tmp_path: Path) -> N
         make_trainer(tmp_path / "v").validate(
             make_module("valuemodelling", other), other, ckpt_path=tmp_path / "last.ckpt", weights_only=True
         )
+
+
+def test_a_table_of_another_vocabulary_is_refused(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest(table: ReferenceTable, size: int) -> None:
+        raise ReferenceTableError(f"a token beyond {size}")
+
+    monkeypatch.setattr(ReferenceTable, "check_vocabulary", largest)
+    with pytest.raises(ReferenceTableError, match="a token beyond 11"):
+        fit(files, tmp_path)
 
 
 def test_the_probe_is_a_better_start(files: Path, tmp_path: Path) -> None:

@@ -77,9 +77,17 @@ def test_shards_without_a_usable_fingerprint_are_refused(tmp_path: Path) -> None
     with pytest.raises(ReferenceTableError, match=r"fingerprint\.json is not valid JSON"):
         ReferenceTable.open(tmp_path)
     (tmp_path / "fingerprint.json").write_text("[]")
-    with pytest.raises(ReferenceTableError, match="must hold a JSON object, got list"):
+    with pytest.raises(ReferenceTableError, match="must hold a JSON object, got list; put the file back, or make"):
         ReferenceTable.open(tmp_path)
+    for content in (b"", b"\xff\xfe{}"):
+        (tmp_path / "fingerprint.json").write_bytes(content)
+        with pytest.raises(ReferenceTableError, match=r"fingerprint\.json is not valid JSON .*; put the file back"):
+            ReferenceTable.open(tmp_path)
     (tmp_path / "fingerprint.json").unlink()
+    (tmp_path / "fingerprint.json").mkdir()
+    with pytest.raises(ReferenceTableError, match=r"fingerprint\.json cannot be read: Is a directory"):
+        ReferenceTable.open(tmp_path)
+    (tmp_path / "fingerprint.json").rmdir()
     for attempt in (ReferenceTable.open, lambda path: ReferenceTableWriter(path, FINGERPRINT, shard="rank1")):
         with pytest.raises(ReferenceTableError, match=r"holds shards .* but no fingerprint\.json"):
             attempt(tmp_path)

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from tests.reference_table.setting import FINGERPRINT, content, encode, lines, load, make_row, write
-from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError, TableRow, export_jsonl, prompt_key
+from vbon_lightning.reference_table import (
+    ReferenceTable,
+    ReferenceTableError,
+    TableRow,
+    export_jsonl,
+    import_jsonl,
+    prompt_key,
+)
 
 RESPONSE_LINES = [
     {"prompt": "a", "text": " one", "reward": 1},
@@ -95,6 +102,38 @@ def test_an_import_that_was_killed_resumes(tmp_path: Path) -> None:
     assert [row.prompt for row in content(tmp_path / "table")] == ["b", "a"]
 
 
+def test_two_prompts_of_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    """In a file, and where the table has the one and the file the other."""
+
+    def folding(text: str) -> list[int]:
+        return encode(text.lower().strip())
+
+    def import_of(name: str, *records: dict) -> int:
+        file = lines(tmp_path / name, *records)
+        return import_jsonl(file, tmp_path / "table", encode=folding, encode_response=encode, fingerprint=FINGERPRINT)
+
+    other = {"prompt": "A ", "text": "three", "reward": 9.0}
+    with pytest.raises(ReferenceTableError, match="line 4: the prompt 'A ' has the tokens of 'a', which stands before"):
+        import_of("in.jsonl", *RESPONSE_LINES, other)
+    assert not (tmp_path / "table").exists()
+    assert import_of("one.jsonl", *RESPONSE_LINES) == 2
+    with pytest.raises(ReferenceTableError, match="prompt 'A ' has the tokens of 'a', whose responses and rewards"):
+        import_of("two.jsonl", {"prompt": "c", "text": "", "reward": 0}, other)
+    assert [row.prompt for row in content(tmp_path / "table")] == ["a", "b"]
+
+
+def test_a_prompt_without_tokens_is_named_by_its_line(tmp_path: Path) -> None:
+    file = lines(tmp_path / "in.jsonl", *RESPONSE_LINES)
+    with pytest.raises(ReferenceTableError, match=r"in\.jsonl, line 2: the prompt 'b': a prompt needs at least one"):
+        import_jsonl(
+            file,
+            tmp_path / "table",
+            encode=lambda text: [] if text == "b" else encode(text),
+            encode_response=encode,
+            fingerprint=FINGERPRINT,
+        )
+
+
 def test_imported_tables_refuse_what_the_files_do_not_tell(tmp_path: Path) -> None:
     load(lines(tmp_path / "in.jsonl", *PROMPT_LINES), tmp_path / "table")
     table = ReferenceTable.open(tmp_path / "table")
@@ -116,6 +155,8 @@ def test_imported_tables_refuse_what_the_files_do_not_tell(tmp_path: Path) -> No
             {"prompt": "a", "text": "b", "reward": float("nan")},
             "reward of response 'b' must be finite, got nan",
         ),
+        ({"prompt": "a", "text": "b", "reward": 1e39}, r"must be finite, got 1e\+39"),
+        ({"prompt": "a", "text": "b", "reward": None}, "must be finite, got None"),
         ({"prompt": "a", "text": "b", "reward": "1"}, "must be finite, got '1'"),
         ({"prompt": "a", "text": "b", "reward": True}, "must be finite, got True"),
         ({"prompt": "a", "responses": ["b"], "rewards": [1, 2]}, "got 1 responses and 2 rewards"),

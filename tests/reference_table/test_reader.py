@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from tests.reference_table.setting import FINGERPRINT, content, make_row, write
 from vbon_lightning.reference_table import (
+    OtherPrompt,
     PromptNotInTable,
     ReferenceTable,
     ReferenceTableError,
     ReferenceTableWriter,
     TableRow,
     prompt_key,
+    reader,
 )
+from vbon_lightning.reference_table.shards import open_shard
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -119,6 +122,56 @@ def test_responses_without_tokens_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReferenceTableError, match="lacks the token ids of its 3 responses to prompt 'prompt 1'"):
         table.response_matrix([make_row(1).key], ["prompt 1"])
     assert not table.knows_finished
+
+
+def test_the_row_of_most_responses_counts_and_of_such_the_first(tmp_path: Path) -> None:
+    a, b, c = (make_row(i, samples=2) for i in (1, 2, 3))
+    write(tmp_path, a, b, c)
+    more = [make_row(1, samples=3, value=7.0), make_row(3, samples=1), make_row(2, samples=2, value=7.0)]
+    write(tmp_path, *more, shard="rank1")
+    write(tmp_path, make_row(1, samples=3, value=9.0), shard="rank2")
+    table = ReferenceTable.open(tmp_path)
+    assert content(tmp_path) == [more[0], b, c]
+    assert (table.samples, table.most_samples) == (2, 3)
+    assert [table.count(row.key) for row in (a, b, c)] == [3, 2, 2]
+    assert table.count("0" * 64) == 0
+    assert torch.equal(table.rewards_matrix([a.key, b.key]), torch.tensor([more[0].rewards[:2], b.rewards]))
+    assert table.row(a.key) == more[0]
+    assert ReferenceTable.open(tmp_path, keys=["0"]).most_samples == 0
+
+
+def test_a_row_is_of_one_text_whichever_part_of_it_is_read(tmp_path: Path) -> None:
+    row = make_row(1)
+    write(tmp_path, row)
+    table = ReferenceTable.open(tmp_path)
+    message = "^prompt 'Prompt 1' has the tokens of 'prompt 1', whose responses and rewards are in the reference table"
+    for read in (table.row, table.rewards, table.finished, table.log_probs, table.response_tokens, table.check_text):
+        read(row.key, "prompt 1")
+        with pytest.raises(OtherPrompt, match=message):
+            read(row.key, "Prompt 1")
+    for read in (table.rewards_matrix, table.finished_matrix, table.log_probs_matrix, table.response_matrix):
+        with pytest.raises(OtherPrompt, match=message):
+            read([row.key], ["Prompt 1"])
+    table.check_text(prompt_key([9]), "absent")
+
+
+def test_rows_of_a_group_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [make_row(i) for i in range(70)]  # over two row groups
+    write(tmp_path, *expected)
+    table, opened = ReferenceTable.open(tmp_path), []
+    monkeypatch.setattr(reader, "open_shard", lambda path: opened.append(path) or open_shard(path))
+    assert [table.row(row.key) for row in expected] == expected
+    assert len(opened) == 2
+
+
+def test_tokens_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, make_row(1), make_row(2)._replace(response_tokens=[[], [3, 900], [2]]))
+    write(tmp_path, make_row(3)._replace(response_tokens=[[], [], []]), shard="rank1")
+    table = ReferenceTable.open(tmp_path)
+    table.check_vocabulary(901)
+    table.check_vocabulary(None)
+    with pytest.raises(ReferenceTableError, match="to 'prompt 2' with the token id 900, and the model has 900 tokens"):
+        table.check_vocabulary(900)
 
 
 def test_keys_restrict_the_table_and_its_m(tmp_path: Path) -> None:

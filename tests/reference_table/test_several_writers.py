@@ -41,6 +41,10 @@ class _Trainer:
             def fingerprint() -> dict[str, Any]:
                 return FINGERPRINT
 
+            @staticmethod
+            def table_prompts() -> dict[str, Any]:
+                return {}
+
         self.datamodule = Data()
 
 

@@ -63,5 +63,5 @@ def test_a_flipped_bit_in_the_rewards_is_noticed(tmp_path: Path) -> None:
 def test_a_foreign_parquet_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path, make_row(1))
     pq.write_table(pa.table({"key": ["a"], "score": [1.0]}), tmp_path / "part-x-000000.parquet")
-    with pytest.raises(ReferenceTableError, match=r"part-x-000000\.parquet is not a shard .*\['key', 'score'\]"):
+    with pytest.raises(ReferenceTableError, match=r"part-x-000000\.parquet is not a shard .*it has score beside"):
         ReferenceTable.open(tmp_path)

@@ -17,6 +17,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     assert table_summary(ReferenceTable.open(tmp_path)) == {
         "prompts": 2,
         "samples": 2,
+        "most_samples": 4,
         "responses": 6,
         "mean_reward": pytest.approx((1.0 + 1.5) / 2),
         "tie_fraction": pytest.approx((3 / 6 + 0) / 2),  # 3 of the 6 pairs of the first prompt tie

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.crashes import count_calls, killed_at, with_files_of
 from tests.reference_table.setting import FINGERPRINT, content, make_row, shards, write
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError, ReferenceTableWriter, prompt_key
 from vbon_lightning.reference_table import writer as writer_module
@@ -28,6 +30,8 @@ from vbon_lightning.reference_table import writer as writer_module
         ({"finished": [True]}, "3 responses but 1 finished"),
         ({"log_probs": []}, "3 responses but 0 log_probs"),
         ({"response_tokens": [[1]] * 4}, "3 responses but 4 response_tokens"),
+        ({"response_tokens": [[1], [], [2, -1]]}, r"\[0, 2\*\*31\), and those of response .* 7.2 .* go from -1 to 2"),
+        ({"response_tokens": [[1], [2**31], []]}, "response 7.1 .* go from 2147483648 to 2147483648"),
         ({"responses": [], "response_tokens": [], "rewards": []}, "'prompt 7' has no responses"),
         ({"prompt_tokens": []}, "'prompt 7': a prompt needs at least one token"),
         ({"key": "0" * 64}, f"expected the key {prompt_key([1, 107])} of its prompt tokens, got 0000"),
@@ -140,6 +144,33 @@ def test_a_kill_during_compaction_leaves_the_same_content(
     resumed.compact()
     assert len(shards(tmp_path)) == 1
     assert content(tmp_path) == before
+
+
+def test_compaction_keeps_the_row_of_most_responses_however_it_is_killed(tmp_path: Path) -> None:
+    """Killed before each of its file-system calls, and with the disk full: the same rows, and the next run goes on."""
+
+    def half_topped_up(path: Path) -> ReferenceTableWriter:
+        writer = write(path, make_row(1, samples=2), make_row(2, samples=2))
+        writer.write([make_row(2, samples=4), make_row(3, samples=4)])
+        writer.write([make_row(1, samples=4), make_row(2, samples=4, value=50.0)])
+        return writer
+
+    half_topped_up(tmp_path / "whole").compact()
+    expected = sorted(content(tmp_path / "whole"))
+    assert expected == sorted(make_row(i, samples=4) for i in (1, 2, 3))
+    calls = count_calls(half_topped_up(tmp_path / "counted").compact, tmp_path)
+    assert calls >= 8
+    kills: list[Callable[[Callable[[], None]], str]] = [
+        lambda work, call=call: killed_at(call, work, tmp_path) for call in range(1, calls + 1)
+    ]
+    kills += [lambda work, fatal=fatal: with_files_of(200, work, fatal=fatal) for fatal in (False, True)]
+    for number, kill in enumerate(kills):
+        path = tmp_path / str(number)
+        assert kill(half_topped_up(path).compact) in ("died", "failed")
+        assert sorted(content(path)) == expected
+        ReferenceTableWriter(path, FINGERPRINT, shard="rank0").compact()
+        assert len(shards(path)) == 1
+        assert sorted(content(path)) == expected
 
 
 WRITE_UNTIL_KILLED = """

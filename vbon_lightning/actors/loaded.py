@@ -399,8 +399,9 @@ class Actors:
             self.count_missing(raw, some, drawn.responses)
             return self._penalised(raw, drawn.completions.finished)
 
-        def again(row: int, count: int, number: int) -> list[float]:
-            found: list[float] = draw(select_prompts(prompts, [row]), count, f"{stream}/further{number}")[0].tolist()
+        def again(row: int, places: list[int], number: int) -> list[float]:
+            some = select_prompts(prompts, [row])
+            found: list[float] = draw(some, len(places), f"{stream}/further{number}")[0].tolist()
             return found
 
         rewards = draw(prompts, num_samples, stream)

@@ -133,12 +133,14 @@ class ActorSpec:
     def _skips(self) -> dict[str, Any]:
         return {"on_missing": "skip"} if self.reward_calls.skips else {}
 
-    def table_fingerprint(self, *, seed: int, model_seed: int = 0) -> dict[str, Any]:
+    def table_fingerprint(self, *, seed: int, model_seed: int = 0, precision: str = "32-true") -> dict[str, Any]:
         """Describe what the reference table's responses and rewards depend on, in plain values.
 
         Args:
             seed: Seed of the table's responses.
             model_seed: Seed of a reference that is made from a config.
+            precision: The Trainer's, in which the reference samples. Tables from before it was written down count as
+                made in the default, which is not written down.
         """
         if self.reward is None:
             raise ValueError("a reference table needs a reward: set `data.reward`")
@@ -150,5 +152,6 @@ class ActorSpec:
             "eos_rule": "first end token, kept; none added to a cut response",
             **self._ends(),
             **self._skips(),
+            **({} if precision == "32-true" else {"precision": precision}),
             "seed": seed,
         }

@@ -52,6 +52,7 @@ def check_value_model(spec: ActorSpec, scorer: PrefixScorer, name: str, *, seed:
         made_of = {"missing_eos_penalty": 0.0} | scorer.fingerprint  # older ones were trained without, and do not say
         wanted = spec.table_fingerprint(seed=made_of.get("seed", 0), model_seed=seed)
         wanted["missing_eos_penalty"] = spec.missing_eos_penalty
+        wanted |= {name: made_of[name] for name in ("precision",) if name in made_of}  # what it predicts has its own
         try:
             check_fingerprint(Path(name), made_of, wanted)
         except FingerprintMismatch as problem:

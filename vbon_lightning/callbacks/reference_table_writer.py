@@ -17,9 +17,9 @@ from vbon_lightning.reference_table import ReferenceTableWriter as TableFiles
 class ReferenceTableWriter(BasePredictionWriter):
     """Write each predicted batch to the data module's reference table as soon as it is there.
 
-    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing. Any number of
-    processes write side by side, each prompts that it took and nobody else has. ``ReferenceSampler`` brings this
-    callback along.
+    A finished batch survives a kill; ``vbon predict`` goes on with the prompts that are missing, and with the responses
+    that are missing to those of a smaller table. Any number of processes write side by side, each prompts that it took
+    and nobody else has. ``ReferenceSampler`` brings this callback along.
 
     Args:
         lease_s: How long a process may stay silent before others take over the prompts that it had taken.
@@ -30,6 +30,9 @@ class ReferenceTableWriter(BasePredictionWriter):
         self.lease_s = lease_s
         self._files: TableFiles | None = None
         self._leases: PromptLeases | None = None
+        self._samples = 1
+        self.table: ReferenceTable | None = None
+        """The table as it was when it was opened; None if it held nothing."""
         self._finished: set[str] = set()
         self.taken: set[str] = set()
         """Keys of the prompts that are this process's to make."""
@@ -43,14 +46,30 @@ class ReferenceTableWriter(BasePredictionWriter):
             raise ValueError("`vbon predict` needs a place for the table: set data.reference_table to a directory")
         self._files = TableFiles(table_path(resolve_path(data.reference_table)), data.fingerprint())
         self.taken.clear()
+        self._samples, self.table = getattr(pl_module, "samples", 1), None
         self._leases = PromptLeases(self._files.path / "leases", self._files.shard, seconds=self.lease_s)
         self._files.remove_leftovers(self._leases.sweep())
         # Every rank must deal out the same prompts, so all look before any writes.
-        self._finished = self._files.finished_keys()
+        if self._files.finished_keys():
+            self.table = ReferenceTable.open(self._files.path)
+            self._samples = getattr(pl_module, "samples", self.table.most_samples)
+            self._finished = self._finished_of(self.table, self._samples)
+            for key, prompt in data.table_prompts().items():
+                self.table.check_text(key, prompt.text)
         trainer.strategy.barrier("reference table opened")
 
+    def _finished_of(self, table: ReferenceTable, samples: int) -> set[str]:
+        """Return the prompts that a table has so many responses to, refusing to make rows of fewer than others have."""
+        if (most := table.most_samples) > samples:
+            raise ValueError(
+                f"the reference table {table.path} holds {most} responses a prompt, and model.samples={samples} is "
+                f"fewer: set it to {most} or more (more tops the table up). A training that is to use fewer "
+                "says so with data.table_samples"
+            )
+        return {key for key in table.keys() if table.count(key) >= samples}  # noqa: SIM118
+
     def finished_keys(self) -> set[str]:
-        """Return the prompts that the table held when somebody last looked."""
+        """Return the prompts that the table held all responses to when somebody last looked."""
         return self._finished
 
     def take(self, keys: Iterable[str]) -> list[str]:
@@ -68,7 +87,7 @@ class ReferenceTableWriter(BasePredictionWriter):
         if not (taken := self._leases.take(wanted)):
             return []
         # Whoever had them until now may have written them in the meantime.
-        self._finished = self._files.finished_keys()
+        self._finished = self._files.finished_keys(self._samples)
         self._leases.release(self._finished.intersection(taken))
         self.taken.update(set(taken) - self._finished)
         return [key for key in taken if key not in self._finished]
@@ -76,7 +95,7 @@ class ReferenceTableWriter(BasePredictionWriter):
     def look_again(self) -> set[str]:
         """Return the prompts that the table holds now."""
         assert self._files is not None
-        self._finished = self._files.finished_keys()
+        self._finished = self._files.finished_keys(self._samples)
         return self._finished
 
     def holders(self, keys: Iterable[str]) -> list[str]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.data.collating import collate_judged, collate_prompts, collate_texts
-from vbon_lightning.data.conversations import ConversationError
+from vbon_lightning.data.conversations import MESSAGES, ConversationError
 from vbon_lightning.data.dealing import BatchTaker, ResumableLoader, RowDealer, Rows, StreamedRows
+from vbon_lightning.data.duplicates import distinct_prompts
 from vbon_lightning.data.encoding import EncodedJudged, EncodedPrompt, EncodedText
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextRow, TextSource, find_columns, read_rows, stream_rows
@@ -142,7 +143,20 @@ class AlignmentDataModule(LightningDataModule):
         if self.reference_table is None:
             raise ValueError("no reference table: set `data.reference_table` and make it with `vbon predict`")
         if self._table is None:
-            self._table = ReferenceTable.open(resolve_path(self.reference_table), fingerprint=self.fingerprint())
+            path = resolve_path(self.reference_table)
+            if self.trainer is None:  # a run without a precision of its own takes the table's
+                table = ReferenceTable.open(path)
+                known = {name: table.fingerprint[name] for name in ("precision",) if name in table.fingerprint}
+                table.check(self.fingerprint() | known)
+            else:
+                table = ReferenceTable.open(path, fingerprint=self.fingerprint())
+            if len(table) > 0 and table.samples < table.most_samples:
+                rank_zero_warn(
+                    f"the reference table {self.reference_table} holds {table.samples} to {table.most_samples} "
+                    f"responses a prompt: the first {table.samples} are used. `vbon predict` with model.samples="
+                    f"{table.most_samples} brings all of its prompts to as many"
+                )
+            self._table = table
         return self._table
 
     @property
@@ -174,7 +188,11 @@ class AlignmentDataModule(LightningDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the table's responses and rewards depend on."""
-        return self.actors.table_fingerprint(seed=self.table_seed, model_seed=getattr(self._module, "seed", self.seed))
+        return self.actors.table_fingerprint(
+            seed=self.table_seed,
+            model_seed=getattr(self._module, "seed", self.seed),
+            precision=str(getattr(self.trainer, "precision", "32-true")),
+        )
 
     def longest(self) -> int:
         """Return the most tokens that a prompt or text read so far has."""
@@ -208,6 +226,8 @@ class AlignmentDataModule(LightningDataModule):
             found = find_columns(source)
             rows = read_rows(found, self._columns(kind))
             self._rows[split, kind] = Rows(self._prepared(split, kind, rows))
+            if kind == "prompts" and self.reference_table is not None:
+                self._distinct(self._rows[split, kind].rows)
             self._say_what_was_found(split, source, found, rows, kind)
         return self._rows[split, kind]
 
@@ -270,7 +290,9 @@ class AlignmentDataModule(LightningDataModule):
         found = find_columns(source)
         first = list(islice(stream_rows(found, self._columns(kind)), self.batch_size * self._ranks()[0]))
         self._check_enough(len(first))
-        self._stream_digest = Rows(self._prepared("train", kind, first)).digest
+        prepared = self._prepared("train", kind, first)
+        self._stream_digest = Rows(prepared).digest
+        self._check_table_has(prepared, responses=self._brings_responses)
         self._say_what_was_found("train", source, found, first, kind)
 
     def _check_enough(self, rows: int) -> None:
@@ -302,11 +324,21 @@ class AlignmentDataModule(LightningDataModule):
             rows = self._split(split, kind).rows
             if split == "train":
                 self._check_enough(len(rows))
-            if self._reads_table:  # names a prompt that the table lacks
-                self.table_rewards(rows)
-            if self._brings_responses and split == "train":  # names one whose responses have no tokens
-                for row in rows:
-                    self.table().response_tokens(row.key, row.text)
+            self._check_table_has(rows, responses=self._brings_responses and split == "train")
+
+    def _check_table_has(self, rows: Sequence[EncodedPrompt], *, responses: bool) -> None:
+        """Name a prompt that the table lacks, one whose row is another's or, if needed, whose responses lack tokens."""
+        if self._reads_table:
+            self.table_rewards(rows)
+        if responses:
+            for row in rows:
+                self.table().response_tokens(row.key, row.text)
+
+    def _distinct(self, prompts: Iterable[EncodedPrompt]) -> dict[str, EncodedPrompt]:
+        """Return the first prompt of each key, refusing another text of the same tokens."""
+        reward = self.actors.reward
+        reads = getattr(reward, "reads_columns", False) or MESSAGES in self.columns_read
+        return distinct_prompts(prompts, messages=reads)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the order and content of batches, to be compared when a run is resumed."""
@@ -384,6 +416,15 @@ class AlignmentDataModule(LightningDataModule):
             DataLoader, rows, kind, self._sampler(len(rows), self.eval_batch_size), self.eval_batch_size
         )
 
+    def table_prompts(self) -> dict[str, EncodedPrompt]:
+        """Return the prompts of ``table_splits`` by their keys, each once.
+
+        Raises:
+            PromptError: Naming two that would share a row of the table.
+        """
+        named = [split for split in self.table_splits if self.sources[split] is not None]
+        return self._distinct(row for split in named for row in self._split(split, "prompts").rows)
+
     def predict_dataloader(self) -> DataLoader:
         """Deal the prompts of ``table_splits`` that the reference table does not hold yet, each to one process."""
         batches = self.table_batches()
@@ -411,22 +452,9 @@ class AlignmentDataModule(LightningDataModule):
     def table_batches(self) -> list[list[EncodedPrompt]]:
         """Return :meth:`table_prompts` in the groups in which they are sampled, whatever is done of them."""
         prompts = list(self.table_prompts().values())
-        return [prompts[first : first + self.eval_batch_size] for first in range(0, len(prompts), self.eval_batch_size)]
-
-    def table_prompts(self) -> dict[str, EncodedPrompt]:
-        """Return the prompts of ``table_splits`` by their keys, as the reference table is to hold them.
-
-        Raises:
-            ValueError: If there are none.
-        """
-        prompts: dict[str, EncodedPrompt] = {}
-        for split in self.table_splits:
-            if self.sources[split] is not None:
-                for prompt in self._split(split, "prompts").rows:
-                    prompts.setdefault(prompt.key, prompt)
         if not prompts:
             raise ValueError(f"no prompts to sample from: set one of data.{', data.'.join(self.table_splits)}")
-        return prompts
+        return [prompts[first : first + self.eval_batch_size] for first in range(0, len(prompts), self.eval_batch_size)]
 
     def _sampler(self, size: int, batch_size: int) -> RowDealer:
         world, rank = self._ranks()
@@ -480,9 +508,13 @@ class AlignmentDataModule(LightningDataModule):
         used = self.table_columns
         return TableBatch(self._collate_prompts(items), Responses(tokens[:, used], mask[:, used]))
 
-    def prompt_batch(self, prompts: Sequence[EncodedPrompt], first: int = 0) -> PromptBatch:
-        """Return given prompts without their rewards, numbered from ``first``: their numbers fix the sampling noise."""
-        return self._collate_without_rewards([(first + place, True, row) for place, row in enumerate(prompts)])
+    def prompt_batch(self, prompts: Sequence[EncodedPrompt], first: int = 0, rows: int = 0) -> PromptBatch:
+        """Return given prompts without their rewards, numbered from ``first``: their numbers fix the sampling noise.
+
+        Fewer than so many rows are filled up with such that do not count.
+        """
+        numbered = [(first + place, True, row) for place, row in enumerate(prompts)]
+        return self._collate_without_rewards([*numbered, *[(first, False, prompts[0])] * (rows - len(prompts))])
 
     def table_batch(self, prompts: Sequence[EncodedPrompt]) -> TableBatch:
         """Return given prompts of the training split with the table's responses to them."""

@@ -39,7 +39,15 @@ from vbon_lightning.evaluation.reports import (
 from vbon_lightning.evaluation.temperatures import TemperatureReport, evaluate_temperature, write_temperatures
 from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
-from vbon_lightning.models import ModelSpec, as_spec, check_same_vocabulary, load_causal_lm, load_tokenizer, locate
+from vbon_lightning.models import (
+    ModelSpec,
+    as_spec,
+    check_same_vocabulary,
+    load_causal_lm,
+    load_tokenizer,
+    locate,
+    vocabulary_size,
+)
 from vbon_lightning.paths import PACKAGE_PREFIX
 from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel
@@ -137,6 +145,7 @@ def compare(
     )
     if rewards is not None:
         data.table().check_ends(actors.end_ids)
+        data.table().check_vocabulary(vocabulary_size(actors.policy))
     _move(actors.policy, place)
     actors.reference = actors.policy
     judged = None if judge is None else _judge(actors, judge)

@@ -18,6 +18,7 @@ from vbon_lightning.models.tokenizer import (
     end_token_ids,
     load_tokenizer,
     named_token_ids,
+    vocabulary_size,
 )
 from vbon_lightning.models.value import ValueModel, ValueModelConfig, load_value_model, new_value_model
 
@@ -50,4 +51,5 @@ __all__ = [
     "new_value_model",
     "parse_dtype",
     "save_pretrained",
+    "vocabulary_size",
 ]

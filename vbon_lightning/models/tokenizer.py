@@ -173,6 +173,11 @@ def end_token_ids(
     return ids
 
 
+def vocabulary_size(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model has embeddings for, None where they are not an ordinary table."""
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)
+
+
 def check_vocabulary_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with tokens that a model has no embedding for, before training meets one.
 
@@ -183,7 +188,7 @@ def check_vocabulary_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     Raises:
         ModelError: Naming the first such token.
     """
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    rows = vocabulary_size(model)
     beyond = [] if rows is None else sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if beyond:
         place, token = beyond[0]

@@ -29,7 +29,7 @@ from vbon_lightning.callbacks import (
 from vbon_lightning.callbacks.defaults import GUARDS, missing_callbacks
 from vbon_lightning.checkpoints import read_checkpoint
 from vbon_lightning.checks import check_same_settings, plain
-from vbon_lightning.models import describe_ends
+from vbon_lightning.models import describe_ends, vocabulary_size
 from vbon_lightning.sampling.request import check_context
 from vbon_lightning.sharding import is_sharded, spread_state
 from vbon_lightning.types import Rollout
@@ -178,6 +178,7 @@ class AlignmentModule(LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.needs_reference and getattr(data, "reference_table", None) is not None:
             data.table().check_ends(actors.end_ids)
+            data.table().check_vocabulary(vocabulary_size(actors.policy))
 
     def on_validation_start(self) -> None:
         """Check that the texts fit the model's context."""

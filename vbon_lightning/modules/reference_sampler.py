@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.data.collating import batch_keys
+from vbon_lightning.models import vocabulary_size
 from vbon_lightning.modules.base import AlignmentModule, check_strategy
 from vbon_lightning.paths import resolve_path
-from vbon_lightning.reference_table import ReferenceTable, TableRow
+from vbon_lightning.reference_table import ReferenceTable, TableRow, joined_rows
 from vbon_lightning.rewards import RewardError
 from vbon_lightning.rewards.base import shorten
 from vbon_lightning.rewards.calls import PendingRewards, RewardCaller
@@ -37,26 +38,30 @@ class _Sampled(NamedTuple):
     responses: list[list[str]]
     finished: list[list[bool]]
     log_probs: list[list[float]]
+    first: int = 0
+    """The place of the first of these responses among their prompt's."""
+    held: tuple[TableRow | None, ...] = ()
+    """The prompts' rows in the table, where there are any: what they hold stays."""
 
-    def of(self, keys: Collection[str]) -> _Sampled:
-        """Return the prompts with these keys alone."""
-        rows = [row for row, key in enumerate(self.keys) if key in keys]
+    def of(self, rows: Sequence[int]) -> _Sampled:
+        """Return the prompts at these places alone."""
 
         def picked(values: list[Any]) -> list[Any]:
             return [values[row] for row in rows]
 
         return _Sampled(
             picked(self.keys),
-            select_prompts(self.prompts, rows),
+            select_prompts(self.prompts, list(rows)),
             picked(self.prompt_ids),
             picked(self.token_ids),
             picked(self.responses),
             picked(self.finished),
             picked(self.log_probs),
+            self.first,
         )
 
     def rows(self, rewards: dict[int, list[float]]) -> list[TableRow]:
-        """Return the table's rows of the prompts whose rewards are given, by their place in the group."""
+        """Return the rows of these responses, for the prompts whose rewards are given, by their place in the group."""
         return [
             TableRow(
                 self.keys[row],
@@ -71,6 +76,14 @@ class _Sampled(NamedTuple):
             for row, values in rewards.items()
         ]
 
+    def topped_up(self, rows: dict[int, TableRow]) -> list[TableRow]:
+        """Return the table's rows: of rows, by their place in the group, each with what the table has put before."""
+        found = []
+        for place, row in rows.items():
+            held = self.held[place] if self.held else None
+            found.append(row if held is None else joined_rows(held, row, self.first))
+        return found
+
 
 class _Asked(NamedTuple):
     """A group whose rewards are being found."""
@@ -83,11 +96,12 @@ class ReferenceSampler(AlignmentModule):
     """Sample M responses a prompt from the reference and score them, for ``vbon predict``.
 
     Each prompt's noise comes from its own tokens and ``data.table_seed``, so that a table is the same however
-    its making was interrupted or shared among processes.
+    its making was interrupted or shared among processes. A table of fewer responses a prompt is topped up: what is
+    there stays, and the table becomes the one that would have been made at once.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
-        samples: M, responses a prompt.
+        samples: M, responses a prompt; at least as many as the table has.
         rows_per_pass: Most responses decoded at once; bounds the memory.
         overlap_scoring: Score a group of prompts in threads of its own while the next is sampled; by default on CUDA
             and with several ``data.reward_calls.workers``, since on the CPU both may want the same cores. The table is
@@ -142,7 +156,7 @@ class ReferenceSampler(AlignmentModule):
         return [self.writer]
 
     def finished_keys(self) -> set[str]:
-        """Return the prompts the table holds already."""
+        """Return the prompts that the table holds M responses to already."""
         return self.writer.finished_keys()
 
     def take(self, keys: list[str]) -> list[str]:
@@ -154,6 +168,8 @@ class ReferenceSampler(AlignmentModule):
         self._stop_scoring(wait=False)  # of a run that was interrupted
         if self.responses_from is not None:
             self._source = self._open_source(resolve_path(self.responses_from))
+            self._source.check_vocabulary(vocabulary_size(self.loaded.policy))
+            self._check_source(self._source)
         self.check_lengths(self.response_room)
 
     def _open_source(self, path: str) -> ReferenceTable:
@@ -173,6 +189,15 @@ class ReferenceSampler(AlignmentModule):
                 f"model.samples={self.samples}: lower model.samples"
             )
         return table
+
+    def _check_source(self, source: ReferenceTable) -> None:
+        """Name a prompt that the table to take responses from lacks, or whose row there is another text's."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            done = self.finished_keys()
+            for key, prompt in datamodule.table_prompts().items():
+                if key not in done:
+                    source.response_tokens(key, prompt.text)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[TableRow]:
         """Return the table rows that are ready: those of the batch or, where scoring overlaps, all but a group.
@@ -202,7 +227,7 @@ class ReferenceSampler(AlignmentModule):
             mine = next((batch for batch in batches if self.take([prompt.key for prompt in batch])), None)
             if self._anywhere(mine is not None):
                 # Where this process has none of it, it makes the passes of those who hold the reference with it.
-                prompts = datamodule.prompt_batch(mine or any_batch)
+                prompts = datamodule.prompt_batch(mine or any_batch, rows=len(any_batch))
                 prompts = self.trainer.strategy.batch_to_device(prompts, self.device)
                 with self.trainer.precision_plugin.predict_step_context():
                     self.writer.write(self.call_whole("make_rows", prompts))
@@ -215,22 +240,20 @@ class ReferenceSampler(AlignmentModule):
 
     def _anywhere(self, here: bool) -> bool:
         """Return whether something is so here or, where processes hold the reference together, on one of them."""
-        return bool(most(int(here), self.device)) if is_sharded(self.loaded.policy) else here
+        return bool(most(int(here), self.device)) if self._is_shared else here
 
     def make_rows(self, batch: PromptBatch, last: bool = True) -> list[TableRow]:
         """Return the table rows that are ready, of the prompts that this process took; with the last batch all."""
         rows: list[TableRow] = []
         try:
-            groups = list(self._groups(batch))
-            more = self._groups_of_others(len(groups))
-            for group in groups:
-                sampled = self._sample(group).of(self.writer.taken)
+            for group in self._groups(batch):
+                sampled = self._sample(group, self._ours(group, range(len(group.text))))
+                if not sampled.keys:
+                    continue
                 rows += self._finish_scoring()
                 self._pending = _Asked(sampled, self._ask(sampled))
                 if not self._overlaps:
                     rows += self._finish_scoring()
-            for _ in range(more):
-                self._sample(select_prompts(batch, [0]))
             if last:
                 rows += self._finish_scoring()
         except RewardError:
@@ -274,9 +297,10 @@ class ReferenceSampler(AlignmentModule):
         """
         rows = sampled.rows(dict(enumerate(rewards)))
 
-        def again(row: int, count: int, number: int) -> list[_Response]:
+        def again(row: int, places: list[int], number: int) -> list[_Response]:
             prompt = _one_prompt(sampled.prompts, row, self.device)
-            drawn = self._draw(prompt, sampled.keys[row : row + 1], count, stream="table/further", step=number)
+            own = [sampled.first + place for place in places]
+            drawn = self._draw(prompt, sampled.keys[row : row + 1], own, stream="table/further", step=number)
             found = self.loaded.score(prompt, drawn.responses, drawn.token_ids, torch.tensor(drawn.finished))
             return _responses_of(drawn.rows(dict(enumerate(found.tolist())))[0])
 
@@ -285,16 +309,24 @@ class ReferenceSampler(AlignmentModule):
 
         try:
             filled, _ = replace_missing(
-                [_responses_of(row) for row in rows], lambda one: math.isnan(one.reward), again, named
+                [_responses_of(row) for row in rows],
+                lambda one: math.isnan(one.reward),
+                again,
+                named,
+                most=self.samples,
             )
         except TooManyMissingError as problem:
             raise RewardError(str(problem)) from problem
-        return [_with_responses(row, group) for row, group in zip(rows, filled, strict=True)]
+        replaced = [_with_responses(row, group) for row, group in zip(rows, filled, strict=True)]
+        return sampled.topped_up(dict(enumerate(replaced)))
 
     def _finished_rows(self) -> list[TableRow]:
         """Return the rows of a group that broke off which have all of their rewards."""
         asked, self._pending = self._pending, None
-        return [] if asked is None else asked.sampled.rows(dict(asked.rewards.finished_rows()))
+        if asked is None:
+            return []
+        known = dict(asked.rewards.finished_rows())
+        return asked.sampled.topped_up(dict(zip(known, asked.sampled.rows(known), strict=True)))
 
     def _stop_scoring(self, *, wait: bool) -> None:
         """Let the threads go, and forget what they have not finished."""
@@ -313,77 +345,126 @@ class ReferenceSampler(AlignmentModule):
             )
 
     def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
-        """Split a batch so that its samples fit a pass, leaving out groups of which nothing is this process's to make.
+        """Split a batch so that its samples fit a pass, leaving out groups of which nothing is to be made here."""
+        together = max(1, self.rows_per_pass // self.samples)
+        for places in self._kinds(batch):
+            for first in range(0, len(places), together):
+                group = places[first : first + together]
+                if self._anywhere(bool(self._ours(batch, group))):
+                    some = select_prompts(batch, group)
+                    width = int(some.mask.sum(-1).max())
+                    yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
 
-        A group is whole even if some of it is made: it is padded as it would be otherwise.
-        """
-        keys, kept = batch_keys(batch), batch.valid.nonzero().squeeze(-1)
-        for rows in kept.split(max(1, self.rows_per_pass // self.samples)):
-            if self.writer.taken.isdisjoint(keys[row] for row in rows.tolist()):
-                continue
-            width = int(batch.mask[rows].sum(-1).max())
-            some = select_prompts(batch, rows.tolist())
-            yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
+    def _kinds(self, batch: PromptBatch) -> list[list[int]]:
+        """Return the places in a batch of what may be sampled together, in lists."""
+        if self._is_shared:  # the same passes on every process
+            return [list(range(len(batch.text)))]
+        if not self._in_blocks:  # padded as they would be whoever makes them, and whatever is made
+            return [batch.valid.nonzero().squeeze(-1).tolist()]
+        keys, table = batch_keys(batch), self.writer.table
+        by_held: dict[int, list[int]] = {}
+        for place in self._ours(batch, range(len(keys))):
+            by_held.setdefault(0 if table is None else table.count(keys[place]), []).append(place)
+        return list(by_held.values())
 
-    def _groups_of_others(self, groups: int) -> int:
-        """Return how many more groups another process has to sample, where all hold the reference together.
+    def _ours(self, batch: PromptBatch, places: Sequence[int]) -> list[int]:
+        """Return those of some places in a batch whose prompts are this process's to make."""
+        keys, valid = batch_keys(batch), batch.valid.tolist()
+        return [place for place in places if valid[place] and keys[place] in self.writer.taken]
 
-        This process then makes its passes too; nothing of them is kept.
-        """
-        if self._source is not None or not is_sharded(self.loaded.policy):
-            return 0
-        return most(groups, self.device) - groups
-
-    def _sample(self, prompts: PromptBatch) -> _Sampled:
+    def _sample(self, prompts: PromptBatch, ours: Sequence[int] | None = None) -> _Sampled:
+        """Sample the responses that a group's prompts lack, and return those of the prompts at some places, or all."""
         self.loaded.place()
-        keys = batch_keys(prompts)
+        keys, table = batch_keys(prompts), self.writer.table
+        ours = range(len(keys)) if ours is None else ours
+        held: tuple[TableRow | None, ...] = ()
+        if table is not None:
+            held = tuple(table.row(keys[row], prompts.text[row]) if keys[row] in table else None for row in ours)
+        first = min((0 if row is None else len(row.rewards) for row in held), default=0)
+        if self._is_shared:  # as many responses on every process
+            first = 0
+        # Another process may have topped some up by now.
+        places = range(min(first, self.samples - 1), self.samples)
         if self._source is not None:
-            return self._cached(self._source, prompts, keys)
-        return self._draw(prompts, keys, self.samples, stream="table", step=0)
+            sampled = self._cached(self._source, prompts, keys, places)
+        else:
+            sampled = self._draw(prompts, keys, places, stream="table", step=0)
+        sampled = sampled if len(ours) == len(keys) else sampled.of(ours)
+        return sampled._replace(first=places.start, held=held)
 
-    def _draw(self, prompts: PromptBatch, keys: list[str], samples: int, *, stream: str, step: int) -> _Sampled:
-        actors = self.loaded
+    def _draw(
+        self, prompts: PromptBatch, keys: list[str], places: Sequence[int], *, stream: str, step: int
+    ) -> _Sampled:
+        """Sample the responses that stand at some places among those of a prompt."""
         noise = prompt_noise(
             keys,
-            num_samples=samples,
-            length=actors.max_new_tokens,
+            num_samples=_block(places[-1], self.rows_per_pass).stop,
+            length=self.loaded.max_new_tokens,
             seed=self._table_seed,
             stream=stream,
             step=step,
         )
+        if not self._in_blocks:
+            return self._sampled(prompts, keys, *self._in_passes(prompts, noise[:, list(places)]))
+        blocks = sorted({_block(place, self.rows_per_pass) for place in places}, key=lambda block: block.start)
+        drawn = [place for block in blocks for place in block]
+        wanted = [drawn.index(place) for place in places]
+        found: tuple[list[Any], ...] = ([], [], [])
+        for row in range(len(keys)):
+            prompt = _one_prompt(prompts, row, self.device)
+            parts = [self._in_passes(prompt, noise[row : row + 1, block.start : block.stop]) for block in blocks]
+            for column, by_block in zip(found, zip(*parts, strict=True), strict=True):
+                values = [value for (block,) in by_block for value in block]
+                column.append([values[place] for place in wanted])
+        return self._sampled(prompts, keys, *found)
+
+    @property
+    def _in_blocks(self) -> bool:
+        """Whether each prompt is sampled by itself, in blocks that do not depend on M or on what else is to be sampled.
+
+        Matrix products round by their shape, and a token may hang on the last digit: this way it is the same however a
+        table is made. On a GPU it would take too long.
+        """
+        return self.device.type == "cpu" and not self._is_shared
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether processes hold the reference together."""
+        return self.actors is not None and is_sharded(self.loaded.policy)
+
+    def _in_passes(
+        self, prompts: PromptBatch, noise: Tensor
+    ) -> tuple[list[list[list[int]]], list[list[bool]], list[list[float]]]:
+        """Return the token ids of the responses, whether they finished, and their log-probabilities: ``[B][G]``."""
+        actors = self.loaded
         passes = [
             actors.sampler(actors.policy, actors.request(prompts, part))
             for part in noise.split(self.rows_per_pass, dim=1)
         ]
         by_pass = [actors.token_ids(part) for part in passes]
-        return self._sampled(
-            prompts,
-            keys,
-            token_ids=[[ids for part in by_pass for ids in part[row]] for row in range(len(keys))],
-            finished=torch.cat([part.finished for part in passes], dim=1),
-            log_probs=torch.cat([part.log_probs.sum(-1) for part in passes], dim=1),
-        )
+        token_ids = [[ids for part in by_pass for ids in part[row]] for row in range(len(noise))]
+        finished = torch.cat([part.finished for part in passes], dim=1).tolist()
+        log_probs = torch.cat([part.log_probs.sum(-1) for part in passes], dim=1).tolist()
+        return token_ids, finished, log_probs
 
-    def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str]) -> _Sampled:
+    def _cached(self, table: ReferenceTable, prompts: PromptBatch, keys: list[str], places: range) -> _Sampled:
+        asked = slice(places.start, places.stop)
         found = [table.response_tokens(key, text) for key, text in zip(keys, prompts.text, strict=True)]
         return self._sampled(
             prompts,
             keys,
-            token_ids=[
-                [ids.tolist() for ids in row.tokens.split(row.lengths.tolist())[: self.samples]] for row in found
-            ],
-            finished=table.finished_matrix(keys, prompts.text)[:, : self.samples],
-            log_probs=table.log_probs_matrix(keys, prompts.text)[:, : self.samples],
+            token_ids=[[ids.tolist() for ids in row.tokens.split(row.lengths.tolist())[asked]] for row in found],
+            finished=table.finished_matrix(keys, prompts.text)[:, asked].tolist(),
+            log_probs=table.log_probs_matrix(keys, prompts.text)[:, asked].tolist(),
         )
 
     def _sampled(
         self,
         prompts: PromptBatch,
         keys: list[str],
-        *,
         token_ids: list[list[list[int]]],
-        finished: Tensor,
-        log_probs: Tensor,
+        finished: list[list[bool]],
+        log_probs: list[list[float]],
     ) -> _Sampled:
         prompts = prompts._replace(tokens=prompts.tokens.cpu(), mask=prompts.mask.cpu(), valid=prompts.valid.cpu())
         return _Sampled(
@@ -392,8 +473,8 @@ class ReferenceSampler(AlignmentModule):
             prompt_ids=[row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)],
             token_ids=token_ids,
             responses=self.loaded.decode(token_ids, prompts),
-            finished=finished.tolist(),
-            log_probs=log_probs.tolist(),
+            finished=finished,
+            log_probs=log_probs,
         )
 
     @property
@@ -432,6 +513,13 @@ def _with_responses(row: TableRow, responses: list[_Response]) -> TableRow:
     return row._replace(
         responses=texts, response_tokens=tokens, rewards=rewards, log_probs=log_probs, finished=finished
     )
+
+
+def _block(place: int, most: int) -> range:
+    """Return the places among a prompt's responses that are sampled with one of them: 16, 48, then 64, or ``most``."""
+    start, stop = (0, 16) if place < 16 else (max(16, place // 64 * 64), place // 64 * 64 + 64)
+    first = start + (place - start) // most * most
+    return range(first, min(first + most, stop))
 
 
 def _one_prompt(prompts: PromptBatch, row: int, device: torch.device) -> PromptBatch:

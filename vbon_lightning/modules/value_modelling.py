@@ -19,6 +19,7 @@ from vbon_lightning.models import (
     load_tokenizer,
     load_value_model,
     new_value_model,
+    vocabulary_size,
 )
 from vbon_lightning.models.spec import ModelSpec, as_spec
 from vbon_lightning.models.value import is_value_model
@@ -140,6 +141,9 @@ class ValueModelling(SupervisedModule):
     def on_fit_start(self) -> None:
         """Check that the texts fit the model's context, and start a new head, unless a checkpoint brought one."""
         super().on_fit_start()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.policy is not None and hasattr(data, "table"):
+            data.table().check_vocabulary(vocabulary_size(self.policy))
         if self._has_new_head and self.probe and self.trainer.ckpt_path is None:
             self._start_head()
         self._has_new_head = False

@@ -20,6 +20,8 @@ from vbon_lightning.reference_table.store import TablePath, UrlPath, create_file
 _FILE = "fingerprint.json"
 _SKIPS = "on_missing"
 """In the fingerprint where responses without a reward are replaced by further draws."""
+_UNSAID = {"precision": "32-true"}
+"""What a fingerprint means that does not say it: those of older tables do not, and the default is not written down."""
 
 
 class FingerprintMismatch(ReferenceTableError):
@@ -69,10 +71,10 @@ def check(path: TablePath, table: Mapping[str, Any], run: Mapping[str, Any]) -> 
     Raises:
         FingerprintMismatch: naming each field that differs.
     """
-    ours = plain(run)
+    ours = _UNSAID | plain(run)
     if _SKIPS not in table:
         ours.pop(_SKIPS, None)
-    if found := differences(table, ours):
+    if found := differences(_UNSAID | dict(table), ours):
         raise FingerprintMismatch(path, found)
 
 
@@ -93,13 +95,18 @@ def read(directory: TablePath) -> dict[str, Any]:
                 "or make the table anew in another directory with `vbon predict`"
             ) from None
         raise ReferenceTableError(f"there is no reference table in {directory}; make it with `vbon predict`") from None
+    except OSError as problem:
+        raise ReferenceTableError(f"{path} cannot be read: {problem.strerror or problem}") from problem
     except ValueError as problem:
         raise ReferenceTableError(
             f"{path} is not valid JSON ({problem}); put the file back, or make the table anew in another "
             "directory with `vbon predict`"
         ) from problem
     if not isinstance(fingerprint, dict):
-        raise ReferenceTableError(f"{path} must hold a JSON object, got {type(fingerprint).__name__}")
+        raise ReferenceTableError(
+            f"{path} must hold a JSON object, got {type(fingerprint).__name__}; put the file back, or make the table "
+            "anew in another directory with `vbon predict`"
+        )
     return fingerprint
 
 

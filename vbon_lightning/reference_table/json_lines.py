@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -19,12 +18,14 @@ import numpy as np
 
 from vbon_lightning._json_lines import read_json_lines
 from vbon_lightning.reference_table.reader import ReferenceTable
-from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, atomic_file, prompt_key
+from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, atomic_file, prompt_key, quoted
 from vbon_lightning.reference_table.store import TablePath
 from vbon_lightning.reference_table.store import table_path as as_path
 from vbon_lightning.reference_table.writer import ReferenceTableWriter
 
 _PROMPTS_A_SHARD = 1024
+_LARGEST = float(np.finfo(np.float32).max)
+"""Larger rewards would be infinite where they are stored."""
 
 
 def import_jsonl(
@@ -63,16 +64,29 @@ def import_jsonl(
     file = path
     gathered: dict[str, TableRow] = {}
     for number, record in read_json_lines(file, ReferenceTableError):
-        prompt, responses, rewards = _parsed(record, f"file {file}, line {number}")
+        where = f"file {file}, line {number}"
+        prompt, responses, rewards = _parsed(record, where)
         tokens = list(encode(prompt))
-        key = prompt_key(tokens)
+        try:
+            key = prompt_key(tokens)
+        except ValueError as problem:
+            raise ReferenceTableError(f"{where}: the prompt {quoted(prompt)}: {problem}") from problem
         row = gathered.setdefault(key, TableRow(key, prompt, tokens, [], [], [], None, None))
+        if row.prompt != prompt:
+            raise ReferenceTableError(
+                f"{where}: the prompt {quoted(prompt)} has the tokens of {quoted(row.prompt)}, "
+                "which stands before it, and would share its row: leave one of the two out, or write both alike"
+            )
         row.responses.extend(responses)
         row.rewards.extend(rewards)
     if not gathered:
         raise ReferenceTableError(f"file {file} holds no prompts")
     writer = ReferenceTableWriter(table_path, fingerprint, shard=shard)
     known = writer.finished_keys()
+    if known:
+        table = ReferenceTable.open(table_path)
+        for key, row in gathered.items():
+            table.check_text(key, row.prompt)
     waiting = (row for key, row in gathered.items() if key not in known)
     written = 0
     while chunk := list(islice(waiting, _PROMPTS_A_SHARD)):
@@ -144,6 +158,6 @@ def _parsed(record: dict[str, Any], where: str) -> tuple[str, list[str], list[fl
     for response, reward in zip(responses, rewards, strict=True):
         if not isinstance(response, str):
             raise ReferenceTableError(f"{where}: a response must be text, got {response!r}")
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= _LARGEST:
             raise ReferenceTableError(f"{where}: the reward of response {response!r} must be finite, got {reward!r}")
     return prompt, responses, [float(reward) for reward in rewards]

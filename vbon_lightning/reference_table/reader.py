@@ -6,11 +6,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from vbon_lightning.reference_table import fingerprint as fingerprints
-from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, open_shard, shard_files
+from vbon_lightning.reference_table.checking import checked_groups
+from vbon_lightning.reference_table.shards import (
+    ReferenceTableError,
+    TableRow,
+    open_shard,
+    quoted,
+    shard_files,
+    text_digest,
+)
 from vbon_lightning.reference_table.store import TablePath, table_path
 
 _T = TypeVar("_T")
@@ -28,10 +37,17 @@ class PromptNotInTable(ReferenceTableError, KeyError):
         return str(self.args[0])
 
 
+class OtherPrompt(ReferenceTableError):
+    """The row of a prompt's key is another text's, which has the same tokens."""
+
+
 class _Place(NamedTuple):
     file: TablePath
     group: int
     offset: int
+    samples: int
+    text: int
+    """:func:`text_digest` of the prompt."""
 
 
 class TokenLists(NamedTuple):
@@ -59,6 +75,8 @@ class ReferenceTable:
         self._columns: dict[str, dict[str, Tensor | None]] = {}
         self._tokens: dict[str, TokenLists | None] | None = None
         self._samples: int | None = None
+        self._read: tuple[TablePath, int, pa.Table] | None = None
+        """The row group that a row was read of last: others of it may be asked for next."""
         self._places = self._retrying(self._scan)
 
     @classmethod
@@ -116,8 +134,31 @@ class ReferenceTable:
         if self._samples is None:
             if not self._places:
                 raise ReferenceTableError(f"none of the prompts asked for is in the reference table {self.path}")
-            self._samples = min(len(values) for values in self._column("rewards").values() if values is not None)
+            self._samples = min(place.samples for place in self._places.values())
         return self._samples
+
+    @property
+    def most_samples(self) -> int:
+        """The most responses that a prompt has: more than :attr:`samples` while a table is being topped up."""
+        return max((place.samples for place in self._places.values()), default=0)
+
+    def count(self, key: str) -> int:
+        """Return how many responses the table has to the prompt with this key; 0 where it lacks it."""
+        place = self._places.get(key)
+        return 0 if place is None else place.samples
+
+    def check_text(self, key: str, text: str) -> None:
+        """Refuse the row of another text that has the same tokens; a prompt that the table lacks is no error here.
+
+        Args:
+            key: the prompt's key.
+            text: the prompt.
+
+        Raises:
+            OtherPrompt: naming both texts.
+        """
+        if key in self._places:
+            self._place(key, text)
 
     def rewards(self, key: str, text: str | None = None) -> Tensor:
         """Return the rewards of a prompt's reference responses.
@@ -242,6 +283,26 @@ class ReferenceTable:
                     "name the model that it was made with"
                 )
 
+    def check_vocabulary(self, size: int | None) -> None:
+        """Refuse a table with token ids that a model does not have.
+
+        Args:
+            size: how many it has; None where that is unknown, and nothing is checked.
+
+        Raises:
+            ReferenceTableError: naming the prompt and the token.
+        """
+        if size is None:
+            return
+        found = self._retrying(lambda: self._load("response_tokens", _largest))
+        for key, token in found.items():
+            if token is not None and token >= size:
+                raise ReferenceTableError(
+                    f"the reference table {self.path} has a response to {self.row(key).prompt!r} with the token id "
+                    f"{token}, and the model has {size} tokens: name the model that the table was made with, or make "
+                    "it again in another directory"
+                )
+
     @property
     def longest_response(self) -> int:
         """Return the most tokens that a response has."""
@@ -269,9 +330,10 @@ class ReferenceTable:
 
         def read() -> TableRow:
             place = self._place(key, text)
-            with open_shard(place.file) as file:
-                table = file.read_row_group(place.group).slice(place.offset, 1)
-            return TableRow(**table.to_pylist()[0])
+            if self._read is None or self._read[:2] != (place.file, place.group):
+                with open_shard(place.file) as file:
+                    self._read = place.file, place.group, file.read_row_group(place.group)
+            return TableRow(**self._read[2].slice(place.offset, 1).to_pylist()[0])
 
         return self._retrying(read)
 
@@ -296,13 +358,14 @@ class ReferenceTable:
         places: dict[str, _Place] = {}
         empty = True
         for path in shard_files(self.path):
-            with open_shard(path) as file:
-                for group in range(file.num_row_groups):
-                    column = file.read_row_group(group, columns=["key"]).column(0)
-                    for offset, key in enumerate(column.to_pylist()):
-                        empty = False
-                        if key not in places and (self._wanted is None or key in self._wanted):
-                            places[key] = _Place(path, group, offset)
+            for group, table in enumerate(checked_groups(path)):
+                sizes = pc.list_value_length(table.column("rewards")).to_pylist()
+                keys, texts = (table.column(name).to_pylist() for name in ("key", "prompt"))
+                for offset, (key, text, samples) in enumerate(zip(keys, texts, sizes, strict=True)):
+                    empty = False
+                    known = places.get(key)
+                    if (self._wanted is None or key in self._wanted) and (known is None or samples > known.samples):
+                        places[key] = _Place(path, group, offset, samples, text_digest(text))
         if empty:
             raise ReferenceTableError(f"reference table {self.path} is empty; fill it with `vbon predict`")
         return places
@@ -324,6 +387,13 @@ class ReferenceTable:
             raise PromptNotInTable(
                 f"{what} is not among the {len(self)} prompts of the reference table {self.path}; "
                 "add it with `vbon predict`, with the tokenizer and the prompt template of the table"
+            )
+        if text is not None and place.text != text_digest(text):
+            raise OtherPrompt(
+                f"prompt {quoted(text)} has the tokens of {quoted(self.row(key).prompt)}, whose responses and rewards "
+                f"are in the reference table {self.path}: they would be taken for its own. Leave one of the two out of "
+                "the data, or write both alike; where data.max_prompt_tokens cut them, raise it, and make the table "
+                "anew in another directory"
             )
         return place
 
@@ -376,6 +446,14 @@ class ReferenceTable:
 def _numbers(lists: pa.ListArray) -> Callable[[int], Tensor]:
     bounds, values = lists.offsets.to_pylist(), lists.values.to_numpy(zero_copy_only=False)
     return lambda i: torch.from_numpy(values[bounds[i] : bounds[i + 1]].copy())
+
+
+def _largest(lists: pa.ListArray) -> Callable[[int], int]:
+    """Return what finds the largest token id of a prompt's responses, -1 where they have none."""
+    bounds = lists.offsets.to_pylist()
+    edges = lists.values.offsets.to_numpy()
+    tokens = lists.values.values.to_numpy(zero_copy_only=False)
+    return lambda i: int(tokens[edges[bounds[i]] : edges[bounds[i + 1]]].max(initial=-1))
 
 
 def _early_ends(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], list[int]]]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vbon_lightning.reference_table.store import TablePath, TableStoreError, UrlPath, telling
@@ -58,6 +59,22 @@ class TableRow(NamedTuple):
     """M flags: True where an EOS ended the response; None if unknown."""
 
 
+def joined_rows(held: TableRow, further: TableRow, first: int) -> TableRow:
+    """Return a row with further responses behind its own; what is unknown of either is unknown of both.
+
+    Args:
+        held: the row.
+        further: the same prompt's, with the responses to add.
+        first: how many of the row's responses come before them; those that it has already are left out.
+    """
+    columns: dict[str, Any] = {}
+    known = max(0, len(held.rewards) - first)
+    for name in ("responses", "response_tokens", "rewards", "log_probs", "finished"):
+        parts = getattr(held, name), getattr(further, name)
+        columns[name] = None if None in parts else [*parts[0], *parts[1][known:]]
+    return held._replace(**columns)
+
+
 def prompt_key(tokens: Sequence[int], columns: Mapping[str, Any] | None = None) -> str:
     """Hash a prompt's token ids: SHA-256 over little-endian int32, in hexadecimal.
 
@@ -84,6 +101,16 @@ def prompt_key(tokens: Sequence[int], columns: Mapping[str, Any] | None = None) 
         return key
     text = json.dumps(columns, sort_keys=True, default=str)
     return f"{key}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def text_digest(text: str) -> int:
+    """Return 64 bits that stand for a text where many are compared."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def quoted(text: str) -> str:
+    """Quote a text for a message, cut where it is long."""
+    return repr(text if len(text) <= 200 else text[:200] + "...")
 
 
 def shard_count(path: TablePath, shard: str) -> int | None:
@@ -165,8 +192,8 @@ def open_shard(path: TablePath) -> Iterator[pq.ParquetFile]:
             file = opened.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
             if not file.schema_arrow.equals(SCHEMA):
                 raise ReferenceTableError(
-                    f"{path} is not a shard of a reference table: expected the columns {SCHEMA.names}, "
-                    f"got {file.schema_arrow.names} or other types; move that file elsewhere"
+                    f"{path} is not a shard of a reference table: {_misfit(file.schema_arrow)}; "
+                    "move that file elsewhere"
                 )
             yield file
     except (FileNotFoundError, PermissionError, TableStoreError):
@@ -178,10 +205,32 @@ def open_shard(path: TablePath) -> Iterator[pq.ParquetFile]:
         ) from problem
 
 
-def shard_keys(path: TablePath) -> list[str]:
-    """Read the prompt keys of one shard, in its order."""
+def _misfit(schema: pa.Schema) -> str:
+    """Say in which columns a file's schema differs from that of a shard."""
+    missing = [name for name in SCHEMA.names if name not in schema.names]
+    extra = [name for name in schema.names if name not in SCHEMA.names]
+    problems = [
+        f"the column {name} holds {schema.field(name).type} where {SCHEMA.field(name).type} belongs"
+        for name in SCHEMA.names
+        if schema.names.count(name) == 1 and schema.field(name).type != SCHEMA.field(name).type
+    ]
+    if missing:
+        problems.insert(0, f"it lacks {', '.join(missing)}")
+    if extra:
+        problems.append(f"it has {', '.join(extra)} beside")
+    return ", ".join(problems) or f"its columns are {', '.join(schema.names)} and should be {', '.join(SCHEMA.names)}"
+
+
+def row_sizes(table: pa.Table) -> list[tuple[str, int]]:
+    """Return the key and the number of responses of each row."""
+    lengths = pc.list_value_length(table.column("rewards")).to_pylist()
+    return list(zip(table.column("key").to_pylist(), lengths, strict=True))
+
+
+def shard_sizes(path: TablePath) -> list[tuple[str, int]]:
+    """Read the prompt keys of one shard and the numbers of their responses, in its order."""
     with open_shard(path) as file:
-        return list(file.read(columns=["key"]).column(0).to_pylist())
+        return row_sizes(file.read(columns=["key", "rewards"]))
 
 
 def write_tables(stream: BinaryIO, tables: Iterator[pa.Table]) -> None:

@@ -17,7 +17,8 @@ def table_summary(table: ReferenceTable) -> dict[str, Any]:
         table: the table.
 
     Returns:
-        ``prompts``: their number; ``samples``: M, the minimum over prompts; ``responses``: their number;
+        ``prompts``: their number; ``samples``: M, the minimum over prompts; ``most_samples``: the maximum, where it is
+        another, as in a table that is being topped up; ``responses``: their number;
         ``mean_reward``; ``tie_fraction``: the probability that two different samples for the same prompt have
         equal rewards, nan if every prompt has one; ``finished_share``: of responses that ended with an EOS,
         None if unknown.
@@ -38,6 +39,7 @@ def table_summary(table: ReferenceTable) -> dict[str, Any]:
     return {
         "prompts": len(keys),
         "samples": samples,
+        **({} if table.most_samples == samples else {"most_samples": table.most_samples}),
         "responses": sum(len(values) for values in rewards),
         "mean_reward": float(torch.stack([values.mean() for values in rewards]).mean()),
         "tie_fraction": float(torch.stack(ties).mean()) if ties else float("nan"),

@@ -13,16 +13,18 @@ import numpy as np
 import pyarrow as pa
 
 from vbon_lightning.reference_table import fingerprint as fingerprints
+from vbon_lightning.reference_table.checking import checked_groups
 from vbon_lightning.reference_table.shards import (
     ReferenceTableError,
     TableRow,
     atomic_file,
-    open_shard,
     prompt_key,
+    quoted,
+    row_sizes,
     rows_to_table,
     shard_count,
     shard_files,
-    shard_keys,
+    shard_sizes,
     shard_writer,
     sync_directory,
     write_tables,
@@ -62,26 +64,34 @@ class ReferenceTableWriter:
             raise ValueError(f"a shard name has letters, digits, '_', '.' and '-' only, got {shard!r}")
         self.path, self.shard = table_path(path), shard
         self._next: int | None = None
-        self._keys: dict[str, list[str]] = {}
+        self._rows: dict[str, list[tuple[str, int]]] = {}
         self._finished: set[str] = set()
+        self._finished_with = 1
         with telling(self.path, writing=True):
             self.path.mkdir(parents=True, exist_ok=True)
             self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
             self.remove_leftovers()
 
-    def finished_keys(self) -> set[str]:
-        """Return the prompt keys in all complete shards, those of other processes included."""
+    def finished_keys(self, samples: int = 1) -> set[str]:
+        """Return the prompt keys in all complete shards, those of other processes included.
+
+        Args:
+            samples: how many responses a prompt is to have.
+        """
+        if samples != self._finished_with:
+            self._finished, self._finished_with, self._rows = set(), samples, {}
         while True:
             try:
                 files = shard_files(self.path)
-                new = [file for file in files if file.name not in self._keys]  # a shard never changes
+                new = [file for file in files if file.name not in self._rows]  # a shard never changes
                 with ThreadPoolExecutor(_AT_ONCE) as threads:  # a store takes its time for each
-                    found = list(threads.map(shard_keys, new))
-                self._keys |= zip((file.name for file in new), found, strict=True)
-                if len(self._keys) > len(files):  # some were merged into others, or deleted
-                    self._keys, self._finished = {file.name: self._keys[file.name] for file in files}, set()
+                    found = list(threads.map(shard_sizes, new))
+                self._rows |= zip((file.name for file in new), found, strict=True)
+                if len(self._rows) > len(files):  # some were merged into others, or deleted
+                    self._rows, self._finished = {file.name: self._rows[file.name] for file in files}, set()
                     new = files
-                self._finished.update(key for file in new for key in self._keys[file.name])
+                rows = (row for file in new for row in self._rows[file.name])
+                self._finished.update(key for key, count in rows if count >= samples)
                 return set(self._finished)
             except FileNotFoundError:  # another process has just compacted its shards: list them again
                 continue
@@ -104,7 +114,7 @@ class ReferenceTableWriter:
         """Merge this writer's own shards, and those that others left behind, into one.
 
         The merged shard appears before its parts go, so a kill in between leaves duplicates, never a gap;
-        readers drop them by key, and the first wins.
+        of rows with one key, readers and this take the one with most responses, and of such the first.
 
         Args:
             abandoned: names of writers that died, whose shards are merged, too.
@@ -119,14 +129,18 @@ class ReferenceTableWriter:
                 break
             except FileNotFoundError:  # another process has just merged some of them: list them again
                 continue
-        # Last to first: what is left after a kill is a prefix, whose first rows are also the merged ones.
+        # Last to first: what is left after a kill is a prefix, and what is taken from it and the merged shard the same.
         for part in reversed(parts):
             part.unlink(missing_ok=True)
         sync_directory(self.path)
 
     def in_pieces(self) -> set[str]:
-        """Return the other writers that have several shards: those that go on, and those that died."""
-        shards = Counter(shard_writer(file) for file in shard_files(self.path))
+        """Return the other writers with several shards, or with rows that longer ones have replaced, living or not."""
+        files, whole = shard_files(self.path), self.finished_keys(self._finished_with)
+        shards = Counter(shard_writer(file) for file in files)
+        for file in files:
+            if any(count < self._finished_with and key in whole for key, count in self._rows.get(file.name, [])):
+                shards[shard_writer(file)] += 1
         return {name for name, count in shards.items() if count > 1} - {self.shard}
 
     def remove_leftovers(self, writers: Collection[str] = ()) -> None:
@@ -151,25 +165,23 @@ class ReferenceTableWriter:
 
 
 def _without_duplicates(files: Sequence[TablePath]) -> Iterator[pa.Table]:
-    seen: set[str] = set()
+    most: dict[str, tuple[int, int]] = {}
+    for number, (key, count) in enumerate(
+        row for path in files for table in checked_groups(path) for row in row_sizes(table)
+    ):
+        if count > most.get(key, (0, 0))[0]:
+            most[key] = count, number
+    number = 0
     for path in files:
-        with open_shard(path) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                fresh = []
-                for key in table.column("key").to_pylist():
-                    fresh.append(key not in seen)
-                    seen.add(key)
-                yield table.filter(pa.array(fresh, type=pa.bool_()))
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else text[:200] + "...")
+        for table in checked_groups(path):
+            chosen = [most[key][1] == place for place, (key, _) in enumerate(row_sizes(table), number)]
+            number += len(table)
+            yield table.filter(pa.array(chosen, type=pa.bool_()))
 
 
 def _checked(row: TableRow) -> TableRow:
     """Return the row in plain types, or say what is wrong with it."""
-    where = f"the row of prompt {_short(row.prompt)}"
+    where = f"the row of prompt {quoted(row.prompt)}"
     try:
         key = prompt_key(row.prompt_tokens)
     except ValueError as problem:
@@ -189,13 +201,20 @@ def _checked(row: TableRow) -> TableRow:
         try:
             text.encode()
         except UnicodeEncodeError as problem:
-            raise ReferenceTableError(f"{where}: {_short(text)} cannot be stored as UTF-8") from problem
+            raise ReferenceTableError(f"{where}: {quoted(text)} cannot be stored as UTF-8") from problem
+    tokens = [[int(token) for token in ids] for ids in row.response_tokens]
+    for response, ids in zip(row.responses, tokens, strict=True):
+        if ids and not 0 <= min(ids) <= max(ids) < 2**31:
+            raise ReferenceTableError(
+                f"{where}: token ids must be in [0, 2**31), and those of response {quoted(response)} go from "
+                f"{min(ids)} to {max(ids)}"
+            )
     return TableRow(
         key=row.key,
         prompt=row.prompt,
         prompt_tokens=[int(token) for token in row.prompt_tokens],
         responses=list(row.responses),
-        response_tokens=[[int(token) for token in tokens] for tokens in row.response_tokens],
+        response_tokens=tokens,
         rewards=_finite(row.rewards, "reward", where, row.responses),
         log_probs=None if row.log_probs is None else _finite(row.log_probs, "log-prob", where, row.responses),
         finished=None if row.finished is None else [bool(value) for value in row.finished],
@@ -207,5 +226,5 @@ def _finite(values: Any, what: str, where: str, responses: list[str]) -> list[fl
         numbers: list[float] = np.asarray(values, dtype=np.float64).astype(np.float32).tolist()
     for number, response in zip(numbers, responses, strict=True):
         if not math.isfinite(number):
-            raise ReferenceTableError(f"{where}: the {what} of response {_short(response)} is {number}, not finite")
+            raise ReferenceTableError(f"{where}: the {what} of response {quoted(response)} is {number}, not finite")
     return numbers

@@ -18,8 +18,10 @@ class TooManyMissingError(ValueError):
 def replace_missing(
     groups: list[list[_T]],
     missing: Callable[[_T], bool],
-    draw: Callable[[int, int, int], list[_T]],
+    draw: Callable[[int, list[int], int], list[_T]],
     describe: Callable[[int], str],
+    *,
+    most: int | None = None,
 ) -> tuple[list[list[_T]], int]:
     """Draw again, prompt by prompt, until each has as many responses that can be used as it had in all.
 
@@ -30,9 +32,10 @@ def replace_missing(
     Args:
         groups: B lists of G responses.
         missing: Whether a response is to be replaced.
-        draw: Draws for a row (first argument) so many responses (second), by the noise of its n-th further round
-            (third, from 1).
+        draw: Draws for a row (first argument) a response for each of some places (second), by the noise of its n-th
+            further round (third, from 1).
         describe: Names a row, for the message.
+        most: How many further draws a prompt may take, if not as many as it has responses.
 
     Returns:
         The groups with the replacements, and how many further responses were drawn.
@@ -42,16 +45,17 @@ def replace_missing(
     """
     filled, spent = [], 0
     for row, group in enumerate(groups):
-        kept, left, number = list(group), max(len(group), LEAST_DRAWS), 0
+        allowed = max(len(group) if most is None else most, LEAST_DRAWS)
+        kept, left, number = list(group), allowed, 0
         while places := [place for place, one in enumerate(kept) if missing(one)]:
             if not left:
                 raise TooManyMissingError(
                     f"{describe(row)}: {len(places)} of its {len(group)} responses have no reward, nor have enough of "
-                    f"{max(len(group), LEAST_DRAWS)} further ones that were drawn in their place: leave the prompt out "
+                    f"{allowed} further ones that were drawn in their place: leave the prompt out "
                     "of the data, or give the reward something to say of it"
                 )
             number, count = number + 1, min(left, len(places))
-            for place, one in zip(places, draw(row, count, number), strict=False):
+            for place, one in zip(places, draw(row, places[:count], number), strict=False):
                 kept[place] = one
             left, spent = left - count, spent + count
         filled.append(kept)

@@ -121,18 +121,19 @@ def test_the_table_must_end_where_the_policy_does(files: Path, monkeypatch: pyte
     monkeypatch.setattr(base, "rank_zero_info", said.append)
     monkeypatch.setattr(base, "describe_ends", lambda tokenizer, ends: f"{tokenizer} {ends}")
     checked: list[Any] = []
-    table = SimpleNamespace(check_ends=checked.append)
+    table = SimpleNamespace(check_ends=checked.append, check_vocabulary=checked.append)
+    monkeypatch.setattr(base, "vocabulary_size", lambda policy: f"size of {policy}")
     data = SimpleNamespace(reference_table="there", table=lambda: table)
     module: Any = make_module("vbon", make_data(files))
-    module.actors = SimpleNamespace(tokenizer="tokenizer", end_ids=(2,))
+    module.actors = SimpleNamespace(tokenizer="tokenizer", end_ids=(2,), policy="policy")
     attach(module, FakeTrainer(datamodule=data))
     module.check_ends()
     assert said == ["A response ends at tokenizer (2,)"]
-    assert checked == [(2,)]
+    assert checked == [(2,), "size of policy"]
     for trainer in (FakeTrainer(datamodule=None), FakeTrainer(datamodule=SimpleNamespace(reference_table=None))):
         attach(module, trainer)
         module.check_ends()
     attach(module, FakeTrainer(datamodule=data))
     module.needs_reference = False
     module.check_ends()
-    assert checked == [(2,)]
+    assert checked == [(2,), "size of policy"]

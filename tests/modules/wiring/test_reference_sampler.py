@@ -22,6 +22,7 @@ from vbon_lightning.sampling import SamplingRequest, prompt_noise
 
 
 def test_what_a_table_is_sampled_with(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReferenceSampler, "_in_blocks", False)  # as on a GPU
     data = make_data(files, temperature=0.7)
     module = ReferenceSampler(data.actors, samples=5, rows_per_pass=2)
     module.configure_model()
@@ -54,13 +55,37 @@ def test_what_a_table_is_sampled_with(files: Path, monkeypatch: pytest.MonkeyPat
         assert module._table_seed == 0
 
 
+def test_on_the_cpu_no_digit_depends_on_what_else_is_sampled(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=70)
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=SimpleNamespace(table_seed=11)))
+    rows, asked = data.prompts("train")[:3], []
+    real = module.loaded.sampler
+    monkeypatch.setattr(module.loaded, "sampler", lambda *given: asked.append(given[1]) or real(*given))
+    whole = module._sample(data.prompt_batch(rows))
+    assert [request.noise.shape[:2] for request in asked] == 3 * [(1, 16), (1, 48), (1, 64)]
+    assert all(request.prompt_mask.all() for request in asked)
+    noise = prompt_noise(whole.keys, num_samples=128, length=4, seed=11, stream="table", step=0)
+    assert torch.equal(torch.cat([request.noise for request in asked[3:6]], 1), noise[1:2])
+    prompt = data.prompt_batch(rows[1:2])
+    for places in (range(3), range(15, 18), [5, 69], [20]):
+        some = module._draw(prompt, whole.keys[1:2], places, stream="table", step=0)
+        for name in ("token_ids", "finished", "log_probs"):
+            assert getattr(some, name)[0] == [getattr(whole, name)[1][place] for place in places]
+    module.rows_per_pass = 10
+    asked.clear()
+    module._draw(prompt, whole.keys[1:2], [5, 12, 63], stream="table", step=0)
+    assert [request.noise.shape[1] for request in asked] == [10, 6, 8], "of 0 to 9, of 10 to 15, of 56 to 63"
+
+
 def test_prompts_in_groups_without_those_that_are_done(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data(files)
     module = ReferenceSampler(data.actors, samples=4, rows_per_pass=9)
     rows = data.prompts("train")
     batch = data.prompt_batch(rows)
     batch = batch._replace(valid=torch.tensor([True] * 9 + [False]))
-    monkeypatch.setattr(module, "finished_keys", lambda: {rows[2].key})
+    module.writer.taken = {row.key for row in rows} - {rows[2].key}  # the others are this process's
     groups = list(module._groups(batch))
     assert [group.index.tolist() for group in groups] == [[0, 1], [3, 4], [5, 6], [7, 8]]
     for group in groups:
@@ -71,7 +96,13 @@ def test_prompts_in_groups_without_those_that_are_done(files: Path, monkeypatch:
         assert bool(group.mask.any(0)[0]), "no wider than its longest prompt"
     module.rows_per_pass = 1
     assert [len(group.text) for group in module._groups(batch)] == [1] * 8
-    monkeypatch.setattr(module, "finished_keys", lambda: {row.key for row in rows})
+    # Elsewhere a prompt's padding changes its last digits: groups are the same whoever makes them.
+    module.rows_per_pass = 9
+    monkeypatch.setattr(ReferenceSampler, "_in_blocks", False)
+    assert [group.index.tolist() for group in module._groups(batch)] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    module.writer.taken = {rows[5].key}
+    assert [group.index.tolist() for group in module._groups(batch)] == [[4, 5]]
+    module.writer.taken = set()
     assert list(module._groups(batch)) == []
 
 
