@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,5 +194,5 @@ def _build(kind: Any, config: Any, seed: int, spread: float = 1.0) -> Any:
 
 
 def readable(value: object) -> str:
-    """Name a parameter in a test's id, without the backslashes of regular expressions: ids must be found again."""
-    return str(value).replace("\\", "")
+    """Name a parameter in a test's id, without addresses and the backslashes of regular expressions: it is found again."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value)).replace("\\", "")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.crashes import count_calls, killed_at
-from tests.helpers import save_tiny_model
+from tests.helpers import readable, save_tiny_model
 from tests.modules.setting import (
     ALPHABET,
     KillAt,
@@ -369,7 +369,7 @@ def checkpoint(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"accumulate_grad_batches": 2}, "accumulate_grad_batches: checkpoint has 1, this run has 2"),
         ({"gradient_clip_val": 0.5}, "gradient_clip_val"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_a_resume_that_disagrees_is_refused(
     change: dict[str, Any], named: str, files: Path, checkpoint: Path, tmp_path: Path

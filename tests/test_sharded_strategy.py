@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import sharded
+from tests.helpers import readable
 from tests.modules.setting import make_data, make_files, make_module, make_trainer, weights
 from tests.ranks import run_two
 from vbon_lightning import ReferenceSampler, ShardedStrategy, TextSource, cli
@@ -214,7 +215,7 @@ SKIP = RewardCalls(on_missing="skip")
         ({}, {"callbacks": [DialCalibration()]}, "DialCalibration, which samples between steps"),
         ({"reward_calls": SKIP}, {}, "set data.reward_calls.on_missing to error"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_what_does_not_go_together_is_refused(
     data: dict[str, Any], trainer: dict[str, Any], message: str, tiny: Path

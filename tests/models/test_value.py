@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
-from tests.helpers import save_tiny_classifier, save_tiny_model, tiny_tokenizer
+from tests.helpers import readable, save_tiny_classifier, save_tiny_model, tiny_tokenizer
 from tests.models.setting import BINS, LENGTHS, TABLE, TOKENS, last_state, new_model, save_value_model, scramble
 from tests.modules.setting import ALPHABET, VowelReward, make_data, make_files
 from vbon_lightning.actors import Actors, ActorSpec
@@ -210,7 +210,7 @@ def test_actors_load_what_is_named_and_only_where_it_is_used(files: Path) -> Non
         ({"missing_eos_penalty": 1.0}, "missing_eos_penalty: the value model has 0.0, this run has 1.0"),
         ({"reference": "gpt2"}, "reference.weights: the value model has"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_a_value_model_of_something_else_is_refused(changes: dict[str, Any], message: str, files: Path) -> None:
     changes = {key: str(files / value) if key == "reference" else value for key, value in changes.items()}
