@@ -194,5 +194,5 @@ def _build(kind: Any, config: Any, seed: int, spread: float = 1.0) -> Any:
 
 
 def readable(value: object) -> str:
-    """Name a parameter in a test's id, without addresses and the backslashes of regular expressions: it is found again."""
+    """Name a parameter in a test's id, to be found again: without addresses, and backslashes of regular expressions."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value)).replace("\\", "")
