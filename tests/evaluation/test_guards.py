@@ -17,7 +17,7 @@ from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import BestOfN
 from vbon_lightning.decoding.drawing import device_named
 from vbon_lightning.evaluation import command
-from vbon_lightning.evaluation.guards import check_names, check_weights
+from vbon_lightning.evaluation.guards import check_names, check_weights, make_directory
 from vbon_lightning.models import ModelError
 
 
@@ -81,10 +81,21 @@ def test_a_policy_that_diverged_is_named_before_anything_is_loaded(
     policies = {"good": model, "of NaN": str(tmp_path / "bad")}
     with pytest.raises(ModelError, match=r"the policy 'of NaN': the weight model\.norm\.weight in .*/bad/model\.safe"):
         command.compare(data, policies, output=str(tmp_path / "out"))
-    check_weights("good", model)
+    check_weights(model)
     (tmp_path / "bad" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"the policy 'of NaN': .*model\.safetensors cannot be read"):
-        check_weights("of NaN", str(tmp_path / "bad"))
+        command.compare(data, policies, output=str(tmp_path / "out"))
+    with pytest.raises(ModelError, match="the policy 'gone': `name`: the directory './gone' does not exist"):
+        command.compare(data, {"good": model, "gone": "./gone"}, output=str(tmp_path / "out"))
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/below"):
+        with pytest.raises(ValueError, match=rf"output: '.*{place}' cannot be a directory \(.*\): name another"):
+            make_directory(str(tmp_path / place))
+    make_directory(str(tmp_path / "new" / "one"))
+    assert (tmp_path / "new" / "one").is_dir()
 
 
 def test_names_that_are_somebodys_own_are_taken() -> None:
