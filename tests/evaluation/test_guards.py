@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.data.test_module import ALPHABET, Lengths
@@ -19,6 +20,8 @@ from vbon_lightning.decoding.drawing import device_named
 from vbon_lightning.evaluation import command
 from vbon_lightning.evaluation.guards import check_names, check_weights, make_directory
 from vbon_lightning.models import ModelError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +108,11 @@ def test_names_that_are_somebodys_own_are_taken() -> None:
 def test_devices_that_are_there() -> None:
     assert device_named("cpu") == torch.device("cpu")
     assert device_named("auto").type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("configs/*/*compare*.yaml")), ids=lambda path: "/".join(path.parts[-2:])
+)
+def test_the_shipped_comparisons_have_names_of_their_own(path: Path) -> None:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    check_names(values.get("policies", {}), values.get("decoders", {}))
