@@ -88,8 +88,8 @@ def strategy(ranks: int, **options: Any) -> dict[str, Any]:
     return {"devices": ranks, "strategy": ShardedStrategy(**options) if ranks > 1 else "auto"}
 
 
-def setting(kind: str, files: Path, *, ranks: int) -> tuple[Any, LightningModule]:
-    """Return the data of a case, and its module."""
+def setting(kind: str, files: Path, *, ranks: int, **changes: Any) -> tuple[Any, LightningModule]:
+    """Return the data of a case, with some of its options changed, and its module."""
     case = CASES[kind]
     method = case.get("kind", kind)
     name = str(files / case.get("directory", "two"))
@@ -97,7 +97,7 @@ def setting(kind: str, files: Path, *, ranks: int) -> tuple[Any, LightningModule
     if method == "sft":
         options["train"] = TextSource(path=str(files / "texts.txt"))
     if case.get("table"):
-        options |= {"reference_table": str(files / "table"), "policy": str(files / "llama")}
+        options |= {"reference_table": str(files / "table"), "policy": str(files / "llama")} | changes
     elif kind == "tilted":
         value = str(files / "value")
         options |= {"policy": ModelSpec(str(files / "llama"), tilt=value), "value_model": value}

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from tests import sharded
-from tests.modules.setting import make_data, make_trainer
+from tests.modules.setting import as_made_in, make_data, make_trainer
 from vbon_lightning import ReferenceSampler, ShardedStrategy, cli
 from vbon_lightning.callbacks import BestOfNWinRate, BestPolicy, KLMonitor, PolicyExport, RewardMonitor
 from vbon_lightning.reference_table import ReferenceTable
@@ -41,7 +41,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(
     kind: str, files: Path, directory: Path, *callbacks: Any, sharding: bool, **options: Any
 ) -> tuple[Trainer, LightningModule, Any]:
-    data, module = sharded.setting(kind, files, ranks=1)
+    made_in = str(options.get("precision", "32-true"))
+    table = {} if made_in == "32-true" else {"reference_table": as_made_in(made_in, files / "table", directory)}
+    data, module = sharded.setting(kind, files, ranks=1, **table)
     where: dict[str, Any] = {"accelerator": DEVICE, "strategy": ShardedStrategy()} if sharding else {}
     options = {"steps": 3, "limit_val_batches": 0, **sharded.CASES[kind].get("trainer", {}), **options}
     checkpoint = options.pop("ckpt_path", None)

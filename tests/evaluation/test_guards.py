@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.data.test_module import ALPHABET, Lengths
@@ -17,8 +18,10 @@ from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import BestOfN
 from vbon_lightning.decoding.drawing import device_named
 from vbon_lightning.evaluation import command
-from vbon_lightning.evaluation.guards import check_names, check_weights
+from vbon_lightning.evaluation.guards import check_names, check_weights, make_directory
 from vbon_lightning.models import ModelError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +84,21 @@ def test_a_policy_that_diverged_is_named_before_anything_is_loaded(
     policies = {"good": model, "of NaN": str(tmp_path / "bad")}
     with pytest.raises(ModelError, match=r"the policy 'of NaN': the weight model\.norm\.weight in .*/bad/model\.safe"):
         command.compare(data, policies, output=str(tmp_path / "out"))
-    check_weights("good", model)
+    check_weights(model)
     (tmp_path / "bad" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"the policy 'of NaN': .*model\.safetensors cannot be read"):
-        check_weights("of NaN", str(tmp_path / "bad"))
+        command.compare(data, policies, output=str(tmp_path / "out"))
+    with pytest.raises(ModelError, match="the policy 'gone': `name`: the directory './gone' does not exist"):
+        command.compare(data, {"good": model, "gone": "./gone"}, output=str(tmp_path / "out"))
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/below"):
+        with pytest.raises(ValueError, match=rf"output: '.*{place}' cannot be a directory \(.*\): name another"):
+            make_directory(str(tmp_path / place))
+    make_directory(str(tmp_path / "new" / "one"))
+    assert (tmp_path / "new" / "one").is_dir()
 
 
 def test_names_that_are_somebodys_own_are_taken() -> None:
@@ -94,3 +108,11 @@ def test_names_that_are_somebodys_own_are_taken() -> None:
 def test_devices_that_are_there() -> None:
     assert device_named("cpu") == torch.device("cpu")
     assert device_named("auto").type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("configs/*/*compare*.yaml")), ids=lambda path: "/".join(path.parts[-2:])
+)
+def test_the_shipped_comparisons_have_names_of_their_own(path: Path) -> None:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    check_names(values.get("policies", {}), values.get("decoders", {}))

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from vbon_lightning._visible import visible
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.checks import check_same_settings, plain
 from vbon_lightning.data.collating import collate_judged, collate_prompts, collate_texts
@@ -272,7 +273,7 @@ class AlignmentDataModule(LightningDataModule):
             if kind == "prompts" and rows[0].answer is None and rows[0].messages[-1]["role"] == "assistant":
                 news.append("without the assistant's turn that they end with, which is the policy's to write")
         if news:
-            rank_zero_info(f"data.{split}: {', '.join(news)}")
+            rank_zero_info(visible(f"data.{split}: {', '.join(news)}"))
 
     def _stream(self, kind: str) -> Iterator[Any]:
         """Read the training rows one by one, encoded."""

@@ -25,7 +25,7 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
-from vbon_lightning.evaluation.guards import check_names, check_numbers, check_weights
+from vbon_lightning.evaluation.guards import check_names, check_numbers, check_policy, make_directory
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
     REFERENCE,
@@ -42,9 +42,7 @@ from vbon_lightning.evaluation.writing import comparison_markdown, write_compari
 from vbon_lightning.models import (
     ModelSpec,
     as_spec,
-    check_same_vocabulary,
     load_causal_lm,
-    load_tokenizer,
     locate,
     vocabulary_size,
 )
@@ -134,8 +132,7 @@ def compare(
             "prompts that none holds a value model (data.value_model)"
         )
     for name, path in policies.items():
-        check_same_vocabulary(data.tokenizer, load_tokenizer(as_spec(path)))
-        check_weights(name, path)
+        check_policy(name, path, data.tokenizer)
 
     actors = Actors.load(
         spec.replaced(policy=spec.reference_spec, reference=None),
@@ -347,5 +344,5 @@ def build_parser() -> ArgumentParser:
 def main(args: Sequence[str]) -> None:
     """Parse the arguments of ``vbon compare`` and run it."""
     values = parse_beside_run(build_parser(), args)
-    Path(values["output"]).mkdir(parents=True, exist_ok=True)
+    make_directory(values["output"])
     compare(**values, command="vbon compare " + shlex.join(args))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE
-from vbon_lightning.models import ModelError, ModelSpec, as_spec, locate
+from vbon_lightning.models import ModelError, ModelSpec, as_spec, check_same_vocabulary, load_tokenizer, locate
 from vbon_lightning.models.files import weight_files
 
 _RESERVED = re.compile(rf"{REFERENCE}|{BEST_OF_N}|Best-of-\d+", re.IGNORECASE)
@@ -70,17 +72,46 @@ def check_numbers(*, n: Sequence[int], samples: int, shown_prompts: int, shown_s
         raise ValueError(f"n names a number twice: {list(n)}")
 
 
-def check_weights(name: str, model: str | ModelSpec) -> None:
-    """Refuse a policy whose files hold weights that are NaN or infinite, without loading it.
+def make_directory(output: str) -> None:
+    """Make the directory that a comparison is written to, before anything is sampled.
 
-    Files of other formats than safetensors, and models of the hub, are looked at when they are loaded.
+    Raises:
+        ValueError: If that cannot be.
+    """
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ValueError(f"output: {output!r} cannot be a directory ({problem.strerror}): name another") from problem
+
+
+def check_policy(name: str, model: str | ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a policy that is not there, has other tokens than the reference, or weights that are no numbers.
 
     Args:
         name: What the comparison calls it.
         model: The policy.
+        tokenizer: The reference's tokenizer.
 
     Raises:
-        ModelError: Naming the policy, the file and the weight.
+        ModelError: Naming the policy.
+    """
+    try:
+        check_same_vocabulary(tokenizer, load_tokenizer(as_spec(model)))
+        check_weights(model)
+    except ModelError as problem:
+        raise ModelError(f"the policy {name!r}: {problem}") from problem
+
+
+def check_weights(model: str | ModelSpec) -> None:
+    """Refuse a model whose files hold weights that are NaN or infinite, without loading it.
+
+    Files of other formats than safetensors, and models of the hub, are looked at when they are loaded.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ModelError: Naming the file and the weight.
     """
     spec = as_spec(model)
     place, gguf_file = locate("policies", str(spec.name), spec.gguf_file)
@@ -95,8 +126,8 @@ def check_weights(name: str, model: str | ModelSpec) -> None:
                     values = file.get_tensor(weight)
                     if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
                         raise ModelError(
-                            f"the policy {name!r}: the weight {weight} in {path} holds NaN or infinity: it comes from "
+                            f"the weight {weight} in {path} holds NaN or infinity: it comes from "
                             "a run that diverged; leave the policy out, or export a good checkpoint"
                         )
         except (SafetensorError, OSError) as problem:
-            raise ModelError(f"the policy {name!r}: {path} cannot be read: {problem}") from problem
+            raise ModelError(f"{path} cannot be read: {problem}") from problem

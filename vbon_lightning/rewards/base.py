@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vbon_lightning._visible import visible
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -147,7 +149,7 @@ def call_reward(
         raise
     except BaseException as error:  # whatever a user's function raises, and where it calls sys.exit too
         raise RewardFailure(
-            f"the reward {_name(reward)} raised {type(error).__name__}: {error}; in {_innermost(error)}"
+            f"the reward {_name(reward)} raised {type(error).__name__}: {visible(str(error))}; in {_innermost(error)}"
         ) from error
     return check_rewards(found, prompts, responses, abstains=abstains), parts
 
