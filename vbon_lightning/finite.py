@@ -38,7 +38,7 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     Args:
         tensors: Tensors by name; those of whole numbers, or without any storage, are passed over.
     """
-    kept = [(name, value) for name, value in tensors if _has_numbers(value)]
+    kept = [(name, value) for name, value in tensors if has_numbers(value)]
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, value in kept:
         by_device.setdefault(value.device, []).append((name, value))
@@ -49,6 +49,7 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return next((name for name, _ in kept if name in bad), None)
 
 
-def _has_numbers(value: Tensor) -> bool:
+def has_numbers(value: Tensor) -> bool:
+    """Return whether a tensor holds floating-point numbers that can be looked at."""
     known = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return known and value.numel() > 0 and not value.is_meta and not value.is_sparse

@@ -155,7 +155,7 @@ class _Scaled(Callback):
 def test_a_loss_scale_overflows_now_and_then(tmp_path: Path) -> None:
     # An inf is the scaler's to leave out; a loss is an error all the same, and so is a scale that is gone.
     fine = _Scaled(_Scaler(1024.0))
-    assert fit(tmp_path, Diverging("gradient", at=1, bad=math.inf), fine, FiniteCheck()).global_step == 8
+    assert fit(tmp_path, Diverging("gradient", at=1, bad=math.inf), FiniteCheck(), fine).global_step == 8
     with pytest.raises(NotFiniteError, match="step 2: the loss is"):
         fit(tmp_path, Diverging("loss", at=1), fine, FiniteCheck())
     with pytest.raises(NotFiniteError, match=r"not finite at any loss scale \(it has shrunk to 5e-05\)"):
@@ -261,6 +261,8 @@ def test_every_module_stops_and_keeps_what_it_had(kind: str, files: Path, tmp_pa
         trainer.fit(module, data)
     assert [path.name for path in export.iterdir()] == ["mark"]
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
+    samples = kind in ("vbon", "klrl", "clipped", "ppo", "valuecritic")
+    assert (module.last_rollout is not None) == samples  # in which a response is looked for
 
 
 def test_a_reward_model(files: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from tests.crashes import count_calls, killed_at, with_files_of
 from vbon_lightning.checkpoints import CheckpointError, WholeCheckpointIO, read_checkpoint
+from vbon_lightning.checkpoints import io as io_module
 from vbon_lightning.finite import NotFiniteError
 from vbon_lightning.staging import clear_leftovers
 
@@ -74,6 +75,19 @@ def test_a_full_disk_keeps_the_older_one(fatal: bool, tmp_path: Path) -> None:
     clear_leftovers(tmp_path)
     assert with_files_of(whole, lambda: save(path, 2.0)) == "done"
     assert value_of(path) == 2.0 and os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_another_run_that_starts_leaves_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = io_module.write_sealed
+
+    def meanwhile(*arguments: Any) -> None:
+        assert len(os.listdir(tmp_path)) == 1
+        assert clear_leftovers(tmp_path) == []
+        write(*arguments)
+
+    monkeypatch.setattr(io_module, "write_sealed", meanwhile)
+    save(tmp_path / "last.ckpt", 6.0)
+    assert value_of(tmp_path / "last.ckpt") == 6.0
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vbon_lightning.callbacks.late_numbers import LateNumbers
-from vbon_lightning.finite import NotFiniteError, first_not_finite, largest
+from vbon_lightning.finite import NotFiniteError, first_not_finite, has_numbers, largest
 from vbon_lightning.types import Rollout
 
 LEAST_SCALE = 1e-4
@@ -81,8 +81,8 @@ class FiniteCheck(Callback):
             sizes.append(largest([gradient for _, gradient in named]))
         numbers = torch.cat([part.to(sizes[0].device) for part in sizes])
         if trainer.world_size > 1:
-            # What is not finite on one rank is so in the sum.
-            numbers = trainer.strategy.reduce(numbers, reduce_op="sum")
+            # What is not finite on one rank is not in the mean.
+            numbers = trainer.strategy.reduce(numbers, reduce_op="mean")
         note = _Step(trainer.global_step + 1, [name for name, _ in named], pl_module, self._batch)
         self._late.put(numbers, note)
 
@@ -122,7 +122,7 @@ def _scaler_of(trainer: Trainer) -> Any:
 def _gradients(pl_module: LightningModule, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     learnt = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in pl_module.named_parameters():
-        if id(parameter) in learnt and parameter.grad is not None and parameter.grad.numel():
+        if id(parameter) in learnt and parameter.grad is not None and has_numbers(parameter.grad):
             yield name, parameter.grad
 
 
