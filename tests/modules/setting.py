@@ -113,7 +113,7 @@ def make_table(directory: Path, samples: int = 16, **changes: Any) -> str:
 
 def as_made_in(precision: str, table: Path, directory: Path) -> str:
     """Copy a table to a directory as if its reference had sampled in a precision, and return its path."""
-    copied = Path(shutil.copytree(table, directory / f"table-{precision}"))
+    copied = Path(shutil.copytree(table, directory / f"table-{precision}", dirs_exist_ok=True))
     made_of = json.loads((copied / "fingerprint.json").read_text())
     (copied / "fingerprint.json").write_text(json.dumps(made_of | {"precision": precision}))
     return str(copied)

@@ -108,9 +108,9 @@ def test_scoring_waits_for_nothing_but_the_group_before(files: Path, tmp_path: P
     sampled: list[float] = []
     sample = ReferenceSampler._sample
 
-    def noting(self: Any, prompts: Any) -> Any:
+    def noting(self: Any, *group: Any) -> Any:
         sampled.append(time.perf_counter())
-        return sample(self, prompts)
+        return sample(self, *group)
 
     monkeypatch.setattr(ReferenceSampler, "_sample", noting)
     scored: list[float] = []
@@ -284,11 +284,11 @@ def test_several_workers_score_a_group_while_the_next_is_sampled(files: Path, tm
     scoring, scored = threading.Event(), threading.Event()
     sample = ReferenceSampler._sample
 
-    def noting(self: Any, prompts: Any) -> Any:
+    def noting(self: Any, *group: Any) -> Any:
         next(event for event in sampled if not event.is_set()).set()
         assert not sampled[1].is_set() or scoring.wait(30), "the second group is sampled before the first is scored"
         assert not sampled[2].is_set() or scored.is_set(), "one group ahead, not more"
-        return sample(self, prompts)
+        return sample(self, *group)
 
     class Waiting(VowelReward):
         def __call__(self, *arguments: Any) -> Tensor:

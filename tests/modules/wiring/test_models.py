@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.modules.offline import table_data
 from tests.modules.setting import make_data, make_module
+from tests.modules.wiring.setting import FakeTrainer, attach
 from vbon_lightning import ReferenceSampler, RewardModelling
 from vbon_lightning.actors import Actors
 from vbon_lightning.modules import (
@@ -61,6 +62,7 @@ def test_a_table_is_sampled_by_the_reference_alone(files: Path, spy: Any) -> Non
     assert (only.missing_eos_penalty, only.value_model) == (0.0, None)
     assert sampler.policy is sampler.loaded.policy
     assert not any(parameter.requires_grad for parameter in sampler.policy.parameters())
+    attach(sampler, FakeTrainer(datamodule=data))
     assert sampler.configure_callbacks() == [sampler.writer]
 
 
