@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from torch import nn
 
+from tests.modules.fake import FakeTrainer, attach
 from tests.modules.offline import table_data
 from tests.modules.setting import make_data, make_module
-from tests.modules.wiring.setting import FakeTrainer, attach
 from vbon_lightning import ReferenceSampler, RewardModelling
 from vbon_lightning.actors import Actors
 from vbon_lightning.modules import (
