@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE
+from vbon_lightning.finite import first_not_finite
 from vbon_lightning.models import ModelError, ModelSpec, as_spec, check_same_vocabulary, load_tokenizer, locate
 from vbon_lightning.models.files import weight_files
 
@@ -123,8 +123,7 @@ def check_weights(model: str | ModelSpec) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 for weight in file.keys():  # noqa: SIM118 (it is no mapping)
-                    values = file.get_tensor(weight)
-                    if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
+                    if first_not_finite([(weight, file.get_tensor(weight))]) is not None:
                         raise ModelError(
                             f"the weight {weight} in {path} holds NaN or infinity: it comes from "
                             "a run that diverged; leave the policy out, or export a good checkpoint"
