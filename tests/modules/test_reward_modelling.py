@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from tests.crashes import count_calls, killed_at
 from tests.helpers import save_tiny_classifier, save_tiny_model
 from tests.modules.setting import KillAt, Killed, adam, make_trainer, weights
 from vbon_lightning import AlignmentDataModule, RewardModelling, TextSource
@@ -122,6 +124,21 @@ def test_a_resumed_run_is_the_same_bit_for_bit(files: Path, tmp_path: Path) -> N
     resumed, _ = fit(files, tmp_path / "killed", "classification", steps=7, data=data)
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+
+
+def test_a_process_killed_as_it_writes_a_checkpoint_goes_on_bit_for_bit(files: Path, tmp_path: Path) -> None:
+    data, run = {"policy": "gpt2"}, tmp_path / "killed"
+    whole, _ = fit(files, tmp_path / "whole", "classification", steps=3, data=data)
+
+    def train() -> Any:
+        return fit(files, run, "classification", steps=3, data=data)[0]
+
+    calls = count_calls(train, run)
+    shutil.rmtree(run)
+    assert killed_at(calls * 2 // 3, train, run) == "died"
+    assert (run / "last.ckpt").exists()
+    found, expected = weights(train()), weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_a_resume_with_other_labels_is_refused(files: Path, tmp_path: Path) -> None:
