@@ -136,7 +136,7 @@ def fit(
 
 
 def predict(files: Path, directory: Path, *, ranks: int) -> None:
-    """Fill a reference table, of which four prompts are there already: the ranks lack different numbers."""
+    """Fill a reference table, and top it up with two ranks: their last batches, and so their passes, are uneven."""
     data = make_data(
         files,
         policy=str(files / "two"),
@@ -146,8 +146,10 @@ def predict(files: Path, directory: Path, *, ranks: int) -> None:
         reference_table=str(directory / "table"),
         eval_batch_size=2,
     )
-    trainer = make_trainer(directory, **strategy(ranks))
-    trainer.predict(ReferenceSampler(data.actors, samples=5, rows_per_pass=7), data, return_predictions=False)
+    for samples in (3, 5) if ranks > 1 else (5,):
+        trainer = make_trainer(directory, **strategy(ranks))
+        sampler = ReferenceSampler(data.actors, samples=samples, rows_per_pass=7)
+        trainer.predict(sampler, data, return_predictions=False)
 
 
 class Around(nn.Module):

@@ -214,3 +214,23 @@ def test_batches_are_taken_whole_each_rank_its_share_first() -> None:
     assert list(islice(first, 4)) == [*range(4)]
     assert list(second) == [*range(12, 16), *range(8, 12), *range(20, 24)], "1 is another's; then the first's share"
     assert list(first) == []
+
+
+def test_ranks_that_hold_a_model_together_get_as_many_batches_and_no_others_share() -> None:
+    asked: list[list[range]] = [[], []]
+
+    def dealt_to(rank: int) -> list[int]:
+        taker = BatchTaker(
+            range(3),
+            lambda rows: bool(asked[rank].append(rows)),
+            batch_size=4,
+            num_replicas=2,
+            rank=rank,
+            together=True,
+        )
+        assert len(taker) == 8
+        return list(taker)
+
+    assert dealt_to(0) == [*range(4), *range(8, 12)], "also what it could not take"
+    assert dealt_to(1) == [*range(4, 8), *range(12, 16)], "at the end rows beyond the data"
+    assert asked == [[range(4), range(8, 12)], [range(4, 8), range(12, 16)]]
