@@ -256,3 +256,24 @@ def test_rows_that_another_process_has_topped_up_by_now(files: Path, tmp_path: P
         assert sampled.first == first
         found = sampled.topped_up(dict(enumerate(sampled.rows({row: longer[row].rewards[first:] for row in (0, 1)}))))
         assert found == longer[:2]
+
+
+def test_processes_that_hold_the_reference_together_sample_all_and_keep_what_is_there(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each must make as many passes as the others, whatever its own prompts lack."""
+    table = tmp_path / "table"
+    fill(files, table, 4)
+    data = data_of(files, table, VowelReward())
+    module = ReferenceSampler(data.actors, samples=7)
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=data))
+    module.writer.table = ReferenceTable.open(table)
+    monkeypatch.setattr(ReferenceSampler, "_is_shared", True)
+    sampled = module._sample(data.prompt_batch(data.prompts("train")[:2]))
+    assert sampled.first == 0
+    assert [len(group) for group in sampled.responses] == [7, 7]
+    held = [row.rewards for row in sampled.held if row is not None]
+    found = sampled.topped_up(dict(enumerate(sampled.rows({row: [9.0] * 7 for row in (0, 1)}))))
+    assert [row.rewards for row in found] == [[*rewards, 9.0, 9.0, 9.0] for rewards in held]
+    assert [len(row.responses) for row in found] == [7, 7]
