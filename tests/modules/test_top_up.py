@@ -23,6 +23,7 @@ from vbon_lightning.reference_table import (
 )
 from vbon_lightning.rewards import RewardCalls
 from vbon_lightning.sampling.further import replace_missing
+from vbon_lightning.types import PromptBatch
 
 SKIP = RewardCalls(on_missing="skip")
 
@@ -234,16 +235,21 @@ def test_the_precision_of_a_table_is_that_of_its_top_up(files: Path, tmp_path: P
         trainer.predict(ReferenceSampler(data.actors, samples=3), data, return_predictions=False)
 
 
-def test_rows_that_another_process_has_topped_up_by_now(files: Path, tmp_path: Path, at_once: Any) -> None:
-    """A row is longer than when the table was opened: what comes is put behind its first ones, none twice."""
-    table = tmp_path / "table"
+def beside_a_table(files: Path, table: Path) -> tuple[ReferenceSampler, PromptBatch]:
+    """Return a sampler of 7 responses that has opened a table of 4, and two of its prompts."""
     fill(files, table, 4)
     data = data_of(files, table, VowelReward())
     module = ReferenceSampler(data.actors, samples=7)
     module.configure_model()
     attach(module, FakeTrainer(datamodule=data))
     module.writer.table = ReferenceTable.open(table)
-    prompts = data.prompt_batch(data.prompts("train")[:2])
+    return module, data.prompt_batch(data.prompts("train")[:2])
+
+
+def test_rows_that_another_process_has_topped_up_by_now(files: Path, tmp_path: Path, at_once: Any) -> None:
+    """A row is longer than when the table was opened: what comes is put behind its first ones, none twice."""
+    module, prompts = beside_a_table(files, tmp_path / "table")
+    assert module.writer.table is not None
     longer = at_once(7)
     for lengths, first in (((4, 6), 4), ((7, 7), 6), ((6, 7), 6)):
         rows = dict(zip(("a", "ab"), (longer[place] for place in (0, 1)), strict=True))
@@ -262,15 +268,9 @@ def test_processes_that_hold_the_reference_together_sample_all_and_keep_what_is_
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each must make as many passes as the others, whatever its own prompts lack."""
-    table = tmp_path / "table"
-    fill(files, table, 4)
-    data = data_of(files, table, VowelReward())
-    module = ReferenceSampler(data.actors, samples=7)
-    module.configure_model()
-    attach(module, FakeTrainer(datamodule=data))
-    module.writer.table = ReferenceTable.open(table)
+    module, prompts = beside_a_table(files, tmp_path / "table")
     monkeypatch.setattr(ReferenceSampler, "_is_shared", True)
-    sampled = module._sample(data.prompt_batch(data.prompts("train")[:2]))
+    sampled = module._sample(prompts)
     assert sampled.first == 0
     assert [len(group) for group in sampled.responses] == [7, 7]
     held = [row.rewards for row in sampled.held if row is not None]

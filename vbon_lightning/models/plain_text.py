@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids
+from vbon_lightning.models.tokenizer import drop_repeated_opening, encode_whole_texts, opening_ids, tokenize
 
 Hidden = Mapping[int, str]
 """Private characters that stand for those that begin what is only text, for ``str.translate``."""
@@ -60,15 +60,7 @@ class PlainText:
         """
         if not texts:
             return []
-        found = self.tokenizer(
-            list(texts),
-            truncation=max_length is not None,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_special_tokens_mask=True,
-        )
+        found = tokenize(self.tokenizer, texts, max_length, return_special_tokens_mask=True)
         encoded = [list(ids) for ids in found["input_ids"]]
         for place, (ids, added) in enumerate(zip(encoded, found["special_tokens_mask"], strict=True)):
             if self._spells(ids, added):

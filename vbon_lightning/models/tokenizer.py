@@ -80,6 +80,29 @@ def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None, **options: Any
+) -> Mapping[str, Any]:
+    """Call a tokenizer for lists of ids, with its special tokens, and nothing that a model alone needs.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts, one at least.
+        max_length: Cut to this many tokens, special ones included.
+        **options: What else to ask of it.
+    """
+    found: Mapping[str, Any] = tokenizer(
+        list(texts),
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        **options,
+    )
+    return found
+
+
 def encode_whole_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int | None = None
 ) -> list[list[int]]:
@@ -94,17 +117,7 @@ def encode_whole_texts(
     """
 
     def encode(some: Sequence[str], longest: int | None) -> list[list[int]]:
-        if not some:
-            return []
-        found = tokenizer(
-            list(some),
-            truncation=longest is not None,
-            max_length=longest,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        return [list(ids) for ids in found]
+        return [list(ids) for ids in tokenize(tokenizer, some, longest)["input_ids"]] if some else []
 
     encoded = encode(texts, max_length)
     if not any(ids[0] in ids[1:] for ids in encoded if ids):

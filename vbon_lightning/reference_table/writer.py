@@ -78,8 +78,6 @@ class ReferenceTableWriter:
         Args:
             samples: how many responses a prompt is to have.
         """
-        if samples != self._finished_with:
-            self._finished, self._finished_with, self._rows = set(), samples, {}
         while True:
             try:
                 files = shard_files(self.path)
@@ -87,9 +85,10 @@ class ReferenceTableWriter:
                 with ThreadPoolExecutor(_AT_ONCE) as threads:  # a store takes its time for each
                     found = list(threads.map(shard_sizes, new))
                 self._rows |= zip((file.name for file in new), found, strict=True)
-                if len(self._rows) > len(files):  # some were merged into others, or deleted
-                    self._rows, self._finished = {file.name: self._rows[file.name] for file in files}, set()
-                    new = files
+                merged = len(self._rows) > len(files)  # into others, or deleted
+                if merged or samples != self._finished_with:
+                    self._rows = {file.name: self._rows[file.name] for file in files}
+                    self._finished, self._finished_with, new = set(), samples, files
                 rows = (row for file in new for row in self._rows[file.name])
                 self._finished.update(key for key, count in rows if count >= samples)
                 return set(self._finished)
