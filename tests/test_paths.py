@@ -80,3 +80,9 @@ def test_names_that_others_may_read(name: str, shown: tuple[str, bool]) -> None:
     assert TextSource(name).public_name == shown
     assert TextSource([name, "b.csv"]).public_name == (f"{shown[0]}, b.csv", False)
     assert TextSource([{"text": "a"}]).public_name == ("1 rows in memory", False)
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\t"])
+def test_a_blank_path_is_not_the_current_directory(blank: str) -> None:
+    with pytest.raises(PathError, match="is blank: it would mean the current directory"):
+        resolve_path(blank)

@@ -27,8 +27,10 @@ def resolve_path(text: str) -> str:
         The expanded text. Only the ``package:`` form is guaranteed to exist and to be absolute.
 
     Raises:
-        PathError: If a variable is not set, or the package or the file inside it does not exist.
+        PathError: If the text is blank, a variable is not set, or the package or the file inside it does not exist.
     """
+    if not text.strip():
+        raise PathError(f"the path {text!r} is blank: it would mean the current directory, which is named as '.'")
     expanded = _VARIABLE.sub(lambda match: _variable(match.group(1), text), text)
     if expanded.startswith(PACKAGE_PREFIX):
         return _inside_package(expanded.removeprefix(PACKAGE_PREFIX), text)

@@ -116,3 +116,9 @@ def test_devices_that_are_there() -> None:
 def test_the_shipped_comparisons_have_names_of_their_own(path: Path) -> None:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     check_names(values.get("policies", {}), values.get("decoders", {}))
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_output_is_not_the_current_directory(blank: str) -> None:
+    with pytest.raises(ValueError, match=f"output: '{blank}' is blank: name a directory"):
+        make_directory(blank)

@@ -61,3 +61,13 @@ def test_every_file_of_weights_has_one(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "c.safetensors").write_text("another")
     with pytest.raises(ModelError, match=r"`policy`: .*c\.safetensors"):
         check_sums(tmp_path, "policy")
+
+
+@pytest.mark.parametrize("damage", ["garbage\n", "\x00\xff" * 50, "0" * 64 + "  other.safetensors\n"])
+def test_sums_that_are_damaged_switch_nothing_off(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("weights")
+    (tmp_path / "SHA256SUMS").write_text(damage)
+    with pytest.raises(ModelError, match=r"SHA256SUMS' is damaged: it has no sum of model\.safetensors"):
+        check_sums(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text("0" * 64 + "  pytorch_model.bin\n")  # of somebody who sums other files
+    check_sums(tmp_path)

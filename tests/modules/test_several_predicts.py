@@ -218,3 +218,10 @@ def test_a_failing_run_gives_its_prompts_back(files: Path, tmp_path: Path) -> No
         predict(files, tmp_path / "table", reward=Failing())
     assert list((tmp_path / "table" / "leases").iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name == "leases"]
+
+
+def test_a_table_in_the_memory_of_the_process_is_warned_of(files: Path, tmp_path: Path) -> None:
+    table = "memory://warned/table"
+    with pytest.warns(UserWarning, match=f"{table} is in the memory of this process, and gone when it ends"):
+        predict(files, tmp_path / "unused", reference_table=table)
+    assert len(ReferenceTable.open(table)) == PROMPTS

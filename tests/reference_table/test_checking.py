@@ -38,6 +38,7 @@ def put_shard(path: Path, **changes: Any) -> None:
         ({"rewards": None}, "has no rewards"),
         ({"log_probs": [0.0, INF, 1.0]}, "has inf in log_probs, of response 1, which is not a finite number"),
         ({"log_probs": [0.0, None, 1.0]}, "has None in log_probs, of response 1, which is missing"),
+        ({"log_probs": [0.0, -1.0, 5.0]}, "has 5.0 in log_probs, of response 2, which is the log of no probability"),
         ({"log_probs": []}, "has 3 rewards but 0 log_probs"),
         ({"finished": [True] * 4}, "has 3 rewards but 4 finished"),
         ({"finished": [True, None, True]}, "has None in finished, of response 1, which is missing"),

@@ -24,6 +24,7 @@ from vbon_lightning.reference_table import (
 from vbon_lightning.reference_table.shards import open_shard
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+log_probs = st.floats(max_value=0.0, width=32, allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
@@ -42,7 +43,7 @@ def rows(draw: st.DrawFn) -> TableRow:
         lists(texts),
         lists(st.lists(st.integers(0, 2**31 - 1), max_size=3)),
         lists(finite),
-        lists(finite) if draw(st.booleans()) else None,
+        lists(log_probs) if draw(st.booleans()) else None,
         lists(st.booleans()) if draw(st.booleans()) else None,
     )
 

@@ -26,6 +26,10 @@ from vbon_lightning.reference_table import writer as writer_module
         ),
         ({"rewards": [0.0, 1.0, 1e39]}, r"reward of response ' response 7.2 é\\n' is inf, not finite"),
         ({"log_probs": [0.0, float("-inf"), 0.0]}, "log-prob of response ' response 7.1"),
+        (
+            {"log_probs": [0.0, -1.0, 0.5]},
+            r"log-prob of response ' response 7.2 é\\n' is 0.5, the log of no probability",
+        ),
         ({"rewards": [0.0, 1.0]}, "'prompt 7' has 3 responses but 2 rewards"),
         ({"finished": [True]}, "3 responses but 1 finished"),
         ({"log_probs": []}, "3 responses but 0 log_probs"),

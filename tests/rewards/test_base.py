@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vbon_lightning.rewards import RewardCalls, RewardError, ask_reward, check_rewards, join_texts
+from vbon_lightning.rewards.base import call_reward
 from vbon_lightning.rewards.calls import CallRecord, RewardCaller
 
 PROMPTS = ["one", "two"]
@@ -155,3 +156,26 @@ def test_an_interrupt_stays_one(calls: dict[str, Any]) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         asked(interrupted, calls)
+
+
+def test_what_a_reward_changes_in_place_is_its_own() -> None:
+    def meddles(prompts: Any, responses: Any, token_ids: Any, answers: Any) -> torch.Tensor:
+        prompts[0] = responses[0][0] = "changed"
+        token_ids[0][0][0] = 7
+        token_ids[0][1].append(8)
+        answers[0]["right"] = False
+        return torch.tensor([[1.0, 2.0]])
+
+    class Meddles:
+        columns = ("answers",)
+
+        def __call__(self, prompts: Any, responses: Any, token_ids: Any, columns: Any) -> torch.Tensor:
+            return meddles(prompts, responses, token_ids, columns["answers"])
+
+    def given() -> tuple[Any, ...]:
+        return ["p"], [["a", "b"]], [[[1], [2, 3]]], {"answers": [{"right": True}]}
+
+    asked = given()
+    rewards, _ = call_reward(Meddles(), *asked)
+    assert rewards.tolist() == [[1.0, 2.0]]
+    assert asked == given()

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import PromptLeases, ReferenceTable, TableRow, table_path, table_summary
@@ -44,7 +44,10 @@ class ReferenceTableWriter(BasePredictionWriter):
         data = getattr(trainer, "datamodule", None)
         if data is None or getattr(data, "reference_table", None) is None:
             raise ValueError("`vbon predict` needs a place for the table: set data.reference_table to a directory")
-        self._files = TableFiles(table_path(resolve_path(data.reference_table)), data.fingerprint())
+        path = resolve_path(data.reference_table)
+        if path.startswith("memory://"):
+            rank_zero_warn(f"the reference table {path} is in the memory of this process, and gone when it ends")
+        self._files = TableFiles(table_path(path), data.fingerprint())
         self.taken.clear()
         self._samples, self.table = getattr(pl_module, "samples", 1), None
         self._leases = PromptLeases(self._files.path / "leases", self._files.shard, seconds=self.lease_s)

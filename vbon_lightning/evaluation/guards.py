@@ -78,6 +78,8 @@ def make_directory(output: str) -> None:
     Raises:
         ValueError: If that cannot be.
     """
+    if not output.strip():
+        raise ValueError(f"output: {output!r} is blank: name a directory")
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as problem:

@@ -36,10 +36,18 @@ def check_sums(directory: str | Path, field: str = "name") -> None:
     sums = Path(directory, SUMS)
     if not sums.is_file():
         return
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-        found = _LINE.fullmatch(line)
-        path = None if found is None else Path(directory, found["name"])
-        if found is None or path is None or not path.is_file():
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    known = [found for line in lines if (found := _LINE.fullmatch(line))]
+    named = {found["name"] for found in known}
+    left_out = sorted({path.name for path in Path(directory).glob("*.safetensors")} - named)
+    if left_out and (len(known) < len(lines) or any(name.endswith(".safetensors") for name in named)):
+        raise ModelError(
+            f"`{field}`: {str(sums)!r} is damaged: it has no sum of {left_out[0]}. Copy the model again, or remove "
+            f"{SUMS} to take it as it is"
+        )
+    for found in known:
+        path = Path(directory, found["name"])
+        if not path.is_file():
             continue  # a missing file is the loader's to report
         if hash_file(path) != found["sum"]:
             raise ModelError(

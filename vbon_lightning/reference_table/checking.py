@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from vbon_lightning.reference_table.shards import ReferenceTableError, open_shard, quoted
 from vbon_lightning.reference_table.store import TablePath
 
+MOST_LOG_PROB = 1e-2
+"""Log-probabilities are at most 0, but for rounding in half precision."""
 _MAY_BE_UNKNOWN = ("log_probs", "finished")
 _REMEDY = "delete that file and run `vbon predict` again: it makes the prompts that are missing then"
 
@@ -67,6 +69,8 @@ def check_rows(table: pa.Table, path: TablePath, first: int = 0) -> None:
     for name in ("rewards", "log_probs"):
         values = rows.values(name)
         rows.refuse_values(name, pc.invert(pc.is_finite(values).fill_null(False)), "is not a finite number")
+    above = pc.greater(rows.values("log_probs"), MOST_LOG_PROB).fill_null(False)
+    rows.refuse_values("log_probs", above, "is the log of no probability")
     rows.refuse_tokens("prompt_tokens", rows.column("prompt_tokens"))
     _check_keys(rows)
     tokens = rows.values("response_tokens")

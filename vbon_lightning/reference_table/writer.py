@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from vbon_lightning.reference_table import fingerprint as fingerprints
-from vbon_lightning.reference_table.checking import checked_groups
+from vbon_lightning.reference_table.checking import MOST_LOG_PROB, checked_groups
 from vbon_lightning.reference_table.shards import (
     ReferenceTableError,
     TableRow,
@@ -215,7 +215,7 @@ def _checked(row: TableRow) -> TableRow:
         responses=list(row.responses),
         response_tokens=tokens,
         rewards=_finite(row.rewards, "reward", where, row.responses),
-        log_probs=None if row.log_probs is None else _finite(row.log_probs, "log-prob", where, row.responses),
+        log_probs=None if row.log_probs is None else _log_probs(row.log_probs, where, row.responses),
         finished=None if row.finished is None else [bool(value) for value in row.finished],
     )
 
@@ -226,4 +226,14 @@ def _finite(values: Any, what: str, where: str, responses: list[str]) -> list[fl
     for number, response in zip(numbers, responses, strict=True):
         if not math.isfinite(number):
             raise ReferenceTableError(f"{where}: the {what} of response {quoted(response)} is {number}, not finite")
+    return numbers
+
+
+def _log_probs(values: Any, where: str, responses: list[str]) -> list[float]:
+    numbers = _finite(values, "log-prob", where, responses)
+    for number, response in zip(numbers, responses, strict=True):
+        if number > MOST_LOG_PROB:
+            raise ReferenceTableError(
+                f"{where}: the log-prob of response {quoted(response)} is {number}, the log of no probability"
+            )
     return numbers

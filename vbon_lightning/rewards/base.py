@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import numbers
@@ -124,7 +125,7 @@ def call_reward(
     """Call a reward once: :func:`ask_reward` without a word on which row is to blame.
 
     Args:
-        reward: The reward.
+        reward: The reward; it gets copies of what follows.
         prompts: B prompts.
         responses: B lists of G responses.
         token_ids: B lists of G lists of response token ids.
@@ -138,13 +139,15 @@ def call_reward(
         RewardFailure: If the reward raises anything.
         RewardError: If what it returns is refused.
     """
-    beside = _beside(reward, columns or {})
+    # Copies: what a user's function changes in place must not be trained on, or written to a table.
+    beside = copy.deepcopy(_beside(reward, columns or {}))
+    given = list(prompts), [list(group) for group in responses], [[list(ids) for ids in group] for group in token_ids]
     parts: dict[str, Tensor] = {}
     try:
         if hasattr(reward, "with_parts"):
-            found, parts = reward.with_parts(prompts, responses, token_ids, **beside)
+            found, parts = reward.with_parts(*given, **beside)
         else:
-            found = reward(prompts, responses, token_ids, **beside)
+            found = reward(*given, **beside)
     except (RewardError, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever a user's function raises, and where it calls sys.exit too
