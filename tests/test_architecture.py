@@ -23,6 +23,7 @@ LAYERS = [
         "_markdown",
         "_visible",
         "checks",
+        "whole_files",
         "sharding",
         "data.conversations",
         "data.readers",

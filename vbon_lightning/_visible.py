@@ -66,3 +66,15 @@ def escaped(letter: str) -> str:
     if letter == "\r":
         return "\\r"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Quote a text for a message, its middle left out where it is long.
+
+    Args:
+        text: The text.
+        limit: Characters to keep.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    return repr(text)

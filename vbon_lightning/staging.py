@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vbon_lightning.reference_table.shards import sync_directory
+from vbon_lightning.whole_files import sync_directory
 
 if sys.platform != "win32":
     import fcntl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 from torch import Tensor
 
-from tests.helpers import BOS, save_tiny_model, tiny_tokenizer
+from tests.helpers import BOS, EOS, save_tiny_model, tiny_tokenizer
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data import module as data_module
 from vbon_lightning.data.encoding import PromptError
 from vbon_lightning.data.sources import TextSource
-from vbon_lightning.models import ModelSpec
+from vbon_lightning.models import ModelError, ModelSpec
 from vbon_lightning.reference_table import (
     FingerprintMismatch,
     OtherPrompt,
@@ -88,7 +90,7 @@ def write_table(data: AlignmentDataModule, texts: list[str], samples: int = 4) -
                 prompt=text,
                 prompt_tokens=tokens,
                 responses=["a"] * samples,
-                response_tokens=[[3]] * samples,
+                response_tokens=[[3 if sample % 2 else EOS] for sample in range(samples)],
                 rewards=[10.0 * number + sample for sample in range(samples)],
                 log_probs=[-1.0] * samples,
                 finished=[sample % 2 == 0 for sample in range(samples)],
@@ -171,6 +173,29 @@ def test_a_table_of_other_settings_is_refused(make, tmp_path, change, field):
     write_table(make(reference_table=table), [*TRAIN, *VAL])
     with pytest.raises(FingerprintMismatch, match=f"{field}: the table has"):
         make(reference_table=table, **change).setup("fit")
+
+
+@pytest.mark.parametrize("how", ["nan", "cut", "no weights", "no config"])
+def test_a_broken_reference_is_named_and_not_its_table(how, make, model, tmp_path):
+    """Beside a table, whose fingerprint would differ from that of a model that nobody has."""
+    policy = Path(shutil.copytree(model, tmp_path / "policy"))
+    table = str(tmp_path / "table")
+    write_table(make(policy=str(policy), reference_table=table), TRAIN)
+    weights = load_file(policy / "model.safetensors")
+    if how == "nan":
+        weights["model.norm.weight"][3] = torch.nan
+        save_file(weights, policy / "model.safetensors", metadata={"format": "pt"})
+        problem = r"the weight model\.norm\.weight in .*/policy/model\.safetensors holds NaN"
+    elif how == "cut":
+        (policy / "model.safetensors").write_bytes((policy / "model.safetensors").read_bytes()[:-9])
+        problem = r"policy/model\.safetensors' is broken or cut short"
+    else:
+        name = {"no weights": "model.safetensors", "no config": "config.json"}[how]
+        (policy / name).unlink()
+        problem = f"policy' holds {how.replace('config', 'config.json')}"
+    for setting in ({"policy": str(policy)}, {"reference": str(policy)}):
+        with pytest.raises(ModelError, match=problem):
+            make(reference_table=table, **setting).table()
 
 
 def test_the_table_is_left_alone_where_rewards_are_sampled_afresh(make, tmp_path):
@@ -292,7 +317,7 @@ def test_training_brings_the_tables_responses_where_they_are_asked_for(make, tmp
     write_table(data, [*TRAIN, *VAL])
     data.setup("fit")
     for batch in data.train_dataloader():
-        assert batch.responses.tokens.tolist() == [[[3]] * 4] * 2
+        assert batch.responses.tokens.tolist() == [[[EOS], [3]] * 2] * 2
         assert batch.responses.mask.all()
         index = torch.tensor([TRAIN.index(text) for text in batch.prompts.text])
         assert batch.prompts.reference_rewards.tolist() == [

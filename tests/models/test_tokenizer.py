@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 from transformers import GenerationConfig
 
@@ -48,6 +51,23 @@ def test_a_tokenizer_of_its_own(llama, tmp_path):
     helpers.tiny_tokenizer(tmp_path, alphabet="abc")
     assert len(models.load_tokenizer({"name": llama, "tokenizer": str(tmp_path)})) == 6
     assert len(models.load_tokenizer(llama)) == 259
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("tokenizer.json", "{}", "is no tokenizer: it says nothing of a `model`"),
+        ("tokenizer.json", '{"version', "is broken, it is no JSON"),
+        ("tokenizer_config.json", "[1]", "is broken: it holds no mapping but a list"),
+        ("config.json", "{nonsense", "is broken, it is no JSON"),
+    ],
+)
+def test_the_file_that_keeps_a_tokenizer_from_loading_is_named(name, content, problem, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "copy")
+    (tmp_path / "copy" / name).write_text(content)
+    with pytest.raises(ModelError, match=rf"^`name`: '.*/copy/{re.escape(name)}' {problem}") as raised:
+        models.load_tokenizer(str(tmp_path / "copy"))
+    assert "\n" not in str(raised.value)
 
 
 def test_same_vocabulary(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.modules.setting import Killed, Picky, VowelReward, make_data, make_files, make_trainer
 from vbon_lightning import AlignmentDataModule, ReferenceSampler, TextSource
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError, TableRow
+from vbon_lightning.reference_table.shards import rows_to_table, write_tables
 from vbon_lightning.rewards import RewardCalls, RewardError, RewardFailure
 
 PROMPTS = 10
@@ -194,6 +195,29 @@ def test_nothing_is_sampled_where_nothing_is_missing(files: Path, tmp_path: Path
         assert predict(files, table, reward, overlap=overlap) == [[]]
         assert not reward.prompts
     assert rows_of(table) == before
+
+
+def test_a_table_that_the_reference_cannot_have_made_is_not_gone_on_with(files: Path, tmp_path: Path) -> None:
+    """Token ids beyond its vocabulary, and ends that are none of its own."""
+    predict(files, tmp_path / "table", Watched(), overlap=False, limit_predict_batches=1)
+    (made,) = [path for path in (tmp_path / "table").iterdir() if path.suffix == ".parquet"]
+    rows = rows_of(tmp_path / "table")
+    first = rows[0]
+    places = range(1, len(first.rewards))
+    for tokens, finished, problem in (
+        ([5000], False, r"the token id 5000, and the model has \d+ tokens"),
+        ([5], True, r"said to be finished though no token at their end \(response 0\)"),
+    ):
+        changed = first._replace(
+            response_tokens=[tokens, *(first.response_tokens[place] for place in places)],
+            finished=[finished, *(first.finished[place] for place in places)],  # type: ignore[index]
+        )
+        with made.open("wb") as stream:
+            write_tables(stream, iter([rows_to_table([changed, *rows[1:]])]))
+        reward = Watched()
+        with pytest.raises(ReferenceTableError, match=problem):
+            predict(files, tmp_path / "table", reward, overlap=False)
+        assert not reward.prompts
 
 
 def test_the_bar_counts_what_is_missing_and_says_how_long(files: Path, tmp_path: Path) -> None:

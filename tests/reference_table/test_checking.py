@@ -68,6 +68,19 @@ def test_what_the_writer_refuses_the_reader_refuses(tmp_path: Path, change: dict
     assert "\n" not in str(caught.value)
 
 
+def test_a_response_is_no_longer_than_the_fingerprint_says(tmp_path: Path) -> None:
+    longest = FINGERPRINT["max_new_tokens"]
+    assert isinstance(longest, int)
+    put_shard(tmp_path, response_tokens=[[1] * longest, [], [2]])
+    ReferenceTable.open(tmp_path)
+    put_shard(tmp_path, response_tokens=[[1], [2] * (longest + 1), [2]])
+    with pytest.raises(ReferenceTableError, match=f"row 66.* has {longest + 1} tokens in response 1, .*{longest}"):
+        ReferenceTable.open(tmp_path)
+    writer = ReferenceTableWriter(tmp_path / "new", FINGERPRINT)
+    with pytest.raises(ReferenceTableError, match=f"prompt 1.*{longest + 1} tokens"):
+        writer.write([make_row(1)._replace(response_tokens=[[1], [2] * (longest + 1), [2]])])
+
+
 def test_a_row_without_a_prompt_is_named_by_its_number(tmp_path: Path) -> None:
     put_shard(tmp_path, prompt=None)
     with pytest.raises(ReferenceTableError, match=r"row 66 \(prompt 'None'\) has no prompt"):

@@ -232,13 +232,35 @@ def test_an_open_table_survives_compaction_by_its_writer(tmp_path: Path) -> None
 
 
 def test_responses_that_go_on_behind_an_end_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, make_row(0), make_row(5))
-    write(tmp_path, make_row(7), shard="rank1")
+    rows = [make_row(i)._replace(finished=[False] * 3) for i in (0, 5, 7)]
+    write(tmp_path, *rows[:2])
+    write(tmp_path, rows[2], shard="rank1")
     table = ReferenceTable.open(tmp_path)
     table.check_ends([999])
     with pytest.raises(ReferenceTableError, match="'prompt 7'.*go on behind the token 7, which ends a response"):
         table.check_ends([7, 999])
-    write(tmp_path / "ended", make_row(0, samples=2))
+    write(tmp_path / "ended", make_row(0, samples=2)._replace(finished=[False, True]))
     ReferenceTable.open(tmp_path / "ended").check_ends([1])  # only ever the last token
     with pytest.raises(ReferenceTableError, match="'prompt 0'.*go on behind the token 0,"):
         ReferenceTable.open(tmp_path / "ended").check_ends([0])
+
+
+@pytest.mark.parametrize(
+    ("finished", "problem"),
+    [
+        ([False, False, False], r"said to be cut though their last token \(response 2\) ends one"),
+        ([False, True, True], r"said to be finished though no token at their end \(response 1\) ends one"),
+        ([True, False, True], r"said to be finished though no token at their end \(response 0\) ends one"),
+    ],
+)
+def test_flags_that_contradict_the_tokens_are_refused(tmp_path: Path, finished: list[bool], problem: str) -> None:
+    def row(number: int, flags: list[bool] | None) -> TableRow:
+        return make_row(number)._replace(response_tokens=[[7], [7, 1], [7, 1, 2]], finished=flags)
+
+    right = [row(number, [False, False, True]) for number in (4, 6)]
+    empty = make_row(8)._replace(response_tokens=[[], [], [2]], finished=[False, False, True])
+    write(tmp_path, right[0], empty, right[1], row(9, None))
+    ReferenceTable.open(tmp_path).check_ends([2])
+    write(tmp_path, row(5, finished), shard="rank1")
+    with pytest.raises(ReferenceTableError, match=f"first to 'prompt 5', that are {problem}"):
+        ReferenceTable.open(tmp_path).check_ends([2])

@@ -165,9 +165,9 @@ def test_a_write_that_fails_leaves_nothing(place: str) -> None:
 
 
 def _write_and_fail(writer: ReferenceTableWriter) -> None:
-    from vbon_lightning.reference_table.shards import atomic_file
+    from vbon_lightning.reference_table.store import table_file
 
-    with atomic_file(writer.path / "part-x-000000.parquet") as stream:
+    with table_file(writer.path / "part-x-000000.parquet") as stream:
         stream.write(b"half")
         raise KeyError("of the code in between, and not of the store")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vbon_lightning._visible import shorten
 from vbon_lightning.actors.spec import ActorSpec
 from vbon_lightning.actors.value_model import load_scorer
 from vbon_lightning.adapters import adapters_off
@@ -26,7 +27,6 @@ from vbon_lightning.models import (
 )
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.rewards import RewardCalls, RewardError, RewardModel
-from vbon_lightning.rewards.base import shorten
 from vbon_lightning.rewards.calls import CallRecord, PendingRewards, RewardCaller, Scored
 from vbon_lightning.sampling import (
     Sampler,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -10,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from vbon_lightning.models import (
     ModelSpec,
     as_spec,
+    check_saved,
     load_tokenizer,
     model_identity,
 )
+from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
 from vbon_lightning.rewards import RewardCalls, RewardModel
 from vbon_lightning.sampling import (
     check_sampler,
@@ -126,6 +130,20 @@ class ActorSpec:
             **({"sampler": "vllm"} if self.sampler == "vllm" else {}),
             **({} if self.value_model is None else {"value_model": model_identity(as_spec(self.value_model))}),
         }
+
+    @contextmanager
+    def reference_checked(self) -> Iterator[None]:
+        """Say of a table that does not fit the reference what is wrong with the reference's own files, if anything is.
+
+        Raises:
+            ModelError: Naming the file, in place of a :class:`FingerprintMismatch`.
+        """
+        try:
+            yield
+        except FingerprintMismatch as mismatch:
+            if any(field.startswith("reference") for field in mismatch.differences):
+                check_saved(self.reference_spec)
+            raise
 
     def _ends(self) -> dict[str, Any]:
         return {"end_tokens": self.end_tokens} if self.end_tokens else {}

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vbon_lightning.callbacks.model_card import BestWeights, model_card
 from vbon_lightning.checkpoints import read_checkpoint
 from vbon_lightning.models import HubError, HubTarget, ReadBackError, as_hub_target, save_pretrained
-from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.sharding import is_part, is_sharded, plain_copy
 from vbon_lightning.staging import check_writable, clear_leftovers
+from vbon_lightning.whole_files import atomic_file
 
 
 class PolicyExport(Callback):

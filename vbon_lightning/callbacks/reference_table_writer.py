@@ -47,7 +47,8 @@ class ReferenceTableWriter(BasePredictionWriter):
         path = resolve_path(data.reference_table)
         if path.startswith("memory://"):
             rank_zero_warn(f"the reference table {path} is in the memory of this process, and gone when it ends")
-        self._files = TableFiles(table_path(path), data.fingerprint())
+        with data.actors.reference_checked():
+            self._files = TableFiles(table_path(path), data.fingerprint())
         self.taken.clear()
         self._samples, self.table = getattr(pl_module, "samples", 1), None
         self._leases = PromptLeases(self._files.path / "leases", self._files.shard, seconds=self.lease_s)

@@ -14,8 +14,8 @@ from vbon_lightning._markdown import markdown_cell, markdown_table, reward_cell
 from vbon_lightning.callbacks.rollout_callback import RolloutCallback
 from vbon_lightning.data.conversations import shown_prompts
 from vbon_lightning.loggers import log_table
-from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.types import Rollout, known_rewards
+from vbon_lightning.whole_files import atomic_file
 
 _COLUMNS = ("step", "prompt", "response", "reward", "tokens", "finished")
 _SHOWN_STEPS = 5

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vbon_lightning.checkpoints.sealing import CheckpointError, check_seal, write_sealed
 from vbon_lightning.finite import NotFiniteError, first_not_finite
-from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.staging import lock, partial_path
+from vbon_lightning.whole_files import atomic_file
 
 _WEIGHTS = ("state_dict", "current_model_state")  # the second is that of Lightning's weight averaging
 

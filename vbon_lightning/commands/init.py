@@ -18,8 +18,8 @@ from vbon_lightning.commands.starting_config import Found, starting_config
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data.sources import SourceError, TextSource, first_records
 from vbon_lightning.models import locate
-from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.rewards import CallableReward, RewardError, RewardModel
+from vbon_lightning.whole_files import atomic_file
 
 Method = Literal["vbon", "kl_rl", "sft", "bon_sft", "dpo"]
 

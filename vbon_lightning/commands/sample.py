@@ -23,8 +23,8 @@ from vbon_lightning.data.sources import TextRow, TextSource, as_row, read_rows
 from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn, check_counts, device_named, draw, load_actors, sampling_spec
 from vbon_lightning.models import model_identity
-from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.rewards import RewardModel
+from vbon_lightning.whole_files import atomic_file
 
 NAMED: dict[str, Any] = {"policy": None, "best_of_n": BestOfN, "value_guided": ValueGuided}
 """Decoders by the names that the command line knows them by."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from vbon_lightning._visible import visible
+from vbon_lightning._visible import shorten, visible
 from vbon_lightning.commands.parsers import ArgumentParser, description_of
 from vbon_lightning.data.conversations import readable
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, table_summary
-from vbon_lightning.rewards.base import shorten
 
 
 def describe_table(path: str, rows: int = 3, responses: int = 2) -> str:

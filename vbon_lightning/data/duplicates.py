@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vbon_lightning._visible import shorten
 from vbon_lightning.data.encoding import EncodedPrompt, PromptError
-from vbon_lightning.reference_table.shards import quoted
 
 
 def distinct_prompts(prompts: Iterable[EncodedPrompt], *, messages: bool = False) -> dict[str, EncodedPrompt]:
@@ -39,7 +39,7 @@ def distinct_prompts(prompts: Iterable[EncodedPrompt], *, messages: bool = False
 
 def _message(first: str, second: str) -> str:
     return (
-        f"the prompts {quoted(first)} and {quoted(second)} have the same tokens: they would share a row of the "
+        f"the prompts {shorten(first)} and {shorten(second)} have the same tokens: they would share a row of the "
         "reference table, and one get the other's rewards. Leave one of the two out of the data, or write both alike; "
         "where data.max_prompt_tokens cut them, raise it"
     )

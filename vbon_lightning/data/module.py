@@ -145,12 +145,13 @@ class AlignmentDataModule(LightningDataModule):
             raise ValueError("no reference table: set `data.reference_table` and make it with `vbon predict`")
         if self._table is None:
             path = resolve_path(self.reference_table)
-            if self.trainer is None:  # a run without a precision of its own takes the table's
-                table = ReferenceTable.open(path)
-                known = {name: table.fingerprint[name] for name in ("precision",) if name in table.fingerprint}
-                table.check(self.fingerprint() | known)
-            else:
-                table = ReferenceTable.open(path, fingerprint=self.fingerprint())
+            with self.actors.reference_checked():
+                if self.trainer is None:  # a run without a precision of its own takes the table's
+                    table = ReferenceTable.open(path)
+                    known = {name: table.fingerprint[name] for name in ("precision",) if name in table.fingerprint}
+                    table.check(self.fingerprint() | known)
+                else:
+                    table = ReferenceTable.open(path, fingerprint=self.fingerprint())
             if len(table) > 0 and table.samples < table.most_samples:
                 rank_zero_warn(
                     f"the reference table {self.reference_table} holds {table.samples} to {table.most_samples} "

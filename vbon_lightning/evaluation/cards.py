@@ -15,7 +15,7 @@ from yaml import YAMLError
 from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.reports import PolicyReport
-from vbon_lightning.reference_table.shards import atomic_file
+from vbon_lightning.whole_files import atomic_file
 
 TAG = "vbon-lightning"
 """What tells a card of this package's exports from another's, which is left alone."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE
-from vbon_lightning.finite import first_not_finite
-from vbon_lightning.models import ModelError, ModelSpec, as_spec, check_same_vocabulary, load_tokenizer, locate
-from vbon_lightning.models.files import weight_files
+from vbon_lightning.models import ModelError, ModelSpec, as_spec, check_same_vocabulary, check_saved, load_tokenizer
 
 _RESERVED = re.compile(rf"{REFERENCE}|{BEST_OF_N}|Best-of-\d+", re.IGNORECASE)
 """Names of rows that every comparison has by itself."""
@@ -98,37 +94,7 @@ def check_policy(name: str, model: str | ModelSpec, tokenizer: PreTrainedTokeniz
         ModelError: Naming the policy.
     """
     try:
+        check_saved(model)
         check_same_vocabulary(tokenizer, load_tokenizer(as_spec(model)))
-        check_weights(model)
     except ModelError as problem:
         raise ModelError(f"the policy {name!r}: {problem}") from problem
-
-
-def check_weights(model: str | ModelSpec) -> None:
-    """Refuse a model whose files hold weights that are NaN or infinite, without loading it.
-
-    Files of other formats than safetensors, and models of the hub, are looked at when they are loaded.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ModelError: Naming the file and the weight.
-    """
-    spec = as_spec(model)
-    place, gguf_file = locate("policies", str(spec.name), spec.gguf_file)
-    if gguf_file is not None or not os.path.isdir(place):
-        return
-    for path in weight_files(place):
-        if path.suffix != ".safetensors":
-            continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                for weight in file.keys():  # noqa: SIM118 (it is no mapping)
-                    if first_not_finite([(weight, file.get_tensor(weight))]) is not None:
-                        raise ModelError(
-                            f"the weight {weight} in {path} holds NaN or infinity: it comes from "
-                            "a run that diverged; leave the policy out, or export a good checkpoint"
-                        )
-        except (SafetensorError, OSError) as problem:
-            raise ModelError(f"{path} cannot be read: {problem}") from problem

@@ -17,7 +17,7 @@ from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.logs import log_comparison, loggers_of
 from vbon_lightning.evaluation.reports import PolicyReport
 from vbon_lightning.evaluation.texts import TextSample, samples_markdown
-from vbon_lightning.reference_table.shards import atomic_file
+from vbon_lightning.whole_files import atomic_file
 
 
 def write_comparison(

@@ -9,6 +9,7 @@ from vbon_lightning.models.hub import HubError, HubTarget, as_hub_target
 from vbon_lightning.models.identity import model_identity
 from vbon_lightning.models.loading import check_no_missing_weights, disable_dropout
 from vbon_lightning.models.read_back import ReadBackError
+from vbon_lightning.models.saved import check_saved
 from vbon_lightning.models.spec import ModelSpec, as_spec, parse_dtype
 from vbon_lightning.models.tilted import TiltedConfig, TiltedLM, new_tilted_lm
 from vbon_lightning.models.tokenizer import (
@@ -36,6 +37,7 @@ __all__ = [
     "as_spec",
     "check_no_missing_weights",
     "check_same_vocabulary",
+    "check_saved",
     "check_vocabulary_fits",
     "describe_ends",
     "disable_dropout",

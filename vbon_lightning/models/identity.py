@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vbon_lightning.models.files import TOKENIZER_FILES, locate, matching, read_json, weight_files
+from vbon_lightning.models.files import TOKENIZER_FILES, check_directory, locate, matching, read_json, weight_files
 from vbon_lightning.models.spec import ModelSpec, as_spec
 from vbon_lightning.models.sums import hash_file
 
@@ -59,6 +59,7 @@ def _directory_identity(name: str, gguf_file: str | None, revision: str | None) 
             "weights": hash_file(os.path.join(name, gguf_file)),
             "tokenizer": _hash_tokenizer(name, gguf_file),
         }
+    check_directory(name, None)  # what is missing or broken is to be told as such, not as another model
     identity = {"weights": _hash_files(weight_files(name)), "tokenizer": _hash_tokenizer(name, None)}
     config = Path(name, "config.json")
     if config.is_file():

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vbon_lightning.models.errors import ModelError, cannot_load
-from vbon_lightning.models.files import TOKENIZER_VOCABULARIES, locate, matching
+from vbon_lightning.models.files import TOKENIZER_FILES, TOKENIZER_VOCABULARIES, locate, matching, read_json
 from vbon_lightning.models.spec import ModelSpec, as_spec
 
 
@@ -42,6 +42,8 @@ def load_tokenizer(spec: str | Mapping[str, Any] | ModelSpec) -> PreTrainedToken
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     except Exception as error:  # transformers raises many types here; every one means the same to a user
+        if os.path.isdir(name) and gguf_file is None:
+            _check_json_files(name, field)
         raise cannot_load("tokenizer", field, name, error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -51,6 +53,14 @@ def load_tokenizer(spec: str | Mapping[str, Any] | ModelSpec) -> PreTrainedToken
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_json_files(directory: str, field: str) -> None:
+    """Name the file that keeps a tokenizer from being loaded, where it is one that is no JSON, or of something else."""
+    for path in matching(directory, ("config.json", *(name for name in TOKENIZER_FILES if name.endswith(".json")))):
+        found = read_json(path, field)
+        if path.name == "tokenizer.json" and "model" not in found:
+            raise ModelError(f"`{field}`: {str(path)!r} is no tokenizer: it says nothing of a `model`. Copy it again")
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from vbon_lightning._visible import shorten
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter
 from vbon_lightning.data.collating import batch_keys
@@ -20,7 +21,6 @@ from vbon_lightning.modules.base import AlignmentModule, check_strategy
 from vbon_lightning.paths import resolve_path
 from vbon_lightning.reference_table import ReferenceTable, TableRow, joined_rows
 from vbon_lightning.rewards import RewardError
-from vbon_lightning.rewards.base import shorten
 from vbon_lightning.rewards.calls import PendingRewards, RewardCaller
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.further import TooManyMissingError, replace_missing
@@ -170,6 +170,9 @@ class ReferenceSampler(AlignmentModule):
             self._source = self._open_source(resolve_path(self.responses_from))
             self._source.check_vocabulary(vocabulary_size(self.loaded.policy))
             self._check_source(self._source)
+        if self.writer.table is not None:
+            self.writer.table.check_ends(self.loaded.end_ids)
+            self.writer.table.check_vocabulary(vocabulary_size(self.loaded.policy))
         self.check_lengths(self.response_room)
 
     def _open_source(self, path: str) -> ReferenceTable:

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vbon_lightning.reference_table.shards import ReferenceTableError, open_shard, quoted
+from vbon_lightning._visible import shorten
+from vbon_lightning.reference_table.shards import ReferenceTableError, open_shard
 from vbon_lightning.reference_table.store import TablePath
 
 MOST_LOG_PROB = 1e-2
@@ -18,11 +19,12 @@ _MAY_BE_UNKNOWN = ("log_probs", "finished")
 _REMEDY = "delete that file and run `vbon predict` again: it makes the prompts that are missing then"
 
 
-def checked_groups(path: TablePath) -> Iterator[pa.Table]:
+def checked_groups(path: TablePath, longest: int | None = None) -> Iterator[pa.Table]:
     """Read a shard, one row group at a time, and refuse what no writer would have written.
 
     Args:
         path: the shard.
+        longest: the most tokens that a response may have; None where nothing says so.
 
     Yields:
         The row groups, all columns.
@@ -35,18 +37,19 @@ def checked_groups(path: TablePath) -> Iterator[pa.Table]:
     with open_shard(path) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group).combine_chunks()
-            check_rows(table, path, first)
+            check_rows(table, path, first, longest=longest)
             yield table
             first += len(table)
 
 
-def check_rows(table: pa.Table, path: TablePath, first: int = 0) -> None:
+def check_rows(table: pa.Table, path: TablePath, first: int = 0, *, longest: int | None = None) -> None:
     """Refuse rows that do not fit together: keys, lengths, tokens, and numbers that are none.
 
     Args:
         table: rows of a shard, in the table's schema.
         path: the shard, for the message.
         first: number of the first of them in the shard.
+        longest: the most tokens that a response may have; None where nothing says so.
 
     Raises:
         ReferenceTableError: naming the file, the row, its prompt and what is wrong.
@@ -75,6 +78,8 @@ def check_rows(table: pa.Table, path: TablePath, first: int = 0) -> None:
     _check_keys(rows)
     tokens = rows.values("response_tokens")
     rows.refuse_tokens("response_tokens", tokens)
+    if longest is not None:
+        rows.refuse_longer(tokens, longest)
 
 
 class _Rows:
@@ -104,7 +109,7 @@ class _Rows:
             prompt = self.column("prompt")[row].as_py()
             said = problem(row) if callable(problem) else problem
             raise ReferenceTableError(
-                f"{self.path}, row {self.first + row} (prompt {quoted(str(prompt))}) {said}: {_REMEDY}"
+                f"{self.path}, row {self.first + row} (prompt {shorten(str(prompt))}) {said}: {_REMEDY}"
             )
 
     def refuse_values(self, name: str, wrong: pa.Array, problem: str) -> None:
@@ -125,6 +130,18 @@ class _Rows:
                 row, _ = _place_in_lists(self.lengths(name), row)
             value = tokens[int(wrong[0])].as_py()
             self.refuse(np.array([row]), f"has {value} in {name}, which is no token id")
+
+    def refuse_longer(self, responses: pa.Array, longest: int) -> None:
+        """Refuse a row with a response of more tokens than there may be."""
+        lengths = _lengths(responses)
+        places = np.flatnonzero(lengths > longest)
+        if len(places):
+            row, response = _place_in_lists(self.lengths("response_tokens"), int(places[0]))
+            self.refuse(
+                np.array([row]),
+                f"has {int(lengths[places[0]])} tokens in response {response}, and the table's fingerprint says that "
+                f"{longest} (max_new_tokens) are the most",
+            )
 
 
 def _check_keys(rows: _Rows) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 from vbon_lightning.checks import differences
 from vbon_lightning.reference_table.shards import (
     ReferenceTableError,
-    atomic_file,
     shard_files,
-    sync_directory,
 )
-from vbon_lightning.reference_table.store import TablePath, UrlPath, create_file
+from vbon_lightning.reference_table.store import TablePath, UrlPath, create_file, table_file
+from vbon_lightning.whole_files import atomic_file, sync_directory
 
 _FILE = "fingerprint.json"
 _SKIPS = "on_missing"
@@ -110,6 +109,12 @@ def read(directory: TablePath) -> dict[str, Any]:
     return fingerprint
 
 
+def longest_response(fingerprint: Mapping[str, Any]) -> int | None:
+    """Return the most tokens that a response of a table may have; None where its fingerprint does not say."""
+    longest = fingerprint.get("max_new_tokens")
+    return longest if isinstance(longest, int) and not isinstance(longest, bool) else None
+
+
 def claim(directory: TablePath, fingerprint: Mapping[str, Any], shard: str) -> dict[str, Any]:
     """Write the fingerprint of a new table, or check it against the one of an existing table.
 
@@ -128,7 +133,7 @@ def claim(directory: TablePath, fingerprint: Mapping[str, Any], shard: str) -> d
     theirs = read(directory)
     check(directory, theirs, ours)
     if _SKIPS in ours and _SKIPS not in theirs:
-        with atomic_file(path, None if isinstance(path, UrlPath) else _temporary(path, shard)) as stream:
+        with table_file(path, None if isinstance(path, UrlPath) else _temporary(path, shard)) as stream:
             stream.write(content)
         return ours
     return theirs

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from vbon_lightning._json_lines import read_json_lines
+from vbon_lightning._visible import shorten
 from vbon_lightning.reference_table.reader import ReferenceTable
-from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, atomic_file, prompt_key, quoted
-from vbon_lightning.reference_table.store import TablePath
+from vbon_lightning.reference_table.shards import ReferenceTableError, TableRow, prompt_key
+from vbon_lightning.reference_table.store import TablePath, table_file
 from vbon_lightning.reference_table.store import table_path as as_path
 from vbon_lightning.reference_table.writer import ReferenceTableWriter
 
@@ -70,11 +71,11 @@ def import_jsonl(
         try:
             key = prompt_key(tokens)
         except ValueError as problem:
-            raise ReferenceTableError(f"{where}: the prompt {quoted(prompt)}: {problem}") from problem
+            raise ReferenceTableError(f"{where}: the prompt {shorten(prompt)}: {problem}") from problem
         row = gathered.setdefault(key, TableRow(key, prompt, tokens, [], [], [], None, None))
         if row.prompt != prompt:
             raise ReferenceTableError(
-                f"{where}: the prompt {quoted(prompt)} has the tokens of {quoted(row.prompt)}, "
+                f"{where}: the prompt {shorten(prompt)} has the tokens of {shorten(row.prompt)}, "
                 "which stands before it, and would share its row: leave one of the two out, or write both alike"
             )
         row.responses.extend(responses)
@@ -113,7 +114,7 @@ def export_jsonl(
     if layout not in ("response", "prompt"):
         raise ValueError(f"layout must be 'response' or 'prompt', got {layout!r}")
     target = as_path(path)
-    with atomic_file(target) as raw:
+    with table_file(target) as raw:
         stream = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if target.suffix == ".gz" else raw
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
         for row in table.rows():

@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from vbon_lightning._visible import shorten
 from vbon_lightning.reference_table import fingerprint as fingerprints
 from vbon_lightning.reference_table.checking import checked_groups
 from vbon_lightning.reference_table.shards import (
     ReferenceTableError,
     TableRow,
     open_shard,
-    quoted,
     shard_files,
     text_digest,
 )
@@ -266,7 +266,9 @@ class ReferenceTable:
         return tokens, mask
 
     def check_ends(self, end_ids: Sequence[int]) -> None:
-        """Refuse a table whose responses go on behind a token that ends a response: other tokens ended them.
+        """Refuse a table whose responses other tokens ended than those that end a response in this run.
+
+        No response goes on behind such a token, and those and only those that have one are finished.
 
         Args:
             end_ids: tokens that end a response.
@@ -274,13 +276,23 @@ class ReferenceTable:
         Raises:
             ReferenceTableError: naming the prompt and the token.
         """
-        found = self._retrying(lambda: self._load("response_tokens", _early_ends(frozenset(end_ids))))
-        for key, token in found.items():
-            if token:
+        found = self._retrying(lambda: self._load("response_tokens", _ends(frozenset(end_ids))))
+        finished = self._column("finished")
+        for key, ends in found.items():
+            problem = None
+            if ends is not None and ends.early:
+                problem = f"go on behind the token {ends.early[0]}, which ends a response in this run"
+            elif ends is not None and (told := finished[key]) is not None and not torch.equal(told, ends.at_end):
+                place = int((told != ends.at_end).nonzero()[0])
+                problem = (
+                    f"are said to be finished though no token at their end (response {place}) ends one in this run"
+                    if told[place]
+                    else f"are said to be cut though their last token (response {place}) ends one in this run"
+                )
+            if problem is not None:
                 raise ReferenceTableError(
-                    f"the reference table {self.path} has responses, first to {self.row(key).prompt!r}, that go on "
-                    f"behind the token {token[0]}, which ends a response in this run: make it again, or "
-                    "name the model that it was made with"
+                    f"the reference table {self.path} has responses, first to {shorten(self.row(key).prompt)}, that "
+                    f"{problem}: make it again, or name the model that it was made with"
                 )
 
     def check_vocabulary(self, size: int | None) -> None:
@@ -358,7 +370,7 @@ class ReferenceTable:
         places: dict[str, _Place] = {}
         empty = True
         for path in shard_files(self.path):
-            for group, table in enumerate(checked_groups(path)):
+            for group, table in enumerate(checked_groups(path, fingerprints.longest_response(self.fingerprint))):
                 sizes = pc.list_value_length(table.column("rewards")).to_pylist()
                 keys, texts = (table.column(name).to_pylist() for name in ("key", "prompt"))
                 for offset, (key, text, samples) in enumerate(zip(keys, texts, sizes, strict=True)):
@@ -390,10 +402,10 @@ class ReferenceTable:
             )
         if text is not None and place.text != text_digest(text):
             raise OtherPrompt(
-                f"prompt {quoted(text)} has the tokens of {quoted(self.row(key).prompt)}, whose responses and rewards "
-                f"are in the reference table {self.path}: they would be taken for its own. Leave one of the two out of "
-                "the data, or write both alike; where data.max_prompt_tokens cut them, raise it, and make the table "
-                "anew in another directory"
+                f"prompt {shorten(text, 200)} has the tokens of {shorten(self.row(key).prompt, 200)}, "
+                f"whose responses and rewards are in the reference table {self.path}: they would be taken for its own. "
+                "Leave one of the two out of the data, or write both alike; where data.max_prompt_tokens cut them, "
+                "raise it, and make the table anew in another directory"
             )
         return place
 
@@ -456,21 +468,34 @@ def _largest(lists: pa.ListArray) -> Callable[[int], int]:
     return lambda i: int(tokens[edges[bounds[i]] : edges[bounds[i + 1]]].max(initial=-1))
 
 
-def _early_ends(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], list[int]]]:
-    """Return what finds, of a prompt's responses, end tokens that are not their last."""
+class _Ends(NamedTuple):
+    """Where end tokens stand in a prompt's responses."""
+
+    early: list[int]
+    """End tokens that are not a response's last."""
+    at_end: Tensor
+    """``[M]`` bool: whether a response's last token is one."""
+
+
+def _ends(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], _Ends]]:
+    """Return what finds the end tokens of a prompt's responses."""
     ends = torch.tensor(sorted(end_ids))
 
-    def part(lists: pa.ListArray) -> Callable[[int], list[int]]:
+    def part(lists: pa.ListArray) -> Callable[[int], _Ends]:
         bounds = lists.offsets.to_pylist()
         edges = torch.from_numpy(lists.values.offsets.to_numpy().copy()).long()
         tokens = torch.from_numpy(lists.values.values.to_numpy(zero_copy_only=False).copy()).long()
         early = torch.isin(tokens, ends)
-        filled = edges[1:][edges.diff() > 0]
-        early[filled - 1 - edges[0]] = False
+        at_end = torch.zeros(max(0, len(edges) - 1), dtype=torch.bool)
+        filled = edges.diff() > 0
+        last = edges[1:][filled] - 1
+        at_end[filled] = early[last]
+        early[last] = False
 
-        def take(i: int) -> list[int]:
-            first, last = (int(edges[bounds[place]] - edges[0]) for place in (i, i + 1))
-            return tokens[first:last][early[first:last]].tolist()
+        def take(i: int) -> _Ends:
+            responses = slice(bounds[i], bounds[i + 1])
+            first, end = int(edges[responses.start]), int(edges[responses.stop])
+            return _Ends(tokens[first:end][early[first:end]].tolist(), at_end[responses])
 
         return take
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -108,11 +106,6 @@ def text_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def quoted(text: str) -> str:
-    """Quote a text for a message, cut where it is long."""
-    return repr(text if len(text) <= 200 else text[:200] + "...")
-
-
 def shard_count(path: TablePath, shard: str) -> int | None:
     """Return the running number of a shard file of the writer named ``shard``, None for any other file."""
     match = _SHARD_FILE.fullmatch(path.name)
@@ -133,45 +126,6 @@ def shard_files(directory: TablePath) -> list[TablePath]:
         if match:
             found.append((match["shard"], int(match["count"]), path))
     return [path for _, _, path in sorted(found, key=lambda shard: shard[:2])]
-
-
-@contextmanager
-def atomic_file(path: TablePath, temporary: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when it is complete and on the disk, or in the store.
-
-    Args:
-        path: the name to appear.
-        temporary: where it is written until then, in the same directory; default ``.<name>.tmp``. A store needs none.
-
-    Yields:
-        A binary stream.
-    """
-    if isinstance(path, UrlPath):
-        with path.written_whole() as stream:
-            yield stream
-        return
-    temporary = temporary or path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: TablePath) -> None:
-    """Put a directory's entries on the disk, where the platform can."""
-    if os.name != "posix" or isinstance(directory, UrlPath):
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from vbon_lightning._json_lines import is_url
+from vbon_lightning.whole_files import atomic_file, sync_directory
 
 _IN_MEMORY = 64 * 2**20
 """Bytes of a file for a store that are kept in memory until it is whole; the rest waits on the local disk."""
@@ -177,6 +178,27 @@ def table_path(path: str | Path | UrlPath) -> TablePath:
         if text.startswith(prefix):
             return Path(text.removeprefix(prefix))
     return UrlPath(text.rstrip("/")) if is_url(text) else Path(path)
+
+
+@contextmanager
+def table_file(path: TablePath, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file of a table that appears under its name only when it is complete and on the disk, or in the store.
+
+    Args:
+        path: the name to appear.
+        temporary: where it is written until then, in the same directory; default ``.<name>.tmp``. A store needs none.
+
+    Yields:
+        A binary stream.
+    """
+    with path.written_whole() if isinstance(path, UrlPath) else atomic_file(path, temporary) as stream:
+        yield stream
+
+
+def sync_folder(folder: TablePath) -> None:
+    """Put a folder's entries on the disk; a store has them already."""
+    if isinstance(folder, Path):
+        sync_directory(folder)
 
 
 def create_file(path: TablePath, content: bytes) -> bool:

@@ -12,24 +12,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vbon_lightning._visible import shorten
 from vbon_lightning.reference_table import fingerprint as fingerprints
 from vbon_lightning.reference_table.checking import MOST_LOG_PROB, checked_groups
 from vbon_lightning.reference_table.shards import (
     ReferenceTableError,
     TableRow,
-    atomic_file,
     prompt_key,
-    quoted,
     row_sizes,
     rows_to_table,
     shard_count,
     shard_files,
     shard_sizes,
     shard_writer,
-    sync_directory,
     write_tables,
 )
-from vbon_lightning.reference_table.store import TablePath, table_path, telling
+from vbon_lightning.reference_table.store import TablePath, sync_folder, table_file, table_path, telling
 from vbon_lightning.reference_table.writer_names import new_writer_name, still_runs
 
 _AT_ONCE = 16
@@ -104,9 +102,10 @@ class ReferenceTableWriter:
         Raises:
             ReferenceTableError: for a row that does not fit, naming its prompt; nothing is written then.
         """
-        checked = [_checked(row) for row in rows]
+        longest = fingerprints.longest_response(self.fingerprint)
+        checked = [_checked(row, longest) for row in rows]
         if checked:
-            with telling(self.path, writing=True), atomic_file(self._next_file()) as stream:
+            with telling(self.path, writing=True), table_file(self._next_file()) as stream:
                 write_tables(stream, iter([rows_to_table(checked)]))
 
     def compact(self, abandoned: Collection[str] = ()) -> None:
@@ -123,7 +122,7 @@ class ReferenceTableWriter:
             if len(parts) < 2:
                 return
             try:
-                with telling(self.path, writing=True), atomic_file(self._next_file()) as stream:
+                with telling(self.path, writing=True), table_file(self._next_file()) as stream:
                     write_tables(stream, _without_duplicates(parts))
                 break
             except FileNotFoundError:  # another process has just merged some of them: list them again
@@ -131,7 +130,7 @@ class ReferenceTableWriter:
         # Last to first: what is left after a kill is a prefix, and what is taken from it and the merged shard the same.
         for part in reversed(parts):
             part.unlink(missing_ok=True)
-        sync_directory(self.path)
+        sync_folder(self.path)
 
     def in_pieces(self) -> set[str]:
         """Return the other writers with several shards, or with rows that longer ones have replaced, living or not."""
@@ -178,9 +177,9 @@ def _without_duplicates(files: Sequence[TablePath]) -> Iterator[pa.Table]:
             yield table.filter(pa.array(chosen, type=pa.bool_()))
 
 
-def _checked(row: TableRow) -> TableRow:
+def _checked(row: TableRow, longest: int | None) -> TableRow:
     """Return the row in plain types, or say what is wrong with it."""
-    where = f"the row of prompt {quoted(row.prompt)}"
+    where = f"the row of prompt {shorten(row.prompt)}"
     try:
         key = prompt_key(row.prompt_tokens)
     except ValueError as problem:
@@ -200,13 +199,18 @@ def _checked(row: TableRow) -> TableRow:
         try:
             text.encode()
         except UnicodeEncodeError as problem:
-            raise ReferenceTableError(f"{where}: {quoted(text)} cannot be stored as UTF-8") from problem
+            raise ReferenceTableError(f"{where}: {shorten(text)} cannot be stored as UTF-8") from problem
     tokens = [[int(token) for token in ids] for ids in row.response_tokens]
     for response, ids in zip(row.responses, tokens, strict=True):
         if ids and not 0 <= min(ids) <= max(ids) < 2**31:
             raise ReferenceTableError(
-                f"{where}: token ids must be in [0, 2**31), and those of response {quoted(response)} go from "
+                f"{where}: token ids must be in [0, 2**31), and those of response {shorten(response)} go from "
                 f"{min(ids)} to {max(ids)}"
+            )
+        if longest is not None and len(ids) > longest:
+            raise ReferenceTableError(
+                f"{where}: response {shorten(response)} has {len(ids)} tokens, and the table's fingerprint says that "
+                f"{longest} (max_new_tokens) are the most"
             )
     return TableRow(
         key=row.key,
@@ -225,7 +229,7 @@ def _finite(values: Any, what: str, where: str, responses: list[str]) -> list[fl
         numbers: list[float] = np.asarray(values, dtype=np.float64).astype(np.float32).tolist()
     for number, response in zip(numbers, responses, strict=True):
         if not math.isfinite(number):
-            raise ReferenceTableError(f"{where}: the {what} of response {quoted(response)} is {number}, not finite")
+            raise ReferenceTableError(f"{where}: the {what} of response {shorten(response)} is {number}, not finite")
     return numbers
 
 
@@ -234,6 +238,6 @@ def _log_probs(values: Any, where: str, responses: list[str]) -> list[float]:
     for number, response in zip(numbers, responses, strict=True):
         if number > MOST_LOG_PROB:
             raise ReferenceTableError(
-                f"{where}: the log-prob of response {quoted(response)} is {number}, the log of no probability"
+                f"{where}: the log-prob of response {shorten(response)} is {number}, the log of no probability"
             )
     return numbers

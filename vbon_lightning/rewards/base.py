@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vbon_lightning._visible import visible
+from vbon_lightning._visible import shorten, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -316,18 +316,6 @@ def check_text(text: str) -> None:
     """
     if text not in ("prompt_and_response", "response"):
         raise RewardError(f"`text` is {text!r}, expected 'prompt_and_response' or 'response'")
-
-
-def shorten(text: str, limit: int = 80) -> str:
-    """Quote a text for a message, its middle left out where it is long.
-
-    Args:
-        text: The text.
-        limit: Characters to keep.
-    """
-    if len(text) > limit:
-        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-    return repr(text)
 
 
 def _without_none(rewards: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from vbon_lightning._visible import shorten
 from vbon_lightning.data.conversations import Chat, Message
 from vbon_lightning.models import (
     ModelSpec,
@@ -26,7 +27,7 @@ from vbon_lightning.models.files import check_directory
 from vbon_lightning.models.loading import check_finite
 from vbon_lightning.models.plain_text import Hidden, PlainText
 from vbon_lightning.models.tokenizer import opening_ids, shared_start
-from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts, shorten
+from vbon_lightning.rewards.base import RewardError, RewardModel, check_rewards, check_text, join_texts
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,0 +1,45 @@
+"""What can be said of a saved model before it is loaded: its files are there, whole, and hold numbers."""
+
+from __future__ import annotations
+
+import os
+
+from safetensors import SafetensorError, safe_open
+
+from vbon_lightning.finite import first_not_finite
+from vbon_lightning.models.errors import ModelError
+from vbon_lightning.models.files import check_directory, locate, weight_files
+from vbon_lightning.models.spec import ModelSpec, as_spec
+
+
+def check_saved(model: str | ModelSpec) -> None:
+    """Refuse a model whose files are missing, broken, or hold weights that are NaN or infinite, without loading it.
+
+    Files of other formats than safetensors, and models of the hub, are looked at when they are loaded.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ModelError: Naming the file, and the weight.
+    """
+    spec = as_spec(model)
+    if spec.name is None:
+        return
+    place, gguf_file = locate("name", str(spec.name), spec.gguf_file)
+    if gguf_file is not None or not os.path.isdir(place):
+        return
+    check_directory(place, gguf_file)
+    for path in weight_files(place):
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                for weight in file.keys():  # noqa: SIM118 (it is no mapping)
+                    if first_not_finite([(weight, file.get_tensor(weight))]) is not None:
+                        raise ModelError(
+                            f"the weight {weight} in {path} holds NaN or infinity: it comes from "
+                            "a run that diverged; export a good checkpoint, or name another model"
+                        )
+        except (SafetensorError, OSError) as problem:
+            raise ModelError(f"{path} cannot be read: {problem}") from problem
