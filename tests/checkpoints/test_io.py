@@ -117,6 +117,24 @@ def test_weights_that_are_not_finite_are_neither_written_nor_used(bad: float, st
         read_checkpoint(path)
 
 
+def test_a_directory_says_which_checkpoints_it_has(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a directory, and no checkpoint: there is none in it"):
+        read_checkpoint(tmp_path)
+    for age, name in enumerate(("last.ckpt", "best/step=7.ckpt")):
+        save(tmp_path / name)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    with pytest.raises(CheckpointError, match=r"give a file of it, such as .*/last\.ckpt; an exported model"):
+        read_checkpoint(tmp_path)
+
+
+def test_what_could_run_when_it_is_read_is_not_read(tmp_path: Path) -> None:
+    """And nobody is told how to read it all the same, as torch tells them."""
+    torch.save({"state_dict": {}, "anything": Path("of another program")}, tmp_path / "foreign.ckpt")
+    with pytest.raises(CheckpointError, match="may run when it is read") as raised:
+        read_checkpoint(tmp_path / "foreign.ckpt", weights_only=True)
+    assert "weights_only" not in str(raised.value)
+
+
 def test_a_url(tmp_path: Path) -> None:
     url = "memory://runs/last.ckpt"
     io = WholeCheckpointIO()

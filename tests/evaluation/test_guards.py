@@ -50,6 +50,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"policies": {"mine": "x"}, "decoders": {" mine": BestOfN(2)}},
         "decoders: ' mine' names a second thing, after one of policies",
     ),
+    "one file's name twice": (
+        {"policies": {"a/b": "x", "a b": "x"}},
+        "policies: 'a b' is too much like 'a/b': both are 'a_b' as a file's name",
+    ),
+    "no capitals": ({"policies": {"vBoN": "x", "VBON": "x"}}, "policies: 'VBON' is too much like 'vBoN'"),
+    "nothing for a file": ({"policies": {"?": "x", "!!": "x"}}, "policies: '!!' is too much like '?'"),
     "no samples": ({"samples": 0}, "samples must be an integer >= 1, got 0"),
     "fewer than none": ({"shown_prompts": -1}, "shown_prompts must be an integer >= 0, got -1"),
     "none to show": ({"shown_samples": 0}, "shown_samples must be an integer >= 1, got 0"),
@@ -96,6 +102,10 @@ def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(t
     for place in ("file", "file/below"):
         with pytest.raises(ValueError, match=rf"output: '.*{place}' cannot be a directory \(.*\): name another"):
             make_directory(str(tmp_path / place))
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"export' is the directory of a model, it holds config\.json"):
+        make_directory(str(tmp_path / "export"))
     make_directory(str(tmp_path / "new" / "one"))
     assert (tmp_path / "new" / "one").is_dir()
 

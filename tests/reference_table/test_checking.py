@@ -142,7 +142,13 @@ def test_a_shard_of_another_schema_says_in_what_it_differs(tmp_path: Path, chang
 
 def test_files_that_are_not_parquet_are_refused(tmp_path: Path) -> None:
     write(tmp_path, make_row(1))
-    for content in (b"", b"PAR1", b"some text"):
-        (tmp_path / "part-x-000000.parquet").write_bytes(content)
-        with pytest.raises(ReferenceTableError, match=r"part-x-000000\.parquet is truncated or corrupt"):
+    path = tmp_path / "part-x-000000.parquet"
+    what = {b"": "and is empty: move it", b"PAR1": "is truncated or corrupt", b"text": "is no Parquet file: move it"}
+    for content, problem in what.items():
+        path.write_bytes(content)
+        with pytest.raises(ReferenceTableError, match=rf"part-x-000000\.parquet .*{problem}"):
             ReferenceTable.open(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ReferenceTableError, match=r"part-x-000000\.parquet .*is a directory: move it"):
+        ReferenceTable.open(tmp_path)

@@ -258,6 +258,15 @@ def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPa
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+def test_what_cannot_be_a_directory_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(TableStoreError, match=rf"^{place} cannot be the directory of a table \(.+\): name another"):
+            ReferenceTableWriter(place, FINGERPRINT)
+    with pytest.raises(ReferenceTableError, match=r"file is a file, and a reference table is a directory"):
+        ReferenceTable.open(tmp_path / "file")
+
+
 @pytest.mark.parametrize(("writing", "what"), [(True, "written"), (False, "read")])
 def test_a_store_that_refuses_is_named(writing: bool, what: str) -> None:
     with pytest.raises(TableStoreError) as caught, store_module.telling(UrlPath("s3://a/b"), writing=writing):

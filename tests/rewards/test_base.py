@@ -39,6 +39,9 @@ def test_a_reward_that_is_no_finite_number_names_its_texts(bad, kind):
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
+        ([[1, 2, 3], [4, 1e300, 6]], r"row 1, response 1 is 1e\+300, too large for float32 \(at most 3\.4e\+38\)"),
+        ([[1, 10**400, 3], [4, 5, 6]], "row 0, response 1 is an integer of 1329 bits, too large for float32.*'b'"),
+        ([[1, 2, -(10**5000)], [4, 5, 6]], "row 0, response 2 is an integer of 16610 bits, too large"),
         ([[1, 2, 3]], "1 rows of rewards came for 2 prompts"),
         ([[1, 2, 3], [4, 5]], "row 1 has 2 rewards for 3 responses.*prompt 'two'"),
         ([1, 2], r"shape \[2\], expected \[B, G\] = \[2, 3\]"),

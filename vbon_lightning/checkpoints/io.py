@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -86,9 +87,12 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only
     """
     files = get_filesystem(path)
     if files.isdir(str(path)):
+        kept = sorted(
+            (name for name in files.find(str(path)) if name.endswith(".ckpt")), key=lambda name: files.modified(name)
+        )
+        hint = f"give a file of it, such as {kept[-1]}" if kept else "there is none in it"
         raise CheckpointError(
-            f"{path} is a directory, and no checkpoint: give a file such as {Path(path, 'last.ckpt')}; an exported "
-            "model is named as `data.policy`"
+            f"{path} is a directory, and no checkpoint: {hint}; an exported model is named as `data.policy`"
         )
     if not files.exists(str(path)):
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -98,6 +102,11 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only
             content = torch.load(stream, map_location=map_location, weights_only=weights_only)
         except Exception as problem:  # torch raises many types here; every one means the same to a user
             reason = " ".join(str(problem).split())[:200]
+            if isinstance(problem, UnpicklingError) and "weights_only" in str(problem):
+                reason = (
+                    "it holds more than tensors and plain values, and what else such a file holds may run when it is "
+                    "read. Checkpoints of vbon_lightning hold none of it: is this another program's?"
+                )
             raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from problem
     if not isinstance(content, Mapping) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
         raise CheckpointError(f"{path} is no checkpoint of a run: it holds {_describe(content)}")

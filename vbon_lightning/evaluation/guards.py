@@ -9,11 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from vbon_lightning.evaluation.logs import file_name
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE
 from vbon_lightning.models import ModelError, ModelSpec, as_spec, check_same_vocabulary, check_saved, load_tokenizer
 
 _RESERVED = re.compile(rf"{REFERENCE}|{BEST_OF_N}|Best-of-\d+", re.IGNORECASE)
 """Names of rows that every comparison has by itself."""
+
+
+_OF_A_MODEL = ("config.json", "model.safetensors", "adapter_config.json")
 
 
 def check_names(policies: Mapping[str, Any], decoders: Mapping[str, Any]) -> None:
@@ -27,6 +31,7 @@ def check_names(policies: Mapping[str, Any], decoders: Mapping[str, Any]) -> Non
         ValueError: Naming the option and the name.
     """
     seen: dict[str, str] = {}
+    files: dict[str, str] = {}
     for option, names in (("policies", policies), ("decoders", decoders)):
         for name in names:
             words = " ".join(name.split())
@@ -40,6 +45,13 @@ def check_names(policies: Mapping[str, Any], decoders: Mapping[str, Any]) -> Non
             if words in seen:
                 raise ValueError(f"{option}: {name!r} names a second thing, after {seen[words]}: give another name")
             seen[words] = f"one of {option}"
+            file = file_name(words).casefold()  # some file systems know no capitals
+            if file in files:
+                raise ValueError(
+                    f"{option}: {name!r} is too much like {files[file]!r}: both are {file_name(words)!r} as a file's "
+                    "name, which TensorBoard shows. Give another name"
+                )
+            files[file] = name
 
 
 def check_numbers(*, n: Sequence[int], samples: int, shown_prompts: int, shown_samples: int) -> None:
@@ -78,8 +90,13 @@ def make_directory(output: str) -> None:
         raise ValueError(f"output: {output!r} is blank: name a directory")
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
+        holds = next((path.name for path in Path(output).iterdir() if path.name in _OF_A_MODEL), None)
     except OSError as problem:
         raise ValueError(f"output: {output!r} cannot be a directory ({problem.strerror}): name another") from problem
+    if holds is not None:
+        raise ValueError(
+            f"output: {output!r} is the directory of a model, it holds {holds}: give the comparison one of its own"
+        )
 
 
 def check_policy(name: str, model: str | ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -88,7 +88,7 @@ def _log_curves(reports: Sequence[PolicyReport], directory: Path) -> None:
         method = BEST_OF_N if report.method == REFERENCE else report.method  # it is Best-of-1
         by_method.setdefault(method, []).append(report)
     for method, line in by_method.items():
-        with _writer(directory / _file_name(method)) as writer:
+        with _writer(directory / file_name(method)) as writer:
             for report in line:
                 step = round(MILLINATS * report.kl.mean)
                 values = {name: mean for name, mean in _means(report).items() if name != "kl"}
@@ -103,7 +103,7 @@ def _log_rows(reports: Sequence[PolicyReport], directory: Path) -> None:
     from torch.utils.tensorboard.summary import hparams
 
     for report in reports:
-        with _writer(directory / "table" / _file_name(report.name)) as writer:
+        with _writer(directory / "table" / file_name(report.name)) as writer:
             numbers = {name: mean for name, mean in _means(report).items() if name in _ROW and mean is not None}
             rounded = {name: round(mean, 4) for name, mean in numbers.items()}
             for summary in hparams({"policy": report.name, "method": report.method, **rounded}, _OF_RUNS):
@@ -118,6 +118,6 @@ def _writer(directory: Path) -> Iterator[Any]:
         yield writer
 
 
-def _file_name(text: str) -> str:
-    """Return a name that a directory can have and that TensorBoard shows as it is."""
-    return re.sub(r"[^\w.=+-]+", "_", text).strip("_")
+def file_name(text: str) -> str:
+    """Return a name that a directory can have, and no other place, and that TensorBoard shows as it is."""
+    return re.sub(r"[^\w.=+-]+", "_", text).strip("_.") or "_"

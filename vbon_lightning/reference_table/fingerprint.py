@@ -86,6 +86,8 @@ def read(directory: TablePath) -> dict[str, Any]:
     path = directory / _FILE
     try:
         fingerprint = json.loads(path.read_text(encoding="utf-8"))
+    except NotADirectoryError:
+        raise ReferenceTableError(f"{directory} is a file, and a reference table is a directory: name that") from None
     except FileNotFoundError:
         if directory.is_dir() and shard_files(directory):
             raise ReferenceTableError(

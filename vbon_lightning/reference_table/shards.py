@@ -153,10 +153,26 @@ def open_shard(path: TablePath) -> Iterator[pq.ParquetFile]:
     except (FileNotFoundError, PermissionError, TableStoreError):
         raise
     except (pa.ArrowException, OSError) as problem:
+        if (what := _other_than_parquet(path)) is not None:
+            raise ReferenceTableError(
+                f"{path} is called as a shard of a reference table is, and is {what}: move it elsewhere, and run `vbon "
+                "predict` again if prompts are missing then"
+            ) from problem
         raise ReferenceTableError(
             f"{path} is truncated or corrupt ({problem}); delete that file and run `vbon predict` again: "
             "it resumes and makes only the prompts that are missing"
         ) from problem
+
+
+def _other_than_parquet(path: TablePath) -> str | None:
+    """Say what is called like a shard and is none; None of a file that begins as they do."""
+    if isinstance(path, UrlPath):
+        return None
+    if path.is_dir():
+        return "a directory"
+    with path.open("rb") as stream:
+        begins = stream.read(4)
+    return None if begins == b"PAR1" else "no Parquet file" if begins else "empty"
 
 
 def _misfit(schema: pa.Schema) -> str:

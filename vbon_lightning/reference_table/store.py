@@ -195,6 +195,19 @@ def table_file(path: TablePath, temporary: Path | None = None) -> Iterator[Binar
         yield stream
 
 
+def make_folder(folder: TablePath) -> None:
+    """Make the folder of a table, where there is none.
+
+    Raises:
+        TableStoreError: if there is something else in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as problem:
+        message = f"{folder} cannot be the directory of a table ({problem.strerror or problem}): name another place"
+        raise _error(message, problem.errno) from problem
+
+
 def sync_folder(folder: TablePath) -> None:
     """Put a folder's entries on the disk; a store has them already."""
     if isinstance(folder, Path):

@@ -27,7 +27,7 @@ from vbon_lightning.reference_table.shards import (
     shard_writer,
     write_tables,
 )
-from vbon_lightning.reference_table.store import TablePath, sync_folder, table_file, table_path, telling
+from vbon_lightning.reference_table.store import TablePath, make_folder, sync_folder, table_file, table_path, telling
 from vbon_lightning.reference_table.writer_names import new_writer_name, still_runs
 
 _AT_ONCE = 16
@@ -66,7 +66,7 @@ class ReferenceTableWriter:
         self._finished: set[str] = set()
         self._finished_with = 1
         with telling(self.path, writing=True):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self.fingerprint = fingerprints.claim(self.path, fingerprint, shard)
             self.remove_leftovers()
 

@@ -263,12 +263,12 @@ def check_rewards(
         rewards = _without_none(rewards) if abstains else rewards
         _check_lists(rewards, prompts, responses)
         try:
-            rewards = torch.as_tensor(rewards, dtype=torch.float32)
+            rewards = torch.as_tensor(rewards, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RewardError(
                 f"rewards should be [B, G] numbers, but they are {type(rewards).__name__}: {error}"
             ) from error
-    rewards = rewards.detach().to(torch.float32)
+    given, rewards = rewards.detach(), rewards.detach().to(torch.float32)
     if not prompts:
         return rewards.reshape(0, rewards.shape[1] if rewards.ndim == 2 else 0)
     expected = (len(prompts), sizes.pop())
@@ -280,8 +280,12 @@ def check_rewards(
     finite = torch.isfinite(rewards) | (rewards.isnan() if abstains else torch.zeros_like(rewards, dtype=torch.bool))
     if not finite.all():
         row, column = (int(index) for index in (~finite).nonzero()[0])
+        value = float(given[row, column])
+        large = (
+            f", too large for float32 (at most {torch.finfo(torch.float32).max:.1e})" if math.isfinite(value) else ""
+        )
         raise RewardError(
-            f"the reward of row {row}, response {column} is {float(rewards[row, column])} "
+            f"the reward of row {row}, response {column} is {value}{large} "
             f"({int((~finite).sum())} such rewards in this batch): a reward must be a finite number "
             "(data.reward_calls.on_missing: skip leaves out responses of which it says None or NaN); "
             f"prompt {shorten(prompts[row])}, response {shorten(responses[row][column])}"
@@ -346,7 +350,16 @@ def _check_lists(rewards: Any, prompts: Sequence[str], responses: Sequence[Seque
                     f"the reward of row {index}, response {column} is {shorten(str(value))}, a {type(value).__name__}: "
                     f"it must be a number; prompt {shorten(prompt)}, response {shorten(texts[column])}"
                 )
+            if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+                raise RewardError(
+                    f"the reward of row {index}, response {column} is an integer of {value.bit_length()} bits, too "
+                    f"large for float32: it must be a finite number; prompt {shorten(prompt)}, response "
+                    f"{shorten(texts[column])}"
+                )
 
+
+_MOST_BITS = 1023
+"""Of an integer that fits into a float64."""
 
 _NO_NUMBERS = {
     "none": "None (does it end without a `return`?)",
