@@ -50,7 +50,15 @@ OPTIONS = {
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_an_abbreviated_option_is_none(name: str, said: Said) -> None:
     option, value = OPTIONS[name]
-    assert f"unrecognized arguments: {option}" in said(name, option, value)
+    line = said(name, option, value)
+    assert f"unrecognized arguments: {option}" in line
+    assert f"(an option is given by its whole name: {option}" in line
+
+
+def test_the_option_that_may_have_been_meant_is_named(said: Said) -> None:
+    assert said("fit", "--trainer.maxsteps=3").endswith("(an option is given by its whole name: --trainer.max_steps?)")
+    assert said("fit", "--trainer.m", "3").endswith("arguments: --trainer.m 3")  # too many begin so
+    assert said("compare", "--nothing_like_it", "3").endswith("arguments: --nothing_like_it 3")
 
 
 REPEATED = {

@@ -117,6 +117,17 @@ def test_hostile_names_stay_in_their_cells(export: Path) -> None:
     assert row.replace("\\|", "").count("|") == 5
 
 
+def test_no_name_turns_the_metadata_round(export: Path) -> None:
+    """Two policies of one directory, so that each result says whose it is."""
+    names = ["\u202efirst\x1b[2J", "second"]
+    write(export, [report(name) for name in names], *names, dataset="d\u202e")
+    text = (export / "README.md").read_text()
+    assert "\u202e" not in text and "\x1b" not in text
+    results = ModelCard(text).data.eval_results
+    assert {result.dataset_name for result in results} == {"d\\u202e"}
+    assert any(result.metric_name.startswith("\\u202efirst\\x1b[2J: ") for result in results)
+
+
 def test_only_our_own_cards_are_written(export: Path, tmp_path: Path) -> None:
     foreign = CARD.replace("vbon-lightning", "other")
     (export / "README.md").write_text(foreign)

@@ -24,6 +24,7 @@ from vbon_lightning.models import (
     end_token_ids,
     load_causal_lm,
     load_tokenizer,
+    told_of,
 )
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.rewards import RewardCalls, RewardError, RewardModel
@@ -129,15 +130,18 @@ class Actors:
         policy_spec, reference_spec = spec.policy_spec, spec.reference_spec
         tokenizer = spec.load_tokenizer()
         if reference and reference_spec != policy_spec:
-            check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
+            with told_of("reference"):
+                check_same_vocabulary(tokenizer, load_tokenizer(reference_spec))
         scorer = None if spec.value_model is None or not value else load_scorer(spec, tokenizer, seed=seed)
-        policy = load_causal_lm(policy_spec, seed=seed, trainable=trainable, dropout=keep_dropout)
+        with told_of("policy"):
+            policy = load_causal_lm(policy_spec, seed=seed, trainable=trainable, dropout=keep_dropout)
         check_vocabulary_fits(policy, tokenizer)
         if isinstance(policy, TiltedLM) and spec.sampler != "eager":
             raise ModelError(f"a tilted policy is two models: sample with data.sampler eager, not {spec.sampler}")
         frozen = None
         if reference and not spec.shares_base:
-            frozen = load_causal_lm(reference_spec, seed=seed, trainable=False)
+            with told_of("reference"):
+                frozen = load_causal_lm(reference_spec, seed=seed, trainable=False)
             _check_same_outputs(policy, frozen, tokenizer)
         return cls(
             policy=policy,

@@ -15,6 +15,7 @@ from vbon_lightning.models import (
     check_saved,
     load_tokenizer,
     model_identity,
+    told_of,
 )
 from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
 from vbon_lightning.rewards import RewardCalls, RewardModel
@@ -100,7 +101,8 @@ class ActorSpec:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the policy's tokenizer, with the chat template that exports are to carry."""
-        tokenizer = load_tokenizer(self.policy_spec)
+        with told_of("policy"):
+            tokenizer = load_tokenizer(self.policy_spec)
         if "template" in self.chat:
             tokenizer.chat_template = self.chat["template"]
         return tokenizer
@@ -117,9 +119,11 @@ class ActorSpec:
         Args:
             reward: Whether the reward counts; one that a method does not use need not even exist.
         """
+        with told_of("policy"):
+            policy = model_identity(self.policy_spec)
         return {
-            "policy": model_identity(self.policy_spec),
-            "reference": model_identity(self.reference_spec),
+            "policy": policy,
+            "reference": self._reference_identity(),
             "reward": self.reward.identity() if reward and self.reward is not None else None,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -142,8 +146,13 @@ class ActorSpec:
             yield
         except FingerprintMismatch as mismatch:
             if any(field.startswith("reference") for field in mismatch.differences):
-                check_saved(self.reference_spec)
+                with told_of("reference"):
+                    check_saved(self.reference_spec)
             raise
+
+    def _reference_identity(self, seed: int = 0) -> dict[str, str]:
+        with told_of("reference"):
+            return model_identity(self.reference_spec, seed=seed)
 
     def _ends(self) -> dict[str, Any]:
         return {"end_tokens": self.end_tokens} if self.end_tokens else {}
@@ -163,7 +172,7 @@ class ActorSpec:
         if self.reward is None:
             raise ValueError("a reference table needs a reward: set `data.reward`")
         return {
-            "reference": model_identity(self.reference_spec, seed=model_seed),
+            "reference": self._reference_identity(seed=model_seed),
             "reward": self.reward.identity(),
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,

@@ -12,6 +12,7 @@ from vbon_lightning.models import (
     as_spec,
     check_same_vocabulary,
     load_tokenizer,
+    told_of,
 )
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.reference_table.fingerprint import FingerprintMismatch
@@ -30,8 +31,9 @@ def load_scorer(spec: ActorSpec, tokenizer: PreTrainedTokenizerBase, *, seed: in
         ModelError: Naming what differs.
     """
     named = as_spec(spec.value_model or "")
-    check_same_vocabulary(tokenizer, load_tokenizer(named), what="policy and value model")
-    scorer = PrefixScorer.load(named)
+    with told_of("value model"):
+        check_same_vocabulary(tokenizer, load_tokenizer(named), what="policy and value model")
+        scorer = PrefixScorer.load(named)
     check_value_model(spec, scorer, str(named.name), seed=seed)
     return scorer
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -31,6 +33,10 @@ PADDING = (
 """How lines begin that jsonargparse puts around the reason of an error."""
 
 
+_UNKNOWN = re.compile(r"[Uu]nrecognized arguments: (--\S+)")
+_MOST_NAMED = 3
+
+
 class ConfigError(ValueError):
     """YAML that says a thing twice."""
 
@@ -53,7 +59,7 @@ class OneLineErrors:
         """Leave with the reason in one line, without a page of usage before it."""
         if not self.exit_on_error or wants_traceback():
             super().error(message, ex)  # type: ignore[misc]
-        self.exit(2, visible(f"vbon: {_brief(message)}\n"))  # type: ignore[attr-defined]
+        self.exit(2, visible(f"vbon: {_brief(message)}{_meant(self, message)}\n"))  # type: ignore[attr-defined]
         raise AssertionError("unreachable")
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +72,26 @@ class OneLineErrors:
 
 class ArgumentParser(OneLineErrors, jsonargparse.ArgumentParser):
     """The parser of a command of this package."""
+
+
+def _meant(parser: Any, message: str) -> str:
+    """Return which options may have been meant by one that there is not."""
+    found = _UNKNOWN.search(message)
+    if found is None:
+        return ""
+    given, known = found[1].partition("=")[0], _options(parser)
+    longer = sorted(name for name in known if name.startswith(given))
+    near = longer or get_close_matches(given, known, n=1, cutoff=0.8)
+    return f" (an option is given by its whole name: {', '.join(near)}?)" if 0 < len(near) <= _MOST_NAMED else ""
+
+
+def _options(parser: Any) -> set[str]:
+    """Return the options of a parser, and of those of its subcommands."""
+    known = {name for name in parser._option_string_actions if name.startswith("--")}
+    for action in parser._actions:
+        for below in (getattr(action, "_name_parser_map", None) or {}).values():
+            known |= _options(below)
+    return known
 
 
 def _brief(message: str) -> str:

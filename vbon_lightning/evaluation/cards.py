@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
+from vbon_lightning._visible import visible
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.reports import PolicyReport
 from vbon_lightning.whole_files import atomic_file
@@ -140,11 +141,11 @@ def _results(report: PolicyReport, dataset: str, split: str, several: bool) -> l
         found.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=dataset,
-                dataset_name=dataset,
+                dataset_type=visible(dataset),
+                dataset_name=visible(dataset),
                 dataset_split=split,
                 metric_type=key,
-                metric_name=f"{report.name}: {name}" if several else name,
+                metric_name=f"{visible(report.name)}: {name}" if several else name,
                 metric_value=round(value.mean, 6),
                 metric_args=arguments,
             )

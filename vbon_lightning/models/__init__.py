@@ -2,7 +2,7 @@
 
 from vbon_lightning.models.causal import load_causal_lm
 from vbon_lightning.models.classifiers import load_classifier
-from vbon_lightning.models.errors import ModelError
+from vbon_lightning.models.errors import ModelError, told_of
 from vbon_lightning.models.export import save_pretrained
 from vbon_lightning.models.files import locate
 from vbon_lightning.models.hub import HubError, HubTarget, as_hub_target
@@ -53,5 +53,6 @@ __all__ = [
     "new_value_model",
     "parse_dtype",
     "save_pretrained",
+    "told_of",
     "vocabulary_size",
 ]
