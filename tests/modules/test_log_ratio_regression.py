@@ -15,7 +15,7 @@ from tests.helpers import readable
 from tests.models.setting import make_valued_files
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.offline import TEMPERATURE, table_batch, table_data
-from tests.modules.setting import REGRESSIONS, make_module, make_trainer, prepared, weights
+from tests.modules.setting import make_module, make_trainer, prepared, weights
 from tests.modules.wiring.test_setup import table_of
 from vbon_lightning.callbacks import BestOfNWinRate, KLMonitor, PolicyExport, RewardMonitor, SampleTable
 from vbon_lightning.models import ModelSpec
