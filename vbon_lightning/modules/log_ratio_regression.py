@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
@@ -70,9 +70,9 @@ class LogRatioRegression(FromTable):
 
     def training_step(self, batch: TableBatch | PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Return the loss on responses of the table, or on such as the policy samples."""
-        if isinstance(batch, TableBatch):
-            return super().training_step(batch, batch_idx)
-        loss, logs, rollout = self._on_policy(batch, self.next_step())
+        if self.responses == "table":
+            return super().training_step(cast(TableBatch, batch), batch_idx)
+        loss, logs, rollout = self._on_policy(cast(PromptBatch, batch), self.next_step())
         self.last_rollout = rollout
         return {**self.log_step(loss, logs | self._sampling_logs(rollout, new=True)), "rollout": rollout}
 
