@@ -29,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ppo": {},
     "sft": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}},
     "dpo": {"table": True},
+    "qrpo": {"table": True},
+    "astarpo": {"table": True},
     "valuemodelling": {"table": True},
     "tilted": {"kind": "distillation", "model": {"states": "policy", "divergence": "reverse", "n_range": [2, 8]}},
     "lora": {"kind": "klrl", "policy": {"lora": {"r": 2, "target_modules": "all-linear"}}},

@@ -139,7 +139,9 @@ def test_every_data_option_is_documented(vbon: Run, capsys: pytest.CaptureFixtur
     assert not [option for option, help_ in data.items() if not help_]
 
 
-@pytest.mark.parametrize("module", ["VBoN", "KLRL", "SFT", "BoNSFT", "DPO", "ReferenceSampler"])
+@pytest.mark.parametrize(
+    "module", ["VBoN", "KLRL", "SFT", "BoNSFT", "DPO", "QRPO", "AStarPO", "BoNRegression", "ReferenceSampler"]
+)
 def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         vbon("fit", "--model.help", module)
@@ -150,6 +152,9 @@ def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytes
         "SFT": "dropout",
         "BoNSFT": "eval_samples",
         "DPO": "pairs_per_prompt",
+        "QRPO": "ties",
+        "AStarPO": "beta1",
+        "BoNRegression": "responses",
         "ReferenceSampler": "samples",
     }[module]
     assert {"--model.actors", "--model.seed", f"--model.{named}"} < set(model)
@@ -164,6 +169,9 @@ def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytes
         ("SFT", {"dropout": False}),
         ("BoNSFT", {"n": 3, "selection": "groups", "eval_samples": 2}),
         ("DPO", {"n": 3, "loss": "bonbon", "alpha": 0.01}),
+        ("QRPO", {"beta": 0.3, "ties": "mid", "responses": "policy"}),
+        ("AStarPO", {"beta1": 0.5, "beta2": 0.3}),
+        ("BoNRegression", {"n": 2.5, "log_ratio_floor": -2.0}),
         ("ReferenceSampler", {"samples": 7}),
     ],
 )

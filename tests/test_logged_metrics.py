@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 
 from tests.models.setting import make_valued_files
 from tests.modules import test_reward_modelling as judged
-from tests.modules.setting import VowelReward, make_data, make_module, make_trainer
+from tests.modules.setting import REGRESSIONS, VowelReward, make_data, make_module, make_trainer
 from vbon_lightning import RewardModelling, TextSource, VBoN
 from vbon_lightning.rewards import WeightedReward
 
@@ -21,7 +21,12 @@ Logged = set[tuple[str, str, str]]
 """Method, stage and name."""
 
 
-GROUPS = {"on-policy": "VBoN, KLRL", "policies": "VBoN, KLRL, BoNSFT, DPO, BoNDistillation", "-": ""}
+GROUPS = {
+    "on-policy": "VBoN, KLRL",
+    "sampling": "VBoN, KLRL, AStarPO",
+    "policies": "VBoN, KLRL, AStarPO, QRPO, BoNRegression, BoNSFT, DPO, BoNDistillation",
+    "-": "",
+}
 
 
 def documented() -> Logged:
@@ -52,7 +57,7 @@ REWARD = WeightedReward({"NAME": VowelReward()})
 SETTING: dict[str, Any] = {"reward": REWARD, "max_new_tokens": 7}
 """Long enough for each third of a response."""
 
-KINDS = ["vbon", "clipped", "klrl", "ppo", "bonsft", "dpo", "distillation", "valuemodelling"]
+KINDS = ["vbon", "clipped", "klrl", "ppo", "bonsft", "dpo", *REGRESSIONS, "distillation", "valuemodelling"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def of_policies(files: Path, directory: Path) -> Iterator[Logged]:
     for kind in KINDS:
         data = make_data(files, **given, **({"value_model": str(files / "value")} if kind == "distillation" else {}))
         module: Any = make_module(kind, data, **({"reference_samples": 0} if kind in ("vbon", "clipped") else {}))
-        if kind in ("vbon", "klrl"):  # what is logged only where there is something to say
+        if kind in ("vbon", "klrl", "astarpo"):  # what is logged only where there is something to say
             module.configure_model()
             module.loaded.reward.cut_prompts = module.loaded.reward.cut_responses = 1
             module.loaded.sampler.mismatch = 0.1

@@ -19,6 +19,7 @@ from tests.crashes import count_calls, killed_at
 from tests.helpers import readable, save_tiny_model
 from tests.modules.setting import (
     ALPHABET,
+    REGRESSIONS,
     KillAt,
     Killed,
     VowelReward,
@@ -35,7 +36,7 @@ from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.cli import run
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"vbon": 5, "sft": 5, "bonsft": 5, "dpo": 5, "clipped": 13, "ppo": 15}
+STEPS = {"vbon": 5, "sft": 5, "bonsft": 5, "dpo": 5, **dict.fromkeys(REGRESSIONS, 5), "clipped": 13, "ppo": 15}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def fit(
     changes = dict(data or {})
     if kind == "sft":  # GPT-2 has dropout
         changes = {"policy": str(files / "gpt2"), "train": TextSource(path=str(files / "texts.txt"))} | changes
-    if kind in ("bonsft", "dpo"):
+    if kind in ("bonsft", "dpo") or kind in REGRESSIONS:
         changes = {"reference_table": str(files / "table")} | changes
     brought = make_data(files, **changes)
     module = make_module(kind, brought, **(model or {}))
@@ -101,7 +102,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     [
         *(("vbon", kill) for kill in (1, 2, 3)),
         *(("sft", kill) for kill in (1, 2, 3)),
-        *((kind, kill) for kind in ("bonsft", "dpo") for kill in (1, 3)),
+        *((kind, kill) for kind in ("bonsft", "dpo", *REGRESSIONS) for kill in (1, 3)),
         *(("clipped", kill) for kill in (2, 8, 9)),
         *(("ppo", kill) for kill in (3, 8, 13)),
     ],

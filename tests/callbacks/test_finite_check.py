@@ -240,6 +240,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"train": "texts.txt"},
     "bonsft": {"reference_table": "table"},
     "dpo": {"reference_table": "table"},
+    "qrpo": {"reference_table": "table"},
+    "bonregression2": {"reference_table": "table"},
+    "astarpo": {"reference_table": "table"},
     "valuemodelling": {"reference_table": "table"},
     "distillation": {"reference_table": "table", "value_model": "value"},
     "valuecritic": {"reference_table": "table", "value_model": "value"},
@@ -261,7 +264,7 @@ def test_every_module_stops_and_keeps_what_it_had(kind: str, files: Path, tmp_pa
         trainer.fit(module, data)
     assert [path.name for path in export.iterdir()] == ["mark"]
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
-    samples = kind in ("vbon", "klrl", "clipped", "ppo", "valuecritic")
+    samples = kind in ("vbon", "klrl", "clipped", "ppo", "valuecritic", "bonregression2", "astarpo")
     assert (module.last_rollout is not None) == samples  # in which a response is looked for
 
 

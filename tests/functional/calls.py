@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vbon_lightning.functional as functional
-from vbon_lightning.functional import Candidates, RewardBins, RewardCDF, Target
+from vbon_lightning.functional import Candidates, Quantiles, RewardBins, RewardCDF, Target
 
 B, G, T, V, M, K, Q, S, H = 2, 4, 5, 7, 8, 3, 4, 6, 2
 
@@ -43,6 +43,10 @@ def _cdf(device: str) -> RewardCDF:
     return RewardCDF(_logs(B, G)(device) - 1, _logs(B, G)(device))
 
 
+def _quantiles(device: str) -> Quantiles:
+    return Quantiles(_values(B, G)(device) / 4, _values(B, G)(device) / 2)
+
+
 def _target(device: str) -> Target:
     return Target(_values(B, G)(device), 0.5)
 
@@ -57,9 +61,11 @@ _PAIR = {"best_log_ratio": _values(B), "worst_log_ratio": _logs(B)}
 _REFERENCE = {"reference_rewards": _values(B, M)}
 _TOKENS = {"log_probs": _logs(B, G, T), "mask": _bool(B, G, T)}
 _BOTH = {"log_probs": _logs(B, G, T), "reference_log_probs": _logs(B, G, T)}
+_REGRESSED = {"log_ratio": _values(B, G), "learnt": _bool(B, G)}
 _BINNED = {"log_cdf": _logs(B, K + 1), "bins": _bins}
 
 CALLS: dict[str, dict[str, Any]] = {
+    "a_star_po_loss": {**_REGRESSED, "rewards": _values(B, G), "values": _values(B), "beta": 0.1},
     "bin_labels": {"rewards": _values(B, G), "edges": _edges},
     "binned_bon_kl": {**_BINNED, "n": 4.0},
     "binned_bon_reward": {**_BINNED, "n": 4.0},
@@ -72,6 +78,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "bon_log_prob": {"log_reference": _logs(B), "log_below": _logs(B), "n": 4.0, "log_at_or_below": _logs(B)},
     "bon_log_ratio": {"log_reference": _logs(B), "log_below": _logs(B), "n": 4.0, "log_at_or_below": _logs(B)},
     "bon_log_ratio_bound": {"log_below": _logs(B, G), "n": 4.0},
+    "bon_regression_loss": {**_REGRESSED, "cdf": _cdf, "n": 4.0},
     "bon_selection_weights": {**_REFERENCE, "n": 4},
     "bon_self_win_rate": {**_REFERENCE, "n": 4},
     "bon_win_rate": {"rewards": _values(B, G), **_REFERENCE, "n": 4},
@@ -120,10 +127,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "kl_penalty": {"token_kl": _values(B, G, T), "mask": _bool(B, G, T)},
     "kl_rl_target": {"rewards": _values(B, G), "beta": 0.1},
     "leave_one_out": {"values": _values(B, G)},
+    "log_ratio_regression": {**_REGRESSED, "goal": _values(B, G)},
     "mixed_log_cdf": {"log_cdf": _logs(B, G), "prior": _logs(B, G), "samples": M, "prior_samples": 2.0},
     "normalise_advantages": {"advantages": _values(B, G), "mask": _bool(B, G)},
+    "optimal_value": {**_REFERENCE, "beta": 0.1},
+    "pooled_reward_cdf": {"rewards": _values(B, G), **_REFERENCE},
     "predicted_log_cdf": {"bin_log_probs": _logs(B, T, K)},
     "prefix_log_values": {"bin_log_probs": _logs(B, T, K), "log_weights": _values(K)},
+    "qrpo_goal": {"quantiles": _quantiles, "beta": 0.1},
+    "qrpo_loss": {**_REGRESSED, "quantiles": _quantiles, "beta": 0.1},
     "ranked_probability_score": {"bin_log_probs": _logs(B, T, K), "labels": _long(B, T)},
     "rao_blackwell_advantages": {
         "target": _target,
@@ -141,6 +153,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "state_log_values": _values(B, T),
     },
     "reward_cdf": {"rewards": _values(B, G), **_REFERENCE, "estimator": "digamma"},
+    "reward_quantiles": {"rewards": _values(B, G), **_REFERENCE},
     "sampled_kl_advantages": {"target": _target, **_BOTH, "mask": _bool(B, G, T)},
     "sequence_log_prob": {"token_log_probs": _logs(B, G, T), "mask": _bool(B, G, T)},
     "systematic_resampling": {"weights": _values(B, M), "offsets": _values(B), "count": 3},

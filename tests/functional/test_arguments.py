@@ -16,12 +16,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vbon_lightning.functional as functional
 from tests.functional.calls import CALLS, B, G, M, T, arguments, call
-from vbon_lightning.functional import RewardBins, Target
+from vbon_lightning.functional import Quantiles, RewardBins, Target
 from vbon_lightning.functional._validate import working_dtype
 from vbon_lightning.functional.sequences import scaled_logits
 
 # What takes numbers only, or cuts bins on the CPU.
-WITHOUT_TENSORS = {"bon_kl_bound", "bon_order_weights", "bon_win_rate_bound", "bonbon_beta", "kl_weight", "reward_bins"}
+WITHOUT_TENSORS = {
+    "bon_kl_bound",
+    "bon_order_weights",
+    "bon_win_rate_bound",
+    "bonbon_beta",
+    "kl_weight",
+    "qrpo_log_partition",
+    "reward_bins",
+}
 # Tensors whose dtype is not looked at: what a model or another function of this package has just made.
 UNCHECKED = {
     ("bin_labels", "edges"),
@@ -87,6 +95,9 @@ def test_a_wrong_dtype_is_named(name: str, argument: str) -> None:
 
 SHAPES = [
     # function, argument, the tensor's wrong shape, what is said
+    ("a_star_po_loss", "rewards", (4,), "rewards must have shape [B, G], got [4]"),
+    ("a_star_po_loss", "rewards", (2, 3), "goal must have the shape of log_ratio, [2, 4], got [2, 3]"),
+    ("a_star_po_loss", "values", (3,), "values must have shape [B] = [2], got [3]"),
     ("bin_labels", "edges", (1, 2), "edges must have shape [K - 1], got [1, 2] with 2 dimension(s)"),
     ("binned_bon_kl", "log_cdf", (4,), "log_cdf must have shape [B, K + 1], got [4]"),
     ("binned_bon_kl", "log_cdf", (2, 5), "log_cdf must have shape [B, K + 1] with K = 3 bins, got [2, 5]"),
@@ -96,6 +107,8 @@ SHAPES = [
     ("bon_expected_reward", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
     ("bon_selection_weights", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
     ("bon_self_win_rate", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
+    ("bon_regression_loss", "log_ratio", (2, 3), "goal must have the shape of log_ratio, [2, 3], got [2, 4]"),
+    ("bon_regression_loss", "learnt", (2, 3), "learnt must have the shape of log_ratio, [2, 4], got [2, 3]"),
     ("bon_win_rate", "rewards", (8,), "rewards must have shape [B, G], got [8]"),
     ("bon_win_rate", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
     ("bon_win_rate", "rewards", (3, 4), "rewards [B, G] and reference_rewards [B, M] must agree on B, got [3, 4]"),
@@ -138,14 +151,22 @@ SHAPES = [
     ("kl_penalty", "token_kl", (2, 4, 4), "mask must have the shape of token_kl, [2, 4, 4], got [2, 4, 5]"),
     ("leave_one_out", "values", (4,), "values must have shape [B, G, ...], got [4]"),
     ("leave_one_out", "values", (2, 1), "leave-one-out needs G >= 2 samples a prompt, got G = 1 in [2, 1]"),
+    ("log_ratio_regression", "goal", (2, 3), "goal must have the shape of log_ratio, [2, 4], got [2, 3]"),
+    ("log_ratio_regression", "learnt", (2, 3), "learnt must have the shape of log_ratio, [2, 4], got [2, 3]"),
     ("mixed_log_cdf", "prior", (2, 3), "prior must have the shape of log_cdf, [2, 4], got [2, 3]"),
     ("normalise_advantages", "advantages", (2, 3), "mask must have the shape of advantages, [2, 3], got [2, 4]"),
+    ("optimal_value", "reference_rewards", (8,), "reference_rewards must have shape [B, M], got [8]"),
+    ("optimal_value", "reference_rewards", (2, 0), "reference_rewards must hold at least one sample a prompt"),
+    ("pooled_reward_cdf", "rewards", (3, 4), "rewards [B, G] and reference_rewards [B, M] must agree on B, got [3, 4]"),
+    ("qrpo_loss", "log_ratio", (2, 3), "goal must have the shape of log_ratio, [2, 3], got [2, 4]"),
     ("rao_blackwell_advantages", "token_kl", (2, 4, 4), "token_kl must have the shape of mask, [2, 4, 5]"),
     ("rao_blackwell_advantages", "log_ratio", (2, 4, 4), "log_ratio must have the shape of mask, [2, 4, 5]"),
     ("ranked_probability_score", "labels", (2,), "labels must have shape bin_log_probs.shape[:-1] = [2, 5], got [2]"),
     ("reinforce_loss", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5], got [2, 4, 4]"),
     ("reverse_divergence", "log_reference", (2, 5, 6), "log_reference must have the shape of logits, [2, 5, 7]"),
     ("reverse_divergence", "log_values", (2, 5, 3), "log_values must have the shape of candidates.tokens, [2, 5, 2]"),
+    ("reward_quantiles", "rewards", (4,), "rewards must have shape [B, G], got [4]"),
+    ("reward_quantiles", "reference_rewards", (2, 0), "reference_rewards must hold at least one sample a prompt"),
     ("sampled_kl_advantages", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5]"),
     ("sampled_kl_advantages", "reference_log_probs", (2, 4, 4), "reference_log_probs must have the shape of mask"),
     ("sampled_kl_advantages", "mask", (4, 5), "mask must have shape [B, G, T], got [4, 5]"),
@@ -183,6 +204,24 @@ def test_a_wrong_shape_is_named(name: str, argument: str, shape: tuple[int, ...]
             ValueError,
             "estimator must be one of jeffreys, add_one, laplace, digamma, ",
         ),
+        ("qrpo_goal", {"ties": "no"}, ValueError, "ties must be 'exact', 'upper' or 'mid', got 'no'"),
+        *[
+            (
+                name,
+                {"reference_rewards": torch.ones(2, 1), "included": True},
+                ValueError,
+                "reference_rewards must hold another sample beside the response itself, got M = 1",
+            )
+            for name in ("reward_quantiles", "pooled_reward_cdf")
+        ],
+        *[
+            ("qrpo_goal", {"quantiles": Quantiles(*parts)}, error, message)
+            for parts, error, message in (
+                ((torch.zeros(2).long(), torch.ones(2)), TypeError, "quantiles.below must have a floating-point dtype"),
+                ((torch.zeros(2), torch.ones(2).long()), TypeError, "quantiles.at_or_below must have a floating-point"),
+                ((torch.zeros(2), torch.ones(3)), ValueError, "quantiles.below must have the shape of quantiles.at_"),
+            )
+        ],
         ("edge_log_cdf", {"estimator": "no"}, ValueError, "estimator must be one of jeffreys, add_one, laplace, dig"),
         ("vbon_target", {"bound": "upper"}, ValueError, "bound must be 'exact', 'untied' or 'lower', got 'upper'"),
         (
@@ -255,6 +294,11 @@ RANGES: list[tuple[str, str, list[object], list[tuple[object, type[Exception], s
         (f"bon_{of}", "n", [1, M], _count(M, "M, the cached samples a prompt)"))
         for of in ("expected_reward", "selection_weights", "win_rate")
     ],
+    ("a_star_po_loss", "beta", [0.5, 2.0], _real("beta", ABOVE_0, 0.0)),
+    ("bon_regression_loss", "n", [1.5, 2], _real("n", "greater than 1", 1.0)),
+    ("bon_regression_loss", "log_ratio_floor", [-0.5, -1e-3], _real("log_ratio_floor", "less than 0", 0.0)),
+    ("log_ratio_regression", "scale", [0.5, 2.0], _real("scale", ABOVE_0, 0.0)),
+    *[(name, "beta", [0.5, 2.0], _real("beta", ABOVE_0, 0.0)) for name in ("optimal_value", "qrpo_goal", "qrpo_loss")],
     ("bon_self_win_rate", "n", [1, M - 1], _count(M - 1, "M - 1, one of the M cached samples being the opponent)")),
     ("group_extremes", "n", [1, 4], [(9, ValueError, "n must satisfy 1 <= n <= 8 (M, the cached samples a prompt)")]),
     ("group_extremes", "groups", [1, 2], [(3, ValueError, "groups must satisfy 1 <= groups <= 2 (M // n = 8 // 4)")]),
@@ -323,8 +367,13 @@ def test_the_ends_of_a_range_are_taken(name: str, argument: str, value: object) 
         ("edge_log_cdf", {"estimator": "jeffreys"}),
         ("forecast_head", {"ridge": 1e-3}),
         ("generalized_advantage_estimation", {"gamma": 1.0, "lam": 0.95}),
+        ("log_ratio_regression", {"scale": 1.0}),
         ("normalise_advantages", {"eps": 1e-8}),
+        ("pooled_reward_cdf", {"included": False}),
+        ("qrpo_goal", {"ties": "exact"}),
+        ("qrpo_loss", {"ties": "exact"}),
         ("reward_cdf", {"estimator": "jeffreys"}),
+        ("reward_quantiles", {"included": False}),
         ("token_log_probs", {"temperature": 1.0}),
         ("token_statistics", {"temperature": 1.0}),
         ("value_advantages", {"lam": 1.0, "siblings": True}),

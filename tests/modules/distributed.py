@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"data": {"train": "texts.txt"}, "model": {"dropout": False}},
     "bonsft": {"table": True},
     "dpo": {"table": True},
+    "qrpo": {"table": True},
+    "bonregression2": {"table": True},
     "value": {"kind": "valuemodelling", "table": True, "model": {"probe": 0}},
     "distilled": {"kind": "distillation", "table": True, "data": {"value_model": "value"}},
     "tilted": {

@@ -19,9 +19,12 @@ from tests.helpers import save_tiny_model
 from vbon_lightning import (
     DPO,
     KLRL,
+    QRPO,
     SFT,
     AlignmentDataModule,
+    AStarPO,
     BoNDistillation,
+    BoNRegression,
     BoNSFT,
     ReferenceSampler,
     TextSource,
@@ -127,9 +130,19 @@ def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSched
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
 
 
+REGRESSIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qrpo": (QRPO, {"beta": 0.2}),
+    "astarpo": (AStarPO, {"beta2": 0.2}),
+    "bonregression": (BoNRegression, {"n": 4.0}),
+}
+"""What regresses log-ratios, and its options."""
+
+
 def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> LightningModule:
     """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl``, ``bonsft``, ``dpo``, ``sft`` and those of value models.
 
+    ``qrpo`` and ``bonregression`` learn from the table's responses, with a 2 behind it from the policy's, as
+    ``astarpo`` does.
     ``valuemodelling`` trains one; ``distillation`` and ``valuecritic`` read the one that the data names.
     """
     online = {"samples_per_prompt": 4, "reference_samples": 16}
@@ -147,6 +160,10 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
         return BoNSFT(**(common | {"n": 4, "responses_per_prompt": 3, "eval_samples": 4} | changes))
     if kind == "dpo":
         return DPO(**(common | {"n": 4, "pairs_per_prompt": 2, "eval_samples": 4} | changes))
+    if kind.removesuffix("2") in REGRESSIONS:
+        cls, options = REGRESSIONS[kind.removesuffix("2")]
+        own = {"responses": "policy"} if kind.endswith("2") else {}
+        return cls(**(common | {"responses_per_prompt": 3, "eval_samples": 4} | options | own | changes))
     if kind == "valuemodelling":
         return ValueModelling(**(common | {"bins": 6, "responses_per_prompt": 3} | changes))
     if kind == "distillation":

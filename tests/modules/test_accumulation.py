@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from tests.models.setting import make_valued_files
-from tests.modules.setting import Picky, make_data, make_module, make_trainer, weights
+from tests.modules.setting import Picky, make_data, make_files, make_module, make_table, make_trainer, weights
 from vbon_lightning import RewardModelling, TextSource
 from vbon_lightning.modules import value_modelling
-from vbon_lightning.modules.offline import OfflineBestOfN
+from vbon_lightning.modules.offline import FromTable
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.rewards import RewardCalls
 
@@ -25,12 +25,18 @@ KINDS = (
     "valuecritic",
     "bonsft",
     "dpo",
+    "qrpo",
+    "bonregression",
+    "astarpo",
     "distillation",
     "valuemodelling",
     "sft",
     "pairs",
     "skipping",
+    "astarpo, skipping",
 )
+KIND_OF = {"sampled": "klrl", "skipping": "klrl", "astarpo, skipping": "astarpo", "pairs": "sft"}
+PICKY: dict[str, Any] = {"reward": Picky("fh"), "reward_calls": RewardCalls(on_missing="skip")}
 JUDGED: dict[str, tuple[dict[str, Any], Any]] = {
     "labelled": ({"label_column": "label"}, "classification"),
     "preferred": ({"response_column": "response", "rejected_column": "worse"}, "preference"),
@@ -40,6 +46,7 @@ JUDGED: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = make_valued_files(tmp_path_factory.mktemp("files"))
+    make_table(make_files(directory / "picky"), **PICKY)
     rows = [
         {"text": "ab"[i % 2] * (1 + i), "response": "c" * (1 + i * i % 5), "worse": "d", "label": i % 2}
         for i in range(10)
@@ -68,8 +75,10 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
         if kind != "valuemodelling":
             options |= {"value_model": str(files / "value")}
     if kind == "skipping":
-        options = {"val": None, "batch_size": batch_size, "reward": Picky("fgh")}
-        options["reward_calls"] = RewardCalls(on_missing="skip")
+        options = {"val": None, "batch_size": batch_size, **PICKY}
+    if kind == "astarpo, skipping":
+        files, options = files / "picky", {"val": None, "batch_size": batch_size, **PICKY}
+        options["reference_table"] = str(files / "table")
     if kind == "sampled":
         model |= {"kl_estimator": "sampled"}
     if kind == "valuemodelling":
@@ -77,7 +86,7 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
     if kind in ("sft", "pairs"):
         model |= {"dropout": False}
     data = make_data(files, **options)
-    return data, make_module({"sampled": "klrl", "skipping": "klrl", "pairs": "sft"}.get(kind, kind), data, **model)
+    return data, make_module(KIND_OF.get(kind, kind), data, **model)
 
 
 def updated(
@@ -93,14 +102,14 @@ def updated(
 @pytest.fixture
 def _one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the same for a prompt in whichever batch it comes."""
-    sample, next_step = PolicyGradient._sample, OfflineBestOfN.next_step
+    sample, next_step = PolicyGradient._sample, FromTable.next_step
 
     def of_no_batch(self: Any) -> int:
         next_step(self)
         return 0
 
     monkeypatch.setattr(PolicyGradient, "_sample", lambda self, batch, number: sample(self, batch, 0))
-    monkeypatch.setattr(OfflineBestOfN, "next_step", of_no_batch)
+    monkeypatch.setattr(FromTable, "next_step", of_no_batch)
     picked = value_modelling.pick_some
     monkeypatch.setattr(value_modelling, "pick_some", lambda *args, **named: picked(*args, **(named | {"step": 0})))
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.helpers import EOS, save_tiny_model
 from tests.modules.setting import VowelReward, make_data, make_trainer
-from vbon_lightning import DPO, KLRL, BoNSFT, ReferenceSampler, TextSource, VBoN
+from vbon_lightning import DPO, KLRL, QRPO, AStarPO, BoNRegression, BoNSFT, ReferenceSampler, TextSource, VBoN
 
-LENGTH, N, BETA = 3, 4, 0.3
+LENGTH, N, BETA, QUANTILE_BETA = 3, 4, 0.3, 0.2
 PROMPTS = ["a", "b", "ce", "eb"]
 REWARD = VowelReward()
 
@@ -60,6 +60,14 @@ def best_of_n(log_p: Tensor, rewards: Tensor) -> Tensor:
 def tilted(log_p: Tensor, rewards: Tensor) -> Tensor:
     """Return log of pi_ref exp(r / beta) / Z."""
     return (log_p + rewards / BETA).log_softmax(-1)
+
+
+def of_quantiles(log_p: Tensor, rewards: Tensor) -> Tensor:
+    """Return log of pi_ref exp(q / beta) / Z, the tied quantiles' mean in place of exp(q / beta)."""
+    p, scale = log_p.exp(), 1 / QUANTILE_BETA
+    below = torch.stack([p[rewards < reward].sum() for reward in rewards])
+    same = torch.stack([p[rewards == reward].sum() for reward in rewards])
+    return (log_p - same.log() + (((below + same) * scale).exp() - (below * scale).exp()).log()).log_softmax(-1)
 
 
 def divergence(module: Any, data: Any, optimum: Any) -> float:
@@ -142,6 +150,41 @@ def test_bonsft_reaches_best_of_n(selection: Any, table_data: Any, tmp_path: Pat
     after = divergence(module, table_data, best_of_n)
     assert before > 0.5
     assert after < 0.2 * before
+
+
+@pytest.mark.parametrize("responses", ["table", "policy"])
+@pytest.mark.parametrize(
+    ("cls", "options", "optimum"),
+    [(QRPO, {"beta": QUANTILE_BETA}, of_quantiles), (BoNRegression, {"n": N, "log_ratio_floor": -6.0}, best_of_n)],
+    ids=["qrpo", "bonregression"],
+)
+def test_regressions_reach_their_targets(
+    cls: Any, options: dict[str, Any], optimum: Any, responses: Any, table_data: Any, tmp_path: Path
+) -> None:
+    """From the reference's responses it takes longer: what the policy comes to write is seldom among them."""
+    module = cls(
+        table_data.actors, responses=responses, responses_per_prompt=32, optimizer=adam, lr_scheduler=decay, **options
+    )
+    module.configure_model()
+    before = divergence(module, table_data, optimum)
+    trainer(tmp_path).fit(module, table_data)
+    after = divergence(module, table_data, optimum)
+    assert before > 0.5
+    assert after < (0.2 if responses == "policy" else 0.5) * before
+
+
+@pytest.mark.parametrize("beta1", [BETA, 3 * BETA], ids=["one temperature", "two"])
+def test_astarpo_reaches_the_tilted_reference(beta1: float, table_data: Any, tmp_path: Path) -> None:
+    module = AStarPO(
+        table_data.actors, beta1=beta1, beta2=BETA, responses_per_prompt=32, optimizer=adam, lr_scheduler=decay
+    )
+    module.configure_model()
+    before = divergence(module, table_data, tilted)
+    trainer(tmp_path).fit(module, table_data)
+    after = divergence(module, table_data, tilted)
+    assert before > 0.3
+    assert after < 0.2 * before
+    assert divergence(module, table_data, best_of_n) > after
 
 
 def expected_rewards(module: Any, data: Any) -> tuple[float, float, float]:

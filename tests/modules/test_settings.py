@@ -12,8 +12,11 @@ from tests.modules.setting import VowelReward
 from vbon_lightning import (
     DPO,
     KLRL,
+    QRPO,
     SFT,
+    AStarPO,
     BoNDistillation,
+    BoNRegression,
     BoNSFT,
     ReferenceSampler,
     RewardModelling,
@@ -57,6 +60,9 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     BoNSFT: {"n": 4, "responses_per_prompt": 4, "selection": "weights"},
     DPO: {"n": 4, "beta": 0.1, "pairs_per_prompt": 2, "loss": "dpo", "alpha": 0.005},
     BoNDistillation: DISTILLED,
+    QRPO: {"beta": 0.2, "ties": "exact", "responses": "table", "responses_per_prompt": 8},
+    AStarPO: {"beta1": 0.1, "beta2": 0.1, "responses": "policy", "responses_per_prompt": 1},
+    BoNRegression: {"n": 4.0, "log_ratio_floor": None, "responses": "table", "responses_per_prompt": 8},
     SFT: {"dropout": True},
     RewardModelling: {
         "objective": "classification",
@@ -114,6 +120,11 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
         },
     ),
     (BoNDistillation, {"top": 0, "draws": 2, "states": "reference"}),
+    (QRPO, {"beta": 0.01, "ties": "mid", "responses": "policy", "responses_per_prompt": 1, "seed": 3}),
+    (QRPO, {"ties": "upper"}),
+    (AStarPO, {"beta1": 0.5, "beta2": 0.01, "responses_per_prompt": 2, "seed": 3}),
+    (BoNRegression, {"n": 1.5, "log_ratio_floor": -0.5, "responses": "policy", "responses_per_prompt": 1, "seed": 3}),
+    (BoNRegression, {"n": 3}),
     (SFT, {"dropout": False, "seed": 3}),
     (RewardModelling, {"labels": ["a", "b", "c"], "centre": 0.0, "dropout": False, "seed": 3}),
     (RewardModelling, {"objective": "preference", "labels": ["x"], "centre": 0.5}),
@@ -146,7 +157,7 @@ def test_options_that_are_not_recorded_are_kept() -> None:
         assert (cls(spec()).eval_samples, cls(spec(), samples_per_prompt=3).eval_samples) == (8, 3)
         assert cls(spec(), eval_samples=1).eval_samples == 1
         assert (cls.uses_value_model, cls(spec()).uses_value_model) == (False, True)
-    for cls in (BoNSFT, DPO, BoNDistillation):
+    for cls in (BoNSFT, DPO, BoNDistillation, QRPO, AStarPO, BoNRegression):
         assert (cls(spec()).eval_samples, cls(spec(), eval_samples=1).eval_samples) == (8, 1)
     sampler = ReferenceSampler(spec())
     assert (sampler.rows_per_pass, sampler.overlap_scoring, sampler.responses_from) == (1024, None, None)
@@ -211,6 +222,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
             (BoNDistillation, "responses_per_prompt"),
             (BoNDistillation, "eval_samples"),
             (ValueModelling, "responses_per_prompt"),
+            *((cls, "responses_per_prompt") for cls in (QRPO, AStarPO, BoNRegression)),
+            (QRPO, "eval_samples"),
         )
         for wrong in (0, 2.0, True)
     ],
@@ -221,13 +234,21 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (DPO, {"alpha": -0.1}, "model.alpha must be in [0, 1], got -0.1"),
     (DPO, {"alpha": 1.1}, "model.alpha must be in [0, 1], got 1.1"),
     *[
-        (
-            BoNDistillation,
-            {"n": wrong},
-            f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {wrong}",
-        )
+        (cls, {"n": wrong}, f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {wrong}")
+        for cls in (BoNDistillation, BoNRegression)
         for wrong in (1.0, True, float("inf"))
     ],
+    *[
+        (cls, {name: wrong}, f"model.{name} must be a number > 0, got {wrong}")
+        for cls, name in ((QRPO, "beta"), (AStarPO, "beta1"), (AStarPO, "beta2"))
+        for wrong in (0.0, True, float("inf"), float("nan"))
+    ],
+    (QRPO, {"ties": "x"}, "model.ties must be one of exact, upper, mid; got 'x'"),
+    *[
+        (cls, {"responses": "x"}, "model.responses must be one of table, policy; got 'x'")
+        for cls in (QRPO, BoNRegression)
+    ],
+    (BoNRegression, {"log_ratio_floor": 0.0}, "model.log_ratio_floor must be negative (nats), got 0.0"),
     (BoNDistillation, {"n": "4"}, "model.n must be a number > 1 (Best-of-1 is the reference itself), got '4'"),
     *[
         (BoNDistillation, {"n_range": wrong}, f"model.n_range must be two numbers, 1 < least < most, got {wrong}")
@@ -274,7 +295,9 @@ def test_a_value_model_that_is_on_must_be_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "cls", [VBoN, KLRL, BoNSFT, DPO, BoNDistillation, ValueModelling], ids=lambda cls: cls.__name__
+    "cls",
+    [VBoN, KLRL, BoNSFT, DPO, BoNDistillation, ValueModelling, QRPO, AStarPO, BoNRegression],
+    ids=lambda cls: cls.__name__,
 )
 def test_a_module_without_its_reward_says_so(cls: Any, tmp_path: Path) -> None:
     module = cls(spec(reward=None))

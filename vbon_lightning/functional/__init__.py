@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vbon_lightning.functional.a_star_po import a_star_po_loss, optimal_value
 from vbon_lightning.functional.best_of_n import (
     bon_expected_reward,
     bon_kl_bound,
@@ -22,6 +23,7 @@ from vbon_lightning.functional.binned_best_of_n import (
     binned_bon_win_rate,
     win_rate_by_cdf,
 )
+from vbon_lightning.functional.bon_regression import bon_regression_loss, pooled_reward_cdf
 from vbon_lightning.functional.distillation import (
     Candidates,
     Teacher,
@@ -40,6 +42,7 @@ from vbon_lightning.functional.kl import (
     token_statistics,
     vocabulary_kl,
 )
+from vbon_lightning.functional.log_ratio_regression import RegressionLoss, log_ratio_regression
 from vbon_lightning.functional.policy_gradient import (
     AdvantageEstimate,
     SurrogateLoss,
@@ -65,6 +68,7 @@ from vbon_lightning.functional.prefix_values import (
     value_advantages,
     with_exact_end,
 )
+from vbon_lightning.functional.qrpo import Quantiles, qrpo_goal, qrpo_log_partition, qrpo_loss, reward_quantiles
 from vbon_lightning.functional.reward_bins import (
     RewardBins,
     bin_labels,
@@ -98,12 +102,15 @@ __all__ = [
     "Candidates",
     "GroupExtremes",
     "PreferenceLoss",
+    "Quantiles",
+    "RegressionLoss",
     "RewardBins",
     "RewardCDF",
     "SurrogateLoss",
     "Target",
     "Teacher",
     "TokenStatistics",
+    "a_star_po_loss",
     "bin_labels",
     "binned_bon_kl",
     "binned_bon_reward",
@@ -118,6 +125,7 @@ __all__ = [
     "bon_log_ratio",
     "bon_log_ratio_bound",
     "bon_order_weights",
+    "bon_regression_loss",
     "bon_selection_weights",
     "bon_self_win_rate",
     "bon_win_rate",
@@ -146,10 +154,16 @@ __all__ = [
     "kl_rl_target",
     "kl_weight",
     "leave_one_out",
+    "log_ratio_regression",
     "mixed_log_cdf",
     "normalise_advantages",
+    "optimal_value",
+    "pooled_reward_cdf",
     "predicted_log_cdf",
     "prefix_log_values",
+    "qrpo_goal",
+    "qrpo_log_partition",
+    "qrpo_loss",
     "ranked_probability_score",
     "rao_blackwell_advantages",
     "reinforce_loss",
@@ -157,6 +171,7 @@ __all__ = [
     "reverse_divergence",
     "reward_bins",
     "reward_cdf",
+    "reward_quantiles",
     "sampled_kl_advantages",
     "sequence_log_prob",
     "systematic_resampling",

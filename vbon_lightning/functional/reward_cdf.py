@@ -83,6 +83,43 @@ def check_rewards_pair(rewards: Tensor, reference_rewards: Tensor) -> None:
         raise ValueError("reference_rewards must hold at least one sample a prompt, got M = 0")
 
 
+class OtherCounts(NamedTuple):
+    """How many of the other reference rewards lie below, and at or below, each reward."""
+
+    below: Tensor
+    """``[B, G]`` float64 (float32 on MPS), NaN where it is not known."""
+    at_or_below: Tensor
+    """``[B, G]``, likewise."""
+    samples: int
+    """How many others there are."""
+
+
+def counts_of_others(rewards: Tensor, reference_rewards: Tensor, *, included: bool) -> OtherCounts:
+    """Count the reference rewards below, and at or below, each reward, its own left out.
+
+    Args:
+        rewards: ``[B, G]``.
+        reference_rewards: ``[B, M]``.
+        included: whether each of the rewards is one of the M of its row.
+
+    Returns:
+        :class:`OtherCounts`; NaN for a NaN reward, or a row of reference rewards that holds one.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on shapes that do not fit, or if there is no other.
+    """
+    check_rewards_pair(rewards, reference_rewards)
+    own = int(included)
+    samples = reference_rewards.shape[1] - own
+    if samples < 1:
+        raise ValueError("reference_rewards must hold another sample beside the response itself, got M = 1")
+    unknown = rewards.isnan() | reference_rewards.isnan().any(-1, keepdim=True)
+    counts = [count.to(working_dtype(rewards)) for count in reward_counts(rewards, reference_rewards)]
+    below, at_or_below = (count.masked_fill(unknown, torch.nan) for count in (counts[0], counts[1] - own))
+    return OtherCounts(below, at_or_below, samples)
+
+
 @torch.no_grad()
 def reward_cdf(rewards: Tensor, reference_rewards: Tensor, *, estimator: str = "jeffreys") -> RewardCDF:
     """Estimate the log of the reference's reward CDF at each reward, from M reference rewards a prompt.

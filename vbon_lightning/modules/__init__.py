@@ -1,9 +1,12 @@
 """LightningModules: siblings that differ by what they maximise."""
 
+from vbon_lightning.modules.a_star_po import AStarPO
 from vbon_lightning.modules.bon_distillation import BoNDistillation
+from vbon_lightning.modules.bon_regression import BoNRegression
 from vbon_lightning.modules.bon_sft import BoNSFT
 from vbon_lightning.modules.dpo import DPO
 from vbon_lightning.modules.kl_rl import KLRL
+from vbon_lightning.modules.qrpo import QRPO
 from vbon_lightning.modules.reference_sampler import ReferenceSampler
 from vbon_lightning.modules.reward_modelling import RewardModelling
 from vbon_lightning.modules.sft import SFT
@@ -13,8 +16,11 @@ from vbon_lightning.modules.vbon import VBoN
 __all__ = [
     "DPO",
     "KLRL",
+    "QRPO",
     "SFT",
+    "AStarPO",
     "BoNDistillation",
+    "BoNRegression",
     "BoNSFT",
     "ReferenceSampler",
     "RewardModelling",

@@ -263,6 +263,28 @@ class AlignmentModule(LightningModule):
             logs["reward/retries"] = torch.tensor(float(self.loaded.record.retries))
         return logs
 
+    def _sampling_logs(self, rollout: Rollout, *, new: bool) -> dict[str, Tensor]:
+        """Return what the sampler and the reward have to say, of a new rollout or so far."""
+        logs = self.reward_logs(rollout) if new else {}
+        if new and self.loaded.sampler_mismatch is not None:
+            logs["sampler_mismatch"] = torch.tensor(self.loaded.sampler_mismatch)
+        for name in ("cut_prompts", "cut_responses"):
+            if count := getattr(self.loaded.reward, name, 0):
+                logs[f"reward_{name}"] = torch.tensor(float(count))
+        return logs
+
+    @property
+    def _skips(self) -> bool:
+        return self.actor_spec.reward_calls.skips
+
+    def _share(self, mask: Tensor) -> Tensor:
+        """Return what makes the mean over this rank's responses its part of the mean over all that are left."""
+        mine = mask.any(-1).sum().float()
+        if self._trainer is None:
+            return torch.ones_like(mine)
+        total = self._over_ranks(mine).clamp(min=1)
+        return mine * self.trainer.world_size / total * self.weigh_batch(total)
+
     def log_missing(self, rollout: Rollout, stage: str) -> None:
         """Log how many of an evaluation's responses have no reward, where these are left out.
 
@@ -270,7 +292,7 @@ class AlignmentModule(LightningModule):
             rollout: The rollout of a step.
             stage: ``val`` or ``test``.
         """
-        if self.actor_spec.reward_calls.skips:
+        if self._skips:
             self.log(
                 f"{stage}/reward/missing",
                 _missing(rollout),

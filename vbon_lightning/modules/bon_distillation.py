@@ -13,7 +13,7 @@ from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
 from vbon_lightning.models import TiltedLM
 from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
-from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
+from vbon_lightning.modules.offline import OfflineBestOfN, check_above_one, check_at_least_one, select_responses
 from vbon_lightning.sampling import noise_seed, pick_some, pick_weighted, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
 from vbon_lightning.types import PromptBatch, Responses, TableBatch
@@ -110,8 +110,7 @@ class BoNDistillation(OfflineBestOfN):
 
     def check_n(self, n: float) -> None:
         """Refuse an n that is no number above 1."""
-        if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
-            raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n!r}")
+        check_above_one(n)
 
     @property
     def largest_n(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import bonbon_gap, bonbon_loss, dpo_loss, sequence_log_prob
-from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
+from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, check_positive, select_responses
 from vbon_lightning.sampling import pick_groups, response_statistics
 from vbon_lightning.types import TableBatch
 
@@ -50,8 +49,7 @@ class DPO(OfflineBestOfN):
     ) -> None:
         super().__init__(actors, n=n, **kwargs)
         check_at_least_one("pairs_per_prompt", pairs_per_prompt)
-        if not 0 < beta < math.inf:
-            raise ValueError(f"model.beta must be a number > 0, got {beta}")
+        check_positive("beta", beta)
         if loss not in (known := get_args(Loss)):
             raise ValueError(f"model.loss must be one of {', '.join(known)}; got {loss!r}")
         if not 0 <= alpha <= 1:

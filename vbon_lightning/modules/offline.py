@@ -1,7 +1,8 @@
-"""What BoN-SFT and DPO share: they learn from the reference table's responses, and sample only to be evaluated."""
+"""What learns from the reference table shares: its steps on cached responses, and its evaluation on sampled ones."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,12 +14,11 @@ from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, Op
 from vbon_lightning.types import PromptBatch, Responses, Rollout, TableBatch
 
 
-class OfflineBestOfN(AlignmentModule):
-    """Learn from the best of n of the M responses a prompt that the reference table holds; a subclass says how.
+class FromTable(AlignmentModule):
+    """Learn from the M responses a prompt that the reference table holds, or from their rewards; a subclass says how.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
-        n: N of Best-of-N, an integer > 1 and at most M (a subclass may take any real number).
         eval_samples: Responses a prompt in validation and test.
         seed: Seeds what is picked from the table, sampling and the initialisation of a policy made from a config.
         optimizer: Builds the optimizer from parameters.
@@ -30,29 +30,19 @@ class OfflineBestOfN(AlignmentModule):
     def __init__(
         self,
         actors: ActorSpec,
-        n: float = 4,
         eval_samples: int = 8,
         seed: int = 0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        self.check_n(n)
         check_at_least_one("eval_samples", eval_samples)
-        self.n, self.eval_samples = n, eval_samples
-
-    def check_n(self, n: float) -> None:
-        """Refuse an n that the method cannot take: here one that is no integer above 1."""
-        if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-            raise ValueError(
-                f"model.n must be an integer > 1, got {n!r}: {type(self).__name__} takes the best of n of the table's "
-                "responses"
-            )
+        self.eval_samples = eval_samples
 
     @property
     def samples_needed(self) -> tuple[int, str]:
-        """Return how many responses a prompt a step picks from, and the options that say so."""
-        return int(self.n), f"model.n = {self.n}"
+        """Return how many responses a prompt a step needs of the table, and the options that say so."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many of the table's responses it needs")
 
     def setup(self, stage: str) -> None:
         """Refuse to start without enough reference responses, before anything expensive."""
@@ -62,9 +52,11 @@ class OfflineBestOfN(AlignmentModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not hasattr(data, "table"):
             return
+        cached = self.batch_kind == "responses"
         if data.reference_table is None:
             raise ValueError(
-                f"{name} learns from cached responses: name a table (data.reference_table, made by `vbon predict`)"
+                f"{name} {'learns from cached responses' if cached else 'needs the rewards of cached responses'}: name "
+                "a table (data.reference_table, made by `vbon predict`)"
             )
         table = data.table()
         needed, why = self.samples_needed
@@ -74,7 +66,7 @@ class OfflineBestOfN(AlignmentModule):
                 f"the reference table {data.reference_table} brings M = {data.reference_rewards} responses a prompt"
                 f"{limit}, fewer than the {needed} that {why} needs: sample more or lower it"
             )
-        if not table.knows_finished:
+        if cached and not table.knows_finished:
             rank_zero_warn(
                 f"the reference table {data.reference_table} does not tell finished from truncated responses: they are "
                 "learnt as they are, and a policy that sees no EOS behind them unlearns to stop"
@@ -132,6 +124,34 @@ class OfflineBestOfN(AlignmentModule):
         return rollout
 
 
+class OfflineBestOfN(FromTable):
+    """Learn from the best of n of the M responses a prompt that the reference table holds; a subclass says how.
+
+    Args:
+        actors: The policy, reference and reward, as the data module names them.
+        n: N of Best-of-N, an integer > 1 and at most M (a subclass may take any real number).
+        **kwargs: What :class:`FromTable` takes.
+    """
+
+    def __init__(self, actors: ActorSpec, n: float = 4, **kwargs: Any) -> None:
+        super().__init__(actors, **kwargs)
+        self.check_n(n)
+        self.n = n
+
+    def check_n(self, n: float) -> None:
+        """Refuse an n that the method cannot take: here one that is no integer above 1."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+            raise ValueError(
+                f"model.n must be an integer > 1, got {n!r}: {type(self).__name__} takes the best of n of the table's "
+                "responses"
+            )
+
+    @property
+    def samples_needed(self) -> tuple[int, str]:
+        """Return how many responses a prompt a step picks from, and the options that say so."""
+        return int(self.n), f"model.n = {self.n}"
+
+
 def select_responses(responses: Responses, index: Tensor) -> Responses:
     """Return some of each prompt's responses, without padding that all of them have.
 
@@ -149,3 +169,15 @@ def check_at_least_one(name: str, count: int) -> None:
     """Refuse a count below one."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"model.{name} must be an integer >= 1, got {count!r}")
+
+
+def check_above_one(n: float) -> None:
+    """Refuse an N of Best-of-N that is no number above 1."""
+    if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
+        raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a number that is not finite and above zero."""
+    if isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"model.{name} must be a number > 0, got {value!r}")

@@ -278,16 +278,6 @@ class PolicyGradient(AlignmentModule):
         logs["objective"] = objective[mask.any(-1)].mean() if self._skips else objective.mean()
         return loss * self._share(mask) if self._skips else loss, rollout, logs
 
-    def _sampling_logs(self, rollout: Rollout, *, new: bool) -> dict[str, Tensor]:
-        """Return what the sampler and the reward have to say, of a new rollout or so far."""
-        logs = self.reward_logs(rollout) if new else {}
-        if new and self.loaded.sampler_mismatch is not None:
-            logs["sampler_mismatch"] = torch.tensor(self.loaded.sampler_mismatch)
-        for name in ("cut_prompts", "cut_responses"):
-            if count := getattr(self.loaded.reward, name, 0):
-                logs[f"reward_{name}"] = torch.tensor(float(count))
-        return logs
-
     # -- advantages --------------------------------------------------------------------------------
 
     def _advantages(self, target: Target, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -328,10 +318,6 @@ class PolicyGradient(AlignmentModule):
 
     # -- responses that are left out -----------------------------------------------------------------
 
-    @property
-    def _skips(self) -> bool:
-        return self.actor_spec.reward_calls.skips
-
     def _learnt(self, rollout: Rollout) -> Tensor:
         """Return the tokens ``[B, G, T]`` that count in the update.
 
@@ -348,14 +334,6 @@ class PolicyGradient(AlignmentModule):
     def _target(self, rollout: Rollout) -> Target:
         """Return the target; of a response that is left out any score does."""
         return self.target(rollout._replace(rewards=rollout.rewards.nan_to_num(0.0)) if self._skips else rollout)
-
-    def _share(self, mask: Tensor) -> Tensor:
-        """Return what makes the mean over this rank's responses its part of the mean over all that are left."""
-        mine = mask.any(-1).sum().float()
-        if self._trainer is None:
-            return torch.ones_like(mine)
-        total = self._over_ranks(mine).clamp(min=1)
-        return mine * self.trainer.world_size / total * self.weigh_batch(total)
 
     # -- several updates a rollout -----------------------------------------------------------------
 

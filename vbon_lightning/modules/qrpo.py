@@ -1,0 +1,57 @@
+"""Quantile Reward Policy Optimization."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from torch import Tensor
+
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.functional import RegressionLoss, qrpo_loss, reward_quantiles
+from vbon_lightning.functional.qrpo import Ties
+from vbon_lightning.modules.log_ratio_regression import LogRatioRegression, Source
+from vbon_lightning.modules.offline import check_positive
+
+
+class QRPO(LogRatioRegression):
+    r"""Regress on the quantile of the reward under the reference, whose normaliser is known.
+
+    With q the quantile and :math:`Z = \beta (e^{1/\beta} - 1)`, the same for every prompt and reward, it minimises
+    :math:`(q(y) - \beta \log Z - \beta D(y))^2` (Matrenok, Moalla and Gulcehre, "Quantile Reward Policy Optimization:
+    Alignment with Pointwise Regression and Exact Partition Functions", 2025), whose minimum is
+    :math:`\pi_{ref}(y) \exp(q(y) / \beta) / Z`: the optimum of :math:`E[q] - \beta KL(\pi \| \pi_{ref})`. As with
+    Best-of-N, only ranks count. The quantile of a response of the table is that among the other M - 1.
+
+    Args:
+        actors: The policy, reference and reward, as the data module names them.
+        beta: Weight of the KL to the reference, > 0, in quantiles a nat: 0.2 goes about as far as Best-of-4.
+        ties: The quantile of rewards that tie: ``exact`` breaks ties at random, so that Z stays exact and a prompt
+            whose rewards all tie stays with the reference; ``upper`` is the share of rewards no higher, as in the
+            paper; ``mid`` counts ties half. Without ties the three are one.
+        responses: Whose responses are learnt, the ``table``'s or the ``policy``'s own.
+        responses_per_prompt: Responses a prompt and step.
+        **kwargs: What :class:`~vbon_lightning.modules.offline.FromTable` takes.
+    """
+
+    def __init__(
+        self,
+        actors: ActorSpec,
+        beta: float = 0.2,
+        ties: Ties = "exact",
+        responses: Source = "table",
+        responses_per_prompt: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(actors, responses=responses, responses_per_prompt=responses_per_prompt, **kwargs)
+        check_positive("beta", beta)
+        if ties not in (known := get_args(Ties)):
+            raise ValueError(f"model.ties must be one of {', '.join(known)}; got {ties!r}")
+        self.beta, self.ties = beta, ties
+        self.record_settings(beta=beta, ties=ties)
+
+    def regress(
+        self, log_ratio: Tensor, rewards: Tensor, reference_rewards: Tensor, learnt: Tensor | None
+    ) -> RegressionLoss:
+        """Return the squared distance from the quantile."""
+        quantiles = reward_quantiles(rewards, reference_rewards, included=self.responses == "table")
+        return qrpo_loss(log_ratio, quantiles, beta=self.beta, ties=self.ties, learnt=learnt)
