@@ -60,25 +60,25 @@ def _shared(chosen: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def filter_counts(probabilities: Tensor, offsets: Tensor, *, draws: int) -> Tensor:
+def filter_counts(probabilities: Tensor, offsets: Tensor, *, count: int) -> Tensor:
     """Count how often each response is among a number of draws, by :func:`systematic_resampling`.
 
     Args:
         probabilities: ``[B, G]``, as :func:`filter_probabilities` makes them.
         offsets: ``[B]``, uniform in [0, 1).
-        draws: draws a prompt, at least 1.
+        count: draws a prompt, an integer >= 1.
 
     Returns:
-        ``[B, G]``, each row summing to ``draws``; ``draws`` times the probability on average, and never more than one
+        ``[B, G]``, each row summing to ``count``; ``count`` times the probability on average, and never more than one
         off. 0 in rows without any probability.
 
     Raises:
-        TypeError: on a wrong dtype or ``draws`` that is not an integer.
-        ValueError: if the shapes do not fit or ``draws < 1``.
+        TypeError: on a wrong dtype or a ``count`` that is not an integer.
+        ValueError: if the shapes do not fit or ``count < 1``.
     """
     check_float("probabilities", probabilities)
     check_dims("probabilities", probabilities, 2, "[B, G]")
     some = probabilities.sum(1, keepdim=True) > 0
-    places = systematic_resampling(torch.where(some, probabilities, 1.0), offsets, count=draws)
+    places = systematic_resampling(torch.where(some, probabilities, 1.0), offsets, count=count)
     counts = torch.zeros_like(probabilities).scatter_add_(1, places, torch.ones_like(places, dtype=probabilities.dtype))
     return torch.where(some, counts, 0.0)

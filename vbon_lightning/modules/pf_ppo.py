@@ -75,5 +75,5 @@ class PFPPO(KLRL):
             identities, num_samples=1, length=1, seed=self.seed, stream="filter", step=self.rollout_number
         )
         offsets = noise[:, 0, 0].to(probabilities)
-        counts = filter_counts(probabilities, offsets, draws=self.draws)
+        counts = filter_counts(probabilities, offsets, count=self.draws)
         return counts * (kept.sum(1, keepdim=True) / self.draws)
