@@ -30,6 +30,11 @@ KINDS = (
     "sft",
     "pairs",
     "skipping",
+    "infalign",
+    "maxatk",
+    "grpo",
+    "rloo",
+    "pfppo",
 )
 JUDGED: dict[str, tuple[dict[str, Any], Any]] = {
     "labelled": ({"label_column": "label"}, "classification"),
@@ -72,6 +77,10 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
         options["reward_calls"] = RewardCalls(on_missing="skip")
     if kind == "sampled":
         model |= {"kl_estimator": "sampled"}
+    if kind in ("grpo", "pfppo"):
+        model |= {"epochs_per_rollout": 1, "minibatches": 1}
+    if kind == "infalign":
+        model |= {"reference_samples": 0}
     if kind == "valuemodelling":
         model |= {"body": str(files / "llama"), "probe": 0}
     if kind in ("sft", "pairs"):
@@ -100,6 +109,7 @@ def _one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(PolicyGradient, "_sample", lambda self, batch, number: sample(self, batch, 0))
+    monkeypatch.setattr(PolicyGradient, "rollout_number", 0)
     monkeypatch.setattr(OfflineBestOfN, "next_step", of_no_batch)
     picked = value_modelling.pick_some
     monkeypatch.setattr(value_modelling, "pick_some", lambda *args, **named: picked(*args, **(named | {"step": 0})))

@@ -120,7 +120,7 @@ class VBoN(PolicyGradient):
 
     def _sampling_logs(self, rollout: Rollout, *, new: bool) -> dict[str, Tensor]:
         logs = super()._sampling_logs(rollout, new=new)
-        return logs if self.n_schedule is None else {**logs, "n": torch.tensor(self.current_n)}
+        return logs if self.n_schedule is None else {**logs, "n": torch.tensor(float(self.current_n))}
 
     def target(self, rollout: Rollout) -> Target:
         """Return the log-ratio of Best-of-N to the reference over N - 1, and the KL's weight 1/(N - 1)."""
