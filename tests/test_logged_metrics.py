@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from tests.models.setting import make_valued_files
 from tests.modules import test_reward_modelling as judged
 from tests.modules.setting import REGRESSIONS, VowelReward, make_data, make_module, make_trainer
-from vbon_lightning import RewardModelling, TextSource, VBoN
+from vbon_lightning import InfAlignCTRL, RewardModelling, TextSource, VBoN
 from vbon_lightning.rewards import WeightedReward
 
 ROOT = Path(__file__).parents[1]
@@ -21,10 +21,12 @@ Logged = set[tuple[str, str, str]]
 """Method, stage and name."""
 
 
+ON_POLICY = "VBoN, InfAlignCTRL, KLRL, MaxAtK, GRPO, RLOO, PFPPO"
+SAMPLING = f"{ON_POLICY}, AStarPO"
 GROUPS = {
-    "on-policy": "VBoN, KLRL",
-    "sampling": "VBoN, KLRL, AStarPO",
-    "policies": "VBoN, KLRL, AStarPO, QRPO, BoNRegression, BoNSFT, DPO, BoNDistillation",
+    "on-policy": ON_POLICY,
+    "sampling": SAMPLING,
+    "policies": f"{SAMPLING}, QRPO, BoNRegression, BoNSFT, DPO, BoNDistillation",
     "-": "",
 }
 
@@ -57,7 +59,10 @@ REWARD = WeightedReward({"NAME": VowelReward()})
 SETTING: dict[str, Any] = {"reward": REWARD, "max_new_tokens": 7}
 """Long enough for each third of a response."""
 
-KINDS = ["vbon", "clipped", "klrl", "ppo", "bonsft", "dpo", *REGRESSIONS, "distillation", "valuemodelling"]
+OF_THE_TABLE = ("vbon", "clipped", "annealed", "infalign")
+SIBLINGS = ["infalign", "maxatk", "grpo", "rloo", "pfppo"]
+OFFLINE = ["bonsft", "dpo", *REGRESSIONS]
+KINDS = ["vbon", "clipped", "annealed", *SIBLINGS, "klrl", "ppo", *OFFLINE, "distillation", "valuemodelling"]
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +75,19 @@ def of_policies(files: Path, directory: Path) -> Iterator[Logged]:
     given = {**SETTING, "reference_table": str(files / "table"), "test": test}
     for kind in KINDS:
         data = make_data(files, **given, **({"value_model": str(files / "value")} if kind == "distillation" else {}))
-        module: Any = make_module(kind, data, **({"reference_samples": 0} if kind in ("vbon", "clipped") else {}))
-        if kind in ("vbon", "klrl", "astarpo"):  # what is logged only where there is something to say
+        options: dict[str, Any] = {"reference_samples": 0} if kind in OF_THE_TABLE else {}
+        if kind in SIBLINGS:  # an epoch and its validation within the steps
+            options |= {"estimator": "clipped", "epochs_per_rollout": 1, "minibatches": 1}
+        module: Any = make_module(kind, data, **options)
+        if kind in ("vbon", "klrl", "astarpo", *SIBLINGS):  # what is logged only where there is something to say
             module.configure_model()
             module.loaded.reward.cut_prompts = module.loaded.reward.cut_responses = 1
             module.loaded.sampler.mismatch = 0.1
         yield logged_by(module, data, directory / kind)
     data = make_data(files, **given)
-    yield logged_by(
-        VBoN(data.actors, n=4, estimator="ppo", epochs_per_rollout=2, samples_per_prompt=2), data, directory / "v"
-    )
+    for cls in (VBoN, InfAlignCTRL):
+        critic = cls(data.actors, n=4, estimator="ppo", epochs_per_rollout=2, samples_per_prompt=2)
+        yield logged_by(critic, data, directory / f"critic of {cls.__name__}")
 
 
 def of_supervised(files: Path, directory: Path) -> Iterator[Logged]:

@@ -22,13 +22,8 @@ from vbon_lightning.functional.sequences import scaled_logits
 
 # What takes numbers only, or cuts bins on the CPU.
 WITHOUT_TENSORS = {
-    "bon_kl_bound",
-    "bon_order_weights",
-    "bon_win_rate_bound",
-    "bonbon_beta",
-    "kl_weight",
-    "qrpo_log_partition",
-    "reward_bins",
+    *{"annealed_n", "bon_kl_bound", "bon_order_weights", "bon_win_rate_bound", "bonbon_beta", "infalign_slope"},
+    *{"kl_weight", "qrpo_log_partition", "reward_bins"},
 }
 # Tensors whose dtype is not looked at: what a model or another function of this package has just made.
 UNCHECKED = {
@@ -451,8 +446,9 @@ def test_a_wrong_number_of_dimensions() -> None:
     assert call("leave_one_out", values=torch.ones(B, G, T)).shape == (B, G, T)
 
 
-AS_ITS_INPUT, WIDE, DOUBLE = "as its input", "float32 or wider", "float64"
+AS_ITS_INPUT, SINGLE, WIDE, DOUBLE = "as its input", "float32", "float32 or wider", "float64"
 DTYPES = {
+    SINGLE: {"length_weights"},  # of a mask
     WIDE: {"forecast_log_probs", "prefix_log_values", "token_log_probs", "token_statistics", "vocabulary_kl"},
     DOUBLE: {
         "binned_bon_kl",
@@ -484,6 +480,8 @@ def test_the_dtype_of_what_comes_back(name: str, dtype: torch.dtype) -> None:
     want = dtype
     if name in DTYPES[DOUBLE]:
         want = torch.float64
+    elif name in DTYPES[SINGLE]:
+        want = torch.float32
     elif name in DTYPES[WIDE]:
         want = torch.promote_types(dtype, torch.float32)
     if name == "clipped_surrogate_loss":

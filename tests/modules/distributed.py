@@ -40,6 +40,12 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"dropout": False},
         "trainer": {"accumulate_grad_batches": 2},
     },
+    "annealed": {},
+    "infalign": {},
+    "maxatk": {},
+    "grpo": {},
+    "pfppo": {},
+    "skipping tokens": {"kind": "grpo", "skip": True},
     "skipping": {"kind": "klrl", "skip": True},
     "bonbon": {"kind": "dpo", "table": True, "model": {"loss": "bonbon"}},
 }

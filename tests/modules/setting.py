@@ -18,19 +18,25 @@ from torch import Tensor
 from tests.helpers import save_tiny_model
 from vbon_lightning import (
     DPO,
+    GRPO,
     KLRL,
+    PFPPO,
     QRPO,
+    RLOO,
     SFT,
     AlignmentDataModule,
     AStarPO,
     BoNDistillation,
     BoNRegression,
     BoNSFT,
+    InfAlignCTRL,
+    MaxAtK,
     ReferenceSampler,
     TextSource,
     ValueModelling,
     VBoN,
 )
+from vbon_lightning.modules import NSchedule
 from vbon_lightning.rewards import RewardModel
 
 torch.set_num_threads(1)  # threads cost such small models far more than they bring
@@ -136,6 +142,13 @@ REGRESSIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bonregression": (BoNRegression, {"n": 4.0}),
 }
 """What regresses log-ratios, and its options."""
+SIBLINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "maxatk": (MaxAtK, {"k": 2}),
+    "grpo": (GRPO, {"beta": 0.2, "epochs_per_rollout": 2, "minibatches": 2, "length_norm": "dapo"}),
+    "rloo": (RLOO, {"beta": 0.2}),
+    "pfppo": (PFPPO, {"beta": 0.2, "epochs_per_rollout": 2}),
+}
+"""Methods that need no reference rewards, by their options here."""
 
 
 def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> LightningModule:
@@ -143,13 +156,20 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
 
     ``qrpo`` and ``bonregression`` learn from the table's responses, with a 2 behind it from the policy's, as
     ``astarpo`` does.
-    ``valuemodelling`` trains one; ``distillation`` and ``valuecritic`` read the one that the data names.
+    ``valuemodelling`` trains one; ``distillation`` and ``valuecritic`` read the one that the data names. ``annealed``
+    is vBoN whose N grows, and ``infalign``, ``maxatk``, ``grpo``, ``rloo`` and ``pfppo`` are its siblings.
     """
     online = {"samples_per_prompt": 4, "reference_samples": 16}
     several = {"epochs_per_rollout": 2, "minibatches": 2}
     common: dict[str, Any] = {"actors": data.actors, "optimizer": adam, "lr_scheduler": cosine}
     if kind == "vbon":
         return VBoN(**(common | online | {"n": 4} | changes))
+    if kind == "annealed":
+        return VBoN(**(common | online | {"n": 4, "n_schedule": NSchedule(1.5, 4)} | changes))
+    if kind == "infalign":
+        return InfAlignCTRL(**(common | online | {"n": 4} | changes))
+    if kind in SIBLINGS:
+        return SIBLINGS[kind][0](**(common | {"samples_per_prompt": 4} | SIBLINGS[kind][1] | changes))
     if kind == "clipped":
         return VBoN(**(common | online | several | {"n": 4, "estimator": "clipped"} | changes))
     if kind == "ppo":

@@ -34,6 +34,11 @@ KINDS = (
     "pairs",
     "skipping",
     "astarpo, skipping",
+    "infalign",
+    "maxatk",
+    "grpo",
+    "rloo",
+    "pfppo",
 )
 KIND_OF = {"sampled": "klrl", "skipping": "klrl", "astarpo, skipping": "astarpo", "pairs": "sft"}
 PICKY: dict[str, Any] = {"reward": Picky("fh"), "reward_calls": RewardCalls(on_missing="skip")}
@@ -81,6 +86,10 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
         options["reference_table"] = str(files / "table")
     if kind == "sampled":
         model |= {"kl_estimator": "sampled"}
+    if kind in ("grpo", "pfppo"):
+        model |= {"epochs_per_rollout": 1, "minibatches": 1}
+    if kind == "infalign":
+        model |= {"reference_samples": 0}
     if kind == "valuemodelling":
         model |= {"body": str(files / "llama"), "probe": 0}
     if kind in ("sft", "pairs"):
@@ -109,6 +118,7 @@ def _one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(PolicyGradient, "_sample", lambda self, batch, number: sample(self, batch, 0))
+    monkeypatch.setattr(PolicyGradient, "rollout_number", 0)
     monkeypatch.setattr(FromTable, "next_step", of_no_batch)
     picked = value_modelling.pick_some
     monkeypatch.setattr(value_modelling, "pick_some", lambda *args, **named: picked(*args, **(named | {"step": 0})))

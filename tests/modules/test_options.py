@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.modules.setting import make_data, make_files, make_module, make_table, make_trainer, weights
+from tests.modules.setting import (
+    SIBLINGS,
+    make_data,
+    make_files,
+    make_module,
+    make_table,
+    make_trainer,
+    prepared,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +103,64 @@ def test_every_option_changes_what_is_learnt(name: str, plain: Any, files: Path,
 
 def test_the_same_options_give_the_same_bits(plain: Any, files: Path, tmp_path: Path) -> None:
     assert torch.equal(learnt("vbon", files, tmp_path, {}), plain("vbon", {}))
+
+
+OF_AN_UPDATE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # the same, of methods that need no trainer to be told apart
+    "kl_estimator, k3": ("klrl", {}, {"kl_estimator": "k3"}),
+    "n_schedule": ("vbon", {}, {"n_schedule": {"start": 1.5, "updates": 4, "shape": "linear"}}),
+    "n_schedule, start": ("annealed", {}, {"n_schedule": {"start": 2.5, "updates": 4}}),
+    "n_schedule, updates": ("annealed", {}, {"n_schedule": {"start": 1.5, "updates": 3}}),
+    "n_schedule, shape": ("annealed", {}, {"n_schedule": {"start": 1.5, "updates": 4, "shape": "cosine"}}),
+    "InfAlign, n": ("infalign", {}, {"n": 8}),
+    "InfAlign, procedure": ("infalign", {}, {"procedure": "worst_of_n"}),
+    "InfAlign, transform": ("infalign", {}, {"transform": "log"}),
+    "InfAlign, slope": ("infalign", {}, {"slope": 3.0}),
+    "InfAlign, beta": ("infalign", {}, {"beta": 0.3}),
+    "InfAlign, ties": ("infalign", {}, {"ties": "average"}),
+    "InfAlign, ties below": ("infalign", {}, {"ties": "below"}),
+    "InfAlign, cdf_estimator": ("infalign", {}, {"cdf_estimator": "laplace"}),
+    "max@k, k": ("maxatk", {}, {"k": 3}),
+    "max@k, beta": ("maxatk", {}, {"beta": 0.0}),
+    "max@k, form": ("maxatk", {}, {"form": "marginal"}),
+    "max@k, plain form": ("maxatk", {}, {"form": "plain"}),
+    "GRPO, beta": ("grpo", {}, {"beta": 0.0}),
+    "GRPO, scale_rewards": ("grpo", {}, {"scale_rewards": False}),
+    "GRPO, length_norm": ("grpo", {}, {"length_norm": "grpo"}),
+    "GRPO, length_norm dr_grpo": ("grpo", {}, {"length_norm": "dr_grpo"}),
+    "GRPO, kl_estimator": ("grpo", {}, {"kl_estimator": "rao_blackwell"}),
+    "RLOO, beta": ("rloo", {}, {"beta": 0.5}),
+    "RLOO, kl_estimator": ("rloo", {}, {"kl_estimator": "sampled"}),
+    "PF-PPO, filter": ("pfppo", {}, {"filter": "best_worst"}),
+    "PF-PPO, filter best": ("pfppo", {}, {"filter": "best"}),
+    "PF-PPO, draws": ("pfppo", {}, {"draws": 1}),
+    "PF-PPO, kl_estimator": ("pfppo", {}, {"kl_estimator": "rao_blackwell"}),
+}
+
+
+def updated(kind: str, files: Path, options: dict[str, Any]) -> Tensor:
+    """Return the gradient of the second update of a method, on a second rollout or once more on the first."""
+    uneven: dict[str, Any] = {"end_tokens": list("abcd"), "max_new_tokens": 6} if kind in SIBLINGS else {}
+    data = make_data(files, val=None, **uneven)
+    online = {} if kind in (*SIBLINGS, "klrl") else {"reference_samples": 16}
+    module = prepared(kind, data, **(online | options))
+    batch = data._collate_prompts([(i, True, row) for i, row in enumerate(data.prompts("train")[:4])])
+    if module.updates_per_rollout == 1:
+        module.batches_seen = 2
+        loss = module._on_policy_update(module._sample(batch, 1))[0]
+    else:
+        experience = module._collect(module._sample(batch, 0))[0]
+        with torch.no_grad():
+            for parameter in module.policy.parameters():
+                parameter *= 1.1
+        loss = module._minibatch_update(experience)[0]
+    gradient = torch.autograd.grad(loss, list(module.policy.parameters()))
+    return torch.cat([part.flatten() for part in gradient])
+
+
+@pytest.mark.parametrize("name", OF_AN_UPDATE)
+def test_every_option_changes_an_update(name: str, files: Path) -> None:
+    kind, common, changes = OF_AN_UPDATE[name]
+    without = updated(kind, files, common)
+    assert torch.equal(updated(kind, files, common), without), "the same options give the same bits"
+    assert (updated(kind, files, common | changes) - without).abs().max() > 1e-5, "the option changes nothing"

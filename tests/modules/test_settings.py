@@ -11,13 +11,18 @@ import pytest
 from tests.modules.setting import VowelReward
 from vbon_lightning import (
     DPO,
+    GRPO,
     KLRL,
+    PFPPO,
     QRPO,
+    RLOO,
     SFT,
     AStarPO,
     BoNDistillation,
     BoNRegression,
     BoNSFT,
+    InfAlignCTRL,
+    MaxAtK,
     ReferenceSampler,
     RewardModelling,
     ValueModelling,
@@ -42,6 +47,7 @@ ONLINE: dict[str, Any] = {
     "value_lambda": 1.0,
 }
 BEST_OF_N = {"n": 4.0, "bound": "exact", "cdf_estimator": "jeffreys", "log_ratio_floor": None}
+GROUPED = {"estimator": "clipped", "kl_estimator": "k3"}
 DISTILLED = {
     "n": 4.0,
     "n_range": None,
@@ -57,6 +63,15 @@ DISTILLED = {
 DEFAULTS: dict[type, dict[str, Any]] = {
     VBoN: ONLINE | BEST_OF_N,
     KLRL: ONLINE | {"beta": 0.1},
+    InfAlignCTRL: ONLINE
+    | {"n": 4.0, "procedure": "best_of_n", "transform": "exp", "slope": None, "beta": 0.1}
+    | {"ties": "middle", "cdf_estimator": "jeffreys"},
+    MaxAtK: ONLINE | {"k": 4, "beta": 0.1, "form": "centred"},
+    GRPO: ONLINE | GROUPED | {"beta": 0.04, "scale_rewards": True, "length_norm": "grpo"},
+    RLOO: ONLINE | {"beta": 0.1, "kl_estimator": "k3"},
+    PFPPO: ONLINE
+    | {"beta": 0.1, "filter": "best_random", "draws": None}
+    | {"estimator": "clipped", "kl_estimator": "sampled"},
     BoNSFT: {"n": 4, "responses_per_prompt": 4, "selection": "weights"},
     DPO: {"n": 4, "beta": 0.1, "pairs_per_prompt": 2, "loss": "dpo", "alpha": 0.005},
     BoNDistillation: DISTILLED,
@@ -100,6 +115,16 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
     (VBoN, {"bound": "untied"}),
     (VBoN, {"n": 1.5}),
     (VBoN, {"bound": "lower", "cdf_estimator": "add_one"}),
+    (VBoN, {"n_schedule": {"start": 2.0, "updates": 7, "shape": "cosine"}}),
+    (KLRL, {"kl_estimator": "k3"}),
+    (
+        InfAlignCTRL,
+        {"n": 2.5, "procedure": "worst_of_n", "slope": 3.0, "beta": 0.2, "ties": "average", "cdf_estimator": "digamma"},
+    ),
+    (MaxAtK, {"k": 2, "beta": 0.0, "form": "plain", "estimator": "clipped", "kl_estimator": "prefix_baseline"}),
+    (GRPO, {"beta": 0.0, "scale_rewards": False, "length_norm": "dapo", "estimator": "reinforce", "seed": 3}),
+    (RLOO, {"beta": 0.5, "estimator": "clipped", "kl_estimator": "sampled", "minibatches": 2}),
+    (PFPPO, {"beta": 0.5, "filter": "best", "draws": 3, "kl_estimator": "rao_blackwell", "epochs_per_rollout": 2}),
     (BoNSFT, {"n": 2, "responses_per_prompt": 1, "selection": "groups", "seed": 3}),
     (DPO, {"n": 2, "beta": 0.01, "pairs_per_prompt": 1, "loss": "bonbon", "alpha": 0.0, "seed": 3}),
     (DPO, {"alpha": 1.0}),
@@ -148,7 +173,8 @@ def test_what_a_checkpoint_says_of_the_defaults(cls: Any) -> None:
 @pytest.mark.parametrize(("cls", "changes"), CHANGES, ids=str)
 def test_what_a_checkpoint_says_of_options(cls: Any, changes: dict[str, Any]) -> None:
     settings = cls(spec(), **changes)._settings
-    implied = {"value_model": changes.get("kl_estimator") != "sampled" and changes.get("estimator") != "ppo"}
+    unvalued = changes.get("kl_estimator") in ("sampled", "k3") or changes.get("estimator") == "ppo"
+    implied = {"value_model": not unvalued}
     assert settings == {"seed": 0, **DEFAULTS[cls], **(implied if cls in (VBoN, KLRL) else {}), **changes}
 
 
@@ -197,7 +223,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (KLRL, {"value_lambda": 1.1}, "model.value_lambda must be in [0, 1], got 1.1"),
     (KLRL, {"value_lambda": 0.5, "value_model": False}, "model.value_lambda is that of a value model's advantages"),
     (KLRL, {"estimator": "x"}, "model.estimator must be one of reinforce, clipped, ppo; got 'x'"),
-    (KLRL, {"kl_estimator": "x"}, "model.kl_estimator must be one of rao_blackwell, sampled, prefix_baseline; got 'x'"),
+    (KLRL, {"kl_estimator": "x"}, "model.kl_estimator must be one of rao_blackwell, sampled, prefix_baseline, k3; got"),
     (KLRL, {"estimator": "ppo", "kl_estimator": "prefix_baseline"}, "model.kl_estimator=prefix_baseline is a leave-"),
     (KLRL, {"normalise": True}, "model.normalise divides the advantages, and with model.kl_estimator=rao_blackwell"),
     (KLRL, {"epochs_per_rollout": 0}, "model.epochs_per_rollout and model.minibatches must be >= 1, got 0, 1"),

@@ -34,6 +34,7 @@ from vbon_lightning.sampling import (
     SamplingRequest,
     make_sampler,
     prompt_noise,
+    response_log_probs,
     response_statistics,
     sample_completions,
 )
@@ -466,6 +467,14 @@ class Actors:
         )
         known = {"log_probs": found.log_probs, "reference_log_probs": found.reference_log_probs, "token_kl": found.kl}
         return Rollout(**(rollout._asdict() | known)), found.hidden
+
+    def policy_log_probs(self, rollout: ScoredResponses | Rollout) -> Tensor:
+        """Find log-probabilities of given responses under the policy alone, ``[B, G, T]``, differentiable.
+
+        Args:
+            rollout: Prompts and responses.
+        """
+        return response_log_probs(self.policy, rollout.prompts, rollout.completions, temperature=self.temperature)
 
 
 def _check_same_outputs(

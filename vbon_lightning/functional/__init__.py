@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vbon_lightning.functional.a_star_po import a_star_po_loss, optimal_value
+from vbon_lightning.functional.annealing import AnnealingShape, annealed_n
 from vbon_lightning.functional.best_of_n import (
     bon_expected_reward,
     bon_kl_bound,
@@ -34,6 +35,8 @@ from vbon_lightning.functional.distillation import (
     teacher_probs,
 )
 from vbon_lightning.functional.empirical_kl import bon_kl
+from vbon_lightning.functional.grpo import LengthNorm, group_normalised_advantages, length_weights
+from vbon_lightning.functional.infalign import InfAlignTies, InfAlignTransform, infalign_slope, infalign_target
 from vbon_lightning.functional.kl import (
     TokenStatistics,
     kl_k1,
@@ -43,6 +46,8 @@ from vbon_lightning.functional.kl import (
     vocabulary_kl,
 )
 from vbon_lightning.functional.log_ratio_regression import RegressionLoss, log_ratio_regression
+from vbon_lightning.functional.max_at_k import MaxAtKForm, max_at_k_advantages
+from vbon_lightning.functional.policy_filtration import Filter, filter_counts, filter_probabilities
 from vbon_lightning.functional.policy_gradient import (
     AdvantageEstimate,
     SurrogateLoss,
@@ -98,9 +103,15 @@ from vbon_lightning.functional.targets import (
 __all__ = [
     "CDF_ESTIMATORS",
     "AdvantageEstimate",
+    "AnnealingShape",
     "BonbonGap",
     "Candidates",
+    "Filter",
     "GroupExtremes",
+    "InfAlignTies",
+    "InfAlignTransform",
+    "LengthNorm",
+    "MaxAtKForm",
     "PreferenceLoss",
     "Quantiles",
     "RegressionLoss",
@@ -111,6 +122,7 @@ __all__ = [
     "Teacher",
     "TokenStatistics",
     "a_star_po_loss",
+    "annealed_n",
     "bin_labels",
     "binned_bon_kl",
     "binned_bon_reward",
@@ -142,11 +154,16 @@ __all__ = [
     "draw_candidates",
     "edge_log_cdf",
     "exponential_bin_log_weights",
+    "filter_counts",
+    "filter_probabilities",
     "forecast_head",
     "forecast_log_probs",
     "forward_divergence",
     "generalized_advantage_estimation",
     "group_extremes",
+    "group_normalised_advantages",
+    "infalign_slope",
+    "infalign_target",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -154,7 +171,9 @@ __all__ = [
     "kl_rl_target",
     "kl_weight",
     "leave_one_out",
+    "length_weights",
     "log_ratio_regression",
+    "max_at_k_advantages",
     "mixed_log_cdf",
     "normalise_advantages",
     "optimal_value",

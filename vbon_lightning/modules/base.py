@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -57,6 +57,8 @@ class AlignmentModule(LightningModule):
     uses_value_model = False
     """Whether the method reads the value model that the data module names."""
     trains_policy = True
+    mean_over: Literal["responses", "tokens"] = "responses"
+    """What the loss of a batch is a mean over, on all ranks and all batches of an update."""
     watched_by: Sequence[type[Callback]] = (
         *GUARDS,
         CollapseWarning,
@@ -278,8 +280,8 @@ class AlignmentModule(LightningModule):
         return self.actor_spec.reward_calls.skips
 
     def _share(self, mask: Tensor) -> Tensor:
-        """Return what makes the mean over this rank's responses its part of the mean over all that are left."""
-        mine = mask.any(-1).sum().float()
+        """Return what makes the mean over this rank's responses, or tokens, its part of the mean over all there are."""
+        mine = (mask.sum() if self.mean_over == "tokens" else mask.any(-1).sum()).float()
         if self._trainer is None:
             return torch.ones_like(mine)
         total = self._over_ranks(mine).clamp(min=1)

@@ -19,6 +19,8 @@ class Experience(NamedTuple):
     """``[B, G, T]``: the critic's values when the rollout was made."""
     returns: Tensor | None
     """``[B, G, T]``: what the critic should learn."""
+    weights: Tensor | None = None
+    """``[B, G]``: what each response weighs in the loss, in the advantages already; None where all weigh the same."""
 
 
 def to_plain(value: Any) -> Any:
@@ -35,4 +37,4 @@ def from_plain(value: dict[str, Any]) -> Experience:
     rollout = dict(value["rollout"])
     rollout["prompts"] = PromptBatch(**rollout["prompts"])
     rollout["completions"] = Completions(**rollout["completions"])
-    return Experience(Rollout(**rollout), value["advantages"], value["values"], value["returns"])
+    return Experience(**(value | {"rollout": Rollout(**rollout)}))

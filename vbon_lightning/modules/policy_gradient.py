@@ -13,6 +13,7 @@ from vbon_lightning.functional import (
     clipped_surrogate_loss,
     clipped_value_loss,
     generalized_advantage_estimation,
+    kl_k3,
     kl_penalty,
     normalise_advantages,
     rao_blackwell_advantages,
@@ -21,11 +22,19 @@ from vbon_lightning.functional import (
     token_rewards,
     value_advantages,
 )
+from vbon_lightning.functional.sequences import masked
 from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.modules.experience import Experience, from_plain, to_plain
-from vbon_lightning.modules.policy_gradient_options import check_estimator, check_numbers, check_value_model_options
+from vbon_lightning.modules.policy_gradient_options import (
+    check_estimator,
+    check_group_estimator,
+    check_numbers,
+    check_value_model_options,
+)
 from vbon_lightning.sampling import noise_seed
 from vbon_lightning.types import PromptBatch, Rollout, ScoredResponses, select_prompts
+
+KLEstimator = Literal["rao_blackwell", "sampled", "prefix_baseline", "k3"]
 
 
 class PolicyGradient(AlignmentModule):
@@ -39,8 +48,10 @@ class PolicyGradient(AlignmentModule):
             ratio) or ``ppo`` (clipped ratio, generalised advantages from a critic).
         kl_estimator: How the KL enters: ``rao_blackwell`` (exact over the vocabulary at each step, its own gradient,
             the KL still to come as a cost-to-go), ``sampled`` (the log-ratio of the sampled tokens) or
-            ``prefix_baseline`` (``rao_blackwell`` with the log-ratio so far as a further baseline). All are unbiased
-            for one update a rollout.
+            ``prefix_baseline`` (``rao_blackwell`` with the log-ratio so far as a further baseline). These are unbiased
+            for one update a rollout. ``k3`` is for comparison: ``ref/pi - 1 - log(ref/pi)`` of the sampled tokens in
+            the loss, as GRPO has it. Its gradient is that of KL(reference || policy) at the sampled prefixes, another
+            divergence, and leaves out what a token does to the KL of those after it.
         epochs_per_rollout: Passes over each rollout. From the second update on the responses are those of an older
             policy: ``clip`` bounds how far advantages may pull, but the exact KL's own gradient is taken where that
             policy went, not where this one would go, and is biased the more, the further the policy has moved.
@@ -69,6 +80,10 @@ class PolicyGradient(AlignmentModule):
     """Whether rollouts bring the predicted distribution of the reward also where reference rewards are known."""
     normalised_weights = False
     """Whether the weight of a response, ``exp(score / kl_coef)``, has mean 1 under the reference."""
+    reads_value_model = True
+    """Whether the method can take its advantages from a value model."""
+    compares_group = False
+    """Whether advantages or weights are made of a prompt's samples together, so that no critic can take their place."""
 
     def __init__(
         self,
@@ -76,7 +91,7 @@ class PolicyGradient(AlignmentModule):
         samples_per_prompt: int = 8,
         eval_samples: int | None = None,
         estimator: Literal["reinforce", "clipped", "ppo"] = "reinforce",
-        kl_estimator: Literal["rao_blackwell", "sampled", "prefix_baseline"] = "rao_blackwell",
+        kl_estimator: KLEstimator = "rao_blackwell",
         epochs_per_rollout: int = 1,
         minibatches: int = 1,
         clip: float = 0.2,
@@ -93,7 +108,7 @@ class PolicyGradient(AlignmentModule):
     ) -> None:
         super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
         named = actors.value_model is not None
-        fits = estimator != "ppo" and kl_estimator == "rao_blackwell"
+        fits = self.reads_value_model and estimator != "ppo" and kl_estimator == "rao_blackwell"
         self.uses_value_model = named and fits if value_model is None else value_model
         check_estimator(
             estimator,
@@ -105,6 +120,13 @@ class PolicyGradient(AlignmentModule):
             normalise=normalise,
         )
         check_value_model_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
+        check_group_estimator(
+            type(self).__name__,
+            estimator,
+            compares_group=self.compares_group,
+            valued=self.uses_value_model,
+            reads_value_model=self.reads_value_model,
+        )
         check_numbers(
             samples_per_prompt=samples_per_prompt,
             eval_samples=1 if eval_samples is None else eval_samples,
@@ -156,10 +178,37 @@ class PolicyGradient(AlignmentModule):
         """Return what the method makes of each bin of a value model's reward, ``[B, K]`` or ``[1, K]``."""
         raise NotImplementedError(f"{type(self).__name__} must say what it makes of the bins of a value model")
 
+    def group_advantages(self, scores: Tensor, kept: Tensor) -> Tensor | None:
+        """Return advantages of the scores within their groups, ``[B, G]``; None for the leave-one-out baseline.
+
+        Args:
+            scores: ``[B, G]``, those of the target.
+            kept: ``[B, G]`` bool: False for responses that are left out.
+        """
+        return None
+
+    def response_weights(self, rollout: Rollout, mask: Tensor) -> Tensor | None:
+        """Return what each response weighs in the loss, ``[B, G]``; None where all weigh the same.
+
+        Args:
+            rollout: A minibatch, its rewards NaN where there are none.
+            mask: ``[B, G, T]`` bool: the tokens that count.
+        """
+        return None
+
+    def objective(self, target: Target, rollout: Rollout, kept: Tensor) -> Tensor:
+        """Return what estimates what is maximised in the mean over responses, ``[B, G]``, with the exact KL."""
+        return target.score - target.kl_coef * rollout.token_kl.sum(-1)
+
     @property
     def updates_per_rollout(self) -> int:
         """Return how many optimizer updates are made on a rollout."""
         return self.epochs_per_rollout * self.minibatches
+
+    @property
+    def rollout_number(self) -> int:
+        """Return the number of the rollout that is learnt from, 0 for the first: a function of the batches seen."""
+        return max(self.batches_seen - 1, 0) // self.updates_per_rollout
 
     def setup(self, stage: str) -> None:
         """Refuse to start without what the method needs, before anything expensive."""
@@ -247,7 +296,10 @@ class PolicyGradient(AlignmentModule):
     def _experience_of(self, rollout: Rollout, values: Tensor | None) -> Experience:
         """Rewards -> target -> advantages."""
         advantages, returns = self._advantages(self._target(rollout), rollout, values)
-        return Experience(rollout, advantages, values, returns)
+        weights = self.response_weights(rollout, self._learnt(rollout))
+        if weights is not None:
+            advantages = advantages * weights.unsqueeze(-1)
+        return Experience(rollout, advantages, values, returns, weights)
 
     def _loss(
         self, experience: Experience, live: Rollout, values: Tensor | None
@@ -268,24 +320,34 @@ class PolicyGradient(AlignmentModule):
                 "ratio": surrogate.mean_ratio,
                 "update_kl": surrogate.approx_kl,
             }
-        if self.kl_estimator != "sampled":
-            loss = loss + target.kl_coef * kl_penalty(live.token_kl, mask)
+        if self.kl_estimator != "sampled" and target.kl_coef > 0:
+            k3 = self.kl_estimator == "k3"
+            token_kl = kl_k3(live.log_probs, rollout.reference_log_probs) if k3 else live.token_kl
+            if experience.weights is not None:
+                token_kl = token_kl * experience.weights.unsqueeze(-1)
+            loss = loss + target.kl_coef * kl_penalty(token_kl, mask)
         if values is not None and experience.values is not None and experience.returns is not None:
             value_loss = clipped_value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip)
             loss, logs["value_loss"] = loss + self.value_coef * value_loss, value_loss.detach()
-        # The estimate of what is maximised, with the exact KL: the one that the loss has.
-        objective = target.score - target.kl_coef * rollout.token_kl.sum(-1)
-        logs["objective"] = objective[mask.any(-1)].mean() if self._skips else objective.mean()
-        return loss * self._share(mask) if self._skips else loss, rollout, logs
+        kept = mask.any(-1)
+        objective = self.objective(target, rollout, kept)
+        logs["objective"] = objective[kept].mean() if self._skips else objective.mean()
+        uneven = self._skips or self.mean_over == "tokens"
+        return loss * self._share(mask) if uneven else loss, rollout, logs
 
     # -- advantages --------------------------------------------------------------------------------
 
     def _advantages(self, target: Target, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         mask, returns = self._learnt(rollout), None
         log_ratio = rollout.log_probs - rollout.reference_log_probs
+        of_group = self.group_advantages(target.score, mask.any(-1))
+        if of_group is not None:  # advantages are linear in the scores: what is left is those of the KL
+            target = target._replace(score=torch.zeros_like(target.score))
+        if self.kl_estimator == "k3":  # a loss of its own
+            target = target._replace(kl_coef=0.0)
         if values is not None:
             advantages, returns = generalized_advantage_estimation(
-                _token_rewards(target, rollout, mask, sampled=self.kl_estimator == "sampled"),
+                _token_rewards(target, rollout, mask, sampled=self.kl_estimator in ("sampled", "k3")),
                 values,
                 mask,
                 lam=self.gae_lambda,
@@ -307,16 +369,23 @@ class PolicyGradient(AlignmentModule):
                 lam=self.value_lambda,
                 siblings=self.samples_per_prompt > 1,
             )
-        elif self.kl_estimator == "sampled":
+        elif self.kl_estimator in ("sampled", "k3"):
             advantages = sampled_kl_advantages(target, rollout.log_probs, rollout.reference_log_probs, mask)
         else:
             baseline = log_ratio if self.kl_estimator == "prefix_baseline" else None
             advantages = rao_blackwell_advantages(target, rollout.token_kl, mask, log_ratio=baseline)
+        if of_group is not None:
+            advantages = advantages + masked(of_group.unsqueeze(-1).expand(mask.shape), mask)
         if self.normalise:
             advantages = normalise_advantages(advantages, mask, add_up=self._over_ranks)
         return advantages, returns
 
     # -- responses that are left out -----------------------------------------------------------------
+
+    @property
+    def samples_needed(self) -> int:
+        """Return how many responses with a reward a prompt must keep to be learnt from."""
+        return 1 if self.estimator == "ppo" or self.uses_value_model else 2
 
     def _learnt(self, rollout: Rollout) -> Tensor:
         """Return the tokens ``[B, G, T]`` that count in the update.
@@ -327,8 +396,7 @@ class PolicyGradient(AlignmentModule):
         mask = rollout.completions.mask
         if not self._skips:
             return mask
-        needed = 1 if self.estimator == "ppo" or self.uses_value_model else 2
-        kept = rollout.judged & (rollout.judged.sum(1, keepdim=True) >= needed)
+        kept = rollout.judged & (rollout.judged.sum(1, keepdim=True) >= self.samples_needed)
         return mask & kept.unsqueeze(-1)
 
     def _target(self, rollout: Rollout) -> Target:
@@ -355,7 +423,12 @@ class PolicyGradient(AlignmentModule):
         return self._experience[int(torch.randperm(self.minibatches, generator=generator)[part])]
 
     def _minibatch_update(self, experience: Experience) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
-        live, values = self._evaluate_responses(experience.rollout)
+        rollout = experience.rollout
+        kl_has_gradient = self.kl_estimator not in ("sampled", "k3") and self._target(rollout).kl_coef > 0
+        if self.critic is None and not kl_has_gradient:  # what the reference says is known since the rollout
+            live = rollout._replace(log_probs=self.loaded.policy_log_probs(rollout))
+            return self._loss(experience, live, None)
+        live, values = self._evaluate_responses(rollout)
         return self._loss(experience, live, values)
 
     # -- validation and test ---------------------------------------------------------------------------

@@ -11,10 +11,12 @@ def check_estimator(
     Raises:
         ValueError: Naming the option and what to do.
     """
-    if estimator not in (known := ("reinforce", "clipped", "ppo")):
-        raise ValueError(f"model.estimator must be one of {', '.join(known)}; got {estimator!r}")
-    if kl_estimator not in (known := ("rao_blackwell", "sampled", "prefix_baseline")):
-        raise ValueError(f"model.kl_estimator must be one of {', '.join(known)}; got {kl_estimator!r}")
+    for name, value, known in (
+        ("estimator", estimator, ("reinforce", "clipped", "ppo")),
+        ("kl_estimator", kl_estimator, ("rao_blackwell", "sampled", "prefix_baseline", "k3")),
+    ):
+        if value not in known:
+            raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {value!r}")
     if estimator == "ppo" and kl_estimator == "prefix_baseline":
         raise ValueError(
             "model.kl_estimator=prefix_baseline is a leave-one-out baseline, and ppo has a critic instead: "
@@ -53,6 +55,23 @@ def check_value_model_options(used: bool, named: bool, estimator: str, kl_estima
         )
     if lam < 1 and not used:
         raise ValueError("model.value_lambda is that of a value model's advantages, and none is in use")
+
+
+def check_group_estimator(
+    method: str, estimator: str, *, compares_group: bool, valued: bool, reads_value_model: bool
+) -> None:
+    """Refuse a critic where a method's advantages are those of a group, and a value model where nothing reads it.
+
+    Raises:
+        ValueError: Naming the option and what to do.
+    """
+    if compares_group and estimator == "ppo":
+        raise ValueError(
+            f"{method} compares the responses to a prompt with each other, and a critic cannot: set model.estimator to "
+            "reinforce or clipped"
+        )
+    if valued and not reads_value_model:
+        raise ValueError(f"{method} has no use for a value model: set model.value_model to false")
 
 
 def check_numbers(

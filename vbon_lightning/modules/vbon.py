@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
-from lightning.pytorch.utilities import rank_zero_warn
+import torch
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
 from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
+from vbon_lightning.modules.n_schedule import NSchedule
 from vbon_lightning.modules.policy_gradient import PolicyGradient
+from vbon_lightning.modules.reference_rewards import CDFEstimator, check_cdf_estimator, check_reference_rewards
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Rollout
 
 Bound = Literal["exact", "lower", "untied"]
-CDFEstimator = Literal["jeffreys", "add_one", "laplace", "digamma"]
 
 _NO_REWARDS = (
     "vBoN needs reference rewards: name a table (data.reference_table, made by `vbon predict`), sample them at every "
@@ -47,6 +49,9 @@ class VBoN(PolicyGradient):
         prior_samples: How many reference rewards of a prompt the value model's prediction counts for, beside the M
             that are known: few responses a prompt then do as well as many. 0 leaves the prediction to prompts of which
             none is known.
+        n_schedule: Let N go to ``n`` over the first updates, :class:`~vbon_lightning.modules.n_schedule.NSchedule`:
+            a small N is soon learnt, and gives the larger ones responses worth telling apart. Logged as ``n``. None
+            keeps N at ``n``.
         **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
     """
 
@@ -60,6 +65,7 @@ class VBoN(PolicyGradient):
         cdf_estimator: CDFEstimator = "jeffreys",
         log_ratio_floor: float | None = None,
         prior_samples: float = 0.0,
+        n_schedule: NSchedule | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, **kwargs)
@@ -67,8 +73,7 @@ class VBoN(PolicyGradient):
             raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n}")
         if bound not in (known := get_args(Bound)):
             raise ValueError(f"model.bound must be one of {', '.join(known)}; got {bound!r}")
-        if cdf_estimator not in (known := get_args(CDFEstimator)):
-            raise ValueError(f"model.cdf_estimator must be one of {', '.join(known)}; got {cdf_estimator!r}")
+        check_cdf_estimator(cdf_estimator)
         check_log_ratio_floor(log_ratio_floor)
         if log_ratio_floor is not None and bound != "exact":
             raise ValueError(
@@ -80,12 +85,14 @@ class VBoN(PolicyGradient):
             raise ValueError("model.prior_samples counts a value model's prediction: set data.value_model")
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
         self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
+        self.n_schedule = NSchedule.of(n_schedule)
         self.record_settings(
             n=n,
             bound=bound,
             cdf_estimator=cdf_estimator,
             log_ratio_floor=log_ratio_floor,
             **({"prior_samples": prior_samples} if prior_samples else {}),
+            **({"n_schedule": asdict(self.n_schedule)} if self.n_schedule else {}),
         )
 
     @property
@@ -96,27 +103,24 @@ class VBoN(PolicyGradient):
     def setup(self, stage: str) -> None:
         """Refuse to start without enough reference rewards, before anything expensive."""
         super().setup(stage)
-        samples, what = self.reference_samples, "model.reference_samples"
-        if not samples:
-            data = getattr(self.trainer, "datamodule", None)
-            if data is None or not hasattr(data, "table"):
-                return
-            if data.reference_table is None:
-                if self.uses_value_model:
-                    return  # which predicts the distribution of the reward
-                raise ValueError(_NO_REWARDS)
-            samples, what = data.reference_rewards, f"the reference table {data.reference_table}"
-        known = samples + self.prior_samples
-        if known < self.n:
-            raise ValueError(
-                f"{what} has M = {samples} reference rewards a prompt, fewer than n = {self.n:g}: Best-of-n cannot "
-                "be estimated from them; sample more or lower model.n"
-            )
-        if known < 4 * self.n:
-            rank_zero_warn(
-                f"{what} has M = {samples} reference rewards a prompt for n = {self.n:g}: the estimate of log F "
-                "near the top has a standard deviation of about sqrt(n/M); M of at least 4 n is advised"
-            )
+        largest = self.n
+        if self.n_schedule is not None:
+            largest = max(self.n, self.n_schedule.start)
+            if stage == "fit":
+                self.n_schedule.check_length(self.n, self.trainer.max_steps)
+        check_reference_rewards(self, n=largest, none=_NO_REWARDS, prior_samples=self.prior_samples)
+
+    @property
+    def current_n(self) -> float:
+        """Return N of the rollout that is learnt from: a function of the batches seen, so that a resume goes on."""
+        if self.n_schedule is None:
+            return self.n
+        accumulated = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
+        return self.n_schedule.at(self.rollout_number * self.updates_per_rollout // accumulated, self.n)
+
+    def _sampling_logs(self, rollout: Rollout, *, new: bool) -> dict[str, Tensor]:
+        logs = super()._sampling_logs(rollout, new=new)
+        return logs if self.n_schedule is None else {**logs, "n": torch.tensor(float(self.current_n))}
 
     def target(self, rollout: Rollout) -> Target:
         """Return the log-ratio of Best-of-N to the reference over N - 1, and the KL's weight 1/(N - 1)."""
@@ -135,7 +139,7 @@ class VBoN(PolicyGradient):
         else:
             raise ValueError(_NO_REWARDS)
         log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
-        return vbon_target(log_reference, cdf, n=self.n, bound=self.bound, log_ratio_floor=self.log_ratio_floor)
+        return vbon_target(log_reference, cdf, n=self.current_n, bound=self.bound, log_ratio_floor=self.log_ratio_floor)
 
     def bin_log_weights(self, rollout: Rollout) -> Tensor:
         """Return log w_n of each bin under the prompt's own distribution of the reward, ``[B, K]``."""
@@ -146,7 +150,7 @@ class VBoN(PolicyGradient):
             log_cdf = self._scorer.log_cdf(rollout.prompts, rewards)
         if log_cdf is None:
             raise ValueError(_NO_REWARDS)
-        log_weights = self._scorer.bon_log_weights(log_cdf, n=self.n)
+        log_weights = self._scorer.bon_log_weights(log_cdf, n=self.current_n)
         return log_weights if self.log_ratio_floor is None else log_weights.clamp(min=self.log_ratio_floor)
 
     @property

@@ -1,0 +1,82 @@
+"""Group-relative policy optimisation, as people know it: for comparison."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.functional import (
+    LengthNorm,
+    Target,
+    group_normalised_advantages,
+    kl_rl_target,
+    length_weights,
+)
+from vbon_lightning.modules.policy_gradient import KLEstimator, PolicyGradient
+from vbon_lightning.types import Rollout
+
+
+class GRPO(PolicyGradient):
+    r"""Maximise the reward by advantages in units of their group's spread, with the KL as a k3 term in the loss.
+
+    :math:`A_i = (r_i - \bar r) / (s + 10^{-4})` over a prompt's samples, the clipped ratio, and
+    :math:`\beta (\pi_{ref}/\pi - 1 - \log \pi_{ref}/\pi)` a token: Shao and others, "DeepSeekMath: Pushing the Limits
+    of Mathematical Reasoning in Open Language Models", 2024, equation 3 and 4. The numbers are those of TRL's
+    ``GRPOTrainer`` with ``loss_type`` and ``scale_rewards`` set alike, token by token importance ratios, and gradients
+    of the same loss.
+
+    What is biased about it, in TRL as here: the division by the spread weighs prompts by its inverse and counts the
+    KL's weight in units of it, so that its optimum is not ``ref exp(r / beta)``; the mean that holds the sample itself
+    shrinks advantages by (G - 1)/G; ``grpo`` punishes long wrong responses less a token than short ones; and the
+    gradient of k3 as a loss is that of KL(reference || policy) at the sampled prefixes. ``scale_rewards: false``,
+    ``length_norm: dr_grpo`` ("Dr. GRPO": Liu and others, "Understanding R1-Zero-Like Training: A Critical Perspective",
+    2025) and ``kl_estimator: rao_blackwell`` take these away one by one; :class:`~vbon_lightning.modules.kl_rl.KLRL`
+    has none.
+
+    Args:
+        actors: The policy, reference and reward, as the data module names them.
+        beta: Weight of the KL, >= 0, in units of advantage a nat. TRL's default is 0; the paper's 0.04.
+        scale_rewards: Divide by the standard deviation of the group (TRL's ``scale_rewards: group``, or ``none``).
+        length_norm: What a response counts: ``grpo`` (the mean over its tokens), ``dr_grpo`` (their sum over
+            ``data.max_new_tokens``) or ``dapo`` (the mean over all tokens of the update, on all ranks).
+        estimator: ``clipped``, or ``reinforce``, the same for one update a rollout.
+        kl_estimator: ``k3``, or one of :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient`'s others.
+        **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes, but for a critic.
+    """
+
+    reads_value_model = False
+    compares_group = True
+
+    def __init__(
+        self,
+        actors: ActorSpec,
+        beta: float = 0.04,
+        scale_rewards: bool = True,
+        length_norm: LengthNorm = "grpo",
+        estimator: Literal["reinforce", "clipped"] = "clipped",
+        kl_estimator: KLEstimator = "k3",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(actors, estimator=estimator, kl_estimator=kl_estimator, **kwargs)
+        if not 0 <= beta < math.inf:
+            raise ValueError(f"model.beta must be a number >= 0, got {beta}")
+        if length_norm not in (known := get_args(LengthNorm)):
+            raise ValueError(f"model.length_norm must be one of {', '.join(known)}; got {length_norm!r}")
+        self.beta, self.scale_rewards, self.length_norm = beta, scale_rewards, length_norm
+        self.mean_over = "tokens" if length_norm == "dapo" else "responses"
+        self.record_settings(beta=beta, scale_rewards=scale_rewards, length_norm=length_norm)
+
+    def target(self, rollout: Rollout) -> Target:
+        """Return the rewards and the KL's weight beta."""
+        return kl_rl_target(rollout.rewards, beta=self.beta)
+
+    def group_advantages(self, scores: Tensor, kept: Tensor) -> Tensor:
+        """Return the rewards less their group's mean, in units of its spread, ``[B, G]``."""
+        return group_normalised_advantages(scores, kept=kept, scale=self.scale_rewards)
+
+    def response_weights(self, rollout: Rollout, mask: Tensor) -> Tensor:
+        """Return what makes the sum over a response's tokens the mean that is asked for, ``[B, G]``."""
+        return length_weights(mask, norm=self.length_norm, max_length=self.loaded.max_new_tokens)
