@@ -44,7 +44,7 @@ from vbon_lightning.functional.kl import (
     vocabulary_kl,
 )
 from vbon_lightning.functional.max_at_k import MaxAtKForm, max_at_k_advantages
-from vbon_lightning.functional.policy_filtration import Filter, filter_counts, filter_probabilities
+from vbon_lightning.functional.policy_filtration import FilterStrategy, filter_counts, filter_probabilities
 from vbon_lightning.functional.policy_gradient import (
     AdvantageEstimate,
     SurrogateLoss,
@@ -102,7 +102,7 @@ __all__ = [
     "AnnealingShape",
     "BonbonGap",
     "Candidates",
-    "Filter",
+    "FilterStrategy",
     "GroupExtremes",
     "InfAlignTies",
     "InfAlignTransform",
