@@ -66,6 +66,7 @@ def test_equals_two_separate_models(files: Path, base: str, tmp_path: Path) -> N
     assert torch.equal(one.completions.tokens, other.completions.tokens)
     assert torch.equal(one.reference_rewards, other.reference_rewards)
     assert one.token_kl.sum() > 0.1, "otherwise the adapters do nothing"
+    assert torch.equal(shared.policy_log_probs(one), one.log_probs)
     for name in ("log_probs", "reference_log_probs", "token_kl"):
         assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-5), name
     live, _ = shared.statistics(one)

@@ -37,7 +37,7 @@ from vbon_lightning.cli import run
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"vbon": 5, "sft": 5, "bonsft": 5, "dpo": 5, **dict.fromkeys(REGRESSIONS, 5), "clipped": 13, "ppo": 15}
-STEPS |= {"annealed": 5, "infalign": 3, "maxatk": 3, "rloo": 3, "grpo": 9, "pfppo": 5}
+STEPS |= {"annealed": 5, "maxatk": 3, "grpo": 9, "pfppo": 5}
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         *((kind, kill) for kind in ("bonsft", "dpo", *REGRESSIONS) for kill in (1, 3)),
         *(("clipped", kill) for kill in (2, 8, 9)),
         *(("ppo", kill) for kill in (3, 8, 13)),
-        *(("annealed", 2), ("infalign", 2), ("maxatk", 2), ("rloo", 2)),
-        *(("grpo", 6), ("pfppo", 2), ("pfppo", 3)),
+        *(("annealed", 2), ("maxatk", 2), ("grpo", 6), ("pfppo", 3)),
     ],
 )
 def test_killed_and_resumed(kind: str, kill: int, files: Path, tmp_path: Path, uninterrupted: Any) -> None:

@@ -314,6 +314,13 @@ def test_statistics_equal_an_independent_computation(models, temperature):
             assert torch.allclose(rollout.token_kl[place, sample][kept].double(), kl, atol=1e-4)
 
 
+def test_the_policy_alone_says_what_it_says_beside_its_reference(models):
+    actors = load(models, temperature=0.7)
+    rollout = roll(actors)
+    assert torch.equal(actors.policy_log_probs(rollout), rollout.log_probs)
+    assert not rollout.log_probs.eq(0).all()
+
+
 def test_the_gradient_goes_to_the_policy_only(models):
     actors = load(models)
     assert actors.reference is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.helpers import EOS, save_tiny_model
 from tests.modules.setting import VowelReward, make_data, make_trainer
 from vbon_lightning import DPO, KLRL, QRPO, AStarPO, BoNRegression, BoNSFT, ReferenceSampler, TextSource, VBoN
+from vbon_lightning.modules import NSchedule
 
 LENGTH, N, BETA, QUANTILE_BETA = 3, 4, 0.3, 0.2
 PROMPTS = ["a", "b", "ce", "eb"]
@@ -98,13 +99,20 @@ def trainer(directory: Path) -> Any:
 
 @pytest.mark.parametrize("kl_estimator", ["rao_blackwell", "sampled", "prefix_baseline"])
 def test_vbon_reaches_best_of_n(kl_estimator: Any, data: Any, tmp_path: Path) -> None:
+    reaches_best_of_n(data, tmp_path, kl_estimator=kl_estimator)
+
+
+def test_vbon_whose_n_grows_reaches_best_of_the_last(data: Any, tmp_path: Path) -> None:
+    reaches_best_of_n(data, tmp_path, n_schedule=NSchedule(start=1.5, updates=30))
+
+
+def reaches_best_of_n(data: Any, directory: Path, **options: Any) -> None:
     module = VBoN(
-        data.actors, n=N, samples_per_prompt=32, reference_samples=128, kl_estimator=kl_estimator,
-        optimizer=adam, lr_scheduler=decay,
-    )  # fmt: skip
+        data.actors, n=N, samples_per_prompt=32, reference_samples=128, optimizer=adam, lr_scheduler=decay, **options
+    )
     module.configure_model()
     before = divergence(module, data, best_of_n)
-    trainer(tmp_path).fit(module, data)
+    trainer(directory).fit(module, data)
     after = divergence(module, data, best_of_n)
     assert before > 0.5
     assert after < 0.2 * before

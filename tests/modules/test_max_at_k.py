@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tests.functional.test_max_at_k import by_subsets
+from tests.models.setting import make_valued_files
 from tests.modules.one_update import assert_same_gradient, move, set_up, token_log_probs
-from tests.modules.setting import make_data, make_files, make_module
+from tests.modules.setting import make_data, make_files, make_module, make_trainer
 from tests.modules.wiring.setting import Spy
 from vbon_lightning import MaxAtK
+from vbon_lightning.models import ModelSpec
 
 BETA = 0.3
 
@@ -21,6 +23,11 @@ BETA = 0.3
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def valued_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_valued_files(tmp_path_factory.mktemp("valued"))
 
 
 @pytest.mark.parametrize("form", ["plain", "marginal", "centred"])
@@ -68,6 +75,16 @@ def test_the_reference_is_run_again_only_for_the_exact_kl(
     # The loss is the one with the reference run again.
     live, _ = module._evaluate_responses(experience.rollout)
     torch.testing.assert_close(found[1], module._loss(experience, live, None)[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("changed", [{"lora": {"r": 2, "lora_alpha": 8}}, {"tilt": "value"}], ids=["LoRA", "tilted"])
+def test_a_policy_that_stands_on_its_reference(changed: dict[str, Any], valued_files: Path, tmp_path: Path) -> None:
+    if "tilt" in changed:
+        changed = {"tilt": str(valued_files / "value")}
+    data = make_data(valued_files, policy=ModelSpec(str(valued_files / "llama"), **changed), val=None)
+    module: Any = make_module("maxatk", data, beta=0.0, estimator="clipped", epochs_per_rollout=2)
+    make_trainer(tmp_path, steps=4, callbacks=[], enable_checkpointing=False).fit(module, data)
+    assert module.last_rollout.token_kl.sum() > 0, "it has left its reference"
 
 
 def test_without_the_kl_nothing_pulls_to_the_reference(files: Path) -> None:

@@ -172,7 +172,7 @@ def test_select_prompts() -> None:
             "normalise divides the advantages, and with model.kl_estimator=rao_",
         ),
         (KLRL, {"estimator": "a2c"}, "model.estimator must be one of reinforce, clipped, ppo; got 'a2c'"),
-        (KLRL, {"kl_estimator": "k3"}, "model.kl_estimator must be one of"),
+        (KLRL, {"kl_estimator": "k4"}, "model.kl_estimator must be one of"),
         (KLRL, {"epochs_per_rollout": 2}, "REINFORCE is unbiased for one update a rollout only"),
         (KLRL, {"minibatches": 2}, "REINFORCE is unbiased for one update a rollout only"),
         (KLRL, {"minibatches": 0}, "must be >= 1"),

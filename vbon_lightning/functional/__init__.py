@@ -47,7 +47,7 @@ from vbon_lightning.functional.kl import (
 )
 from vbon_lightning.functional.log_ratio_regression import RegressionLoss, log_ratio_regression
 from vbon_lightning.functional.max_at_k import MaxAtKForm, max_at_k_advantages
-from vbon_lightning.functional.policy_filtration import Filter, filter_counts, filter_probabilities
+from vbon_lightning.functional.policy_filtration import FilterStrategy, filter_counts, filter_probabilities
 from vbon_lightning.functional.policy_gradient import (
     AdvantageEstimate,
     SurrogateLoss,
@@ -106,7 +106,7 @@ __all__ = [
     "AnnealingShape",
     "BonbonGap",
     "Candidates",
-    "Filter",
+    "FilterStrategy",
     "GroupExtremes",
     "InfAlignTies",
     "InfAlignTransform",

@@ -10,11 +10,11 @@ from torch import Tensor
 from vbon_lightning.functional._validate import check_dims, check_float, check_mask, check_same_shape
 from vbon_lightning.functional.selection import systematic_resampling
 
-Filter = Literal["best", "best_random", "best_worst"]
+FilterStrategy = Literal["best", "best_random", "best_worst"]
 
 
 @torch.no_grad()
-def filter_probabilities(rewards: Tensor, *, strategy: Filter, kept: Tensor | None = None) -> Tensor:
+def filter_probabilities(rewards: Tensor, *, strategy: FilterStrategy, kept: Tensor | None = None) -> Tensor:
     """Compute with which probability PF-PPO's resampling draws each response of a prompt, by the rank of its reward.
 
     ``best``: 1 for the best. ``best_random``: 1/2 for the best, the rest in equal shares of 1/2. ``best_worst``: 1/2
@@ -36,7 +36,7 @@ def filter_probabilities(rewards: Tensor, *, strategy: Filter, kept: Tensor | No
     """
     check_float("rewards", rewards)
     check_dims("rewards", rewards, 2, "[B, G]")
-    if strategy not in (known := get_args(Filter)):
+    if strategy not in (known := get_args(FilterStrategy)):
         raise ValueError(f"strategy must be one of {', '.join(known)}, got {strategy!r}")
     if kept is None:
         kept = torch.ones_like(rewards, dtype=torch.bool)

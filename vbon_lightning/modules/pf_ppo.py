@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.functional import Filter, filter_counts, filter_probabilities
+from vbon_lightning.functional import FilterStrategy, filter_counts, filter_probabilities
 from vbon_lightning.modules.kl_rl import KLRL
 from vbon_lightning.modules.policy_gradient import KLEstimator
 from vbon_lightning.sampling import prompt_noise
@@ -50,7 +50,7 @@ class PFPPO(KLRL):
     def __init__(
         self,
         actors: ActorSpec,
-        filter: Filter = "best_random",
+        filter: FilterStrategy = "best_random",
         draws: int | None = None,
         beta: float = 0.1,
         estimator: Literal["reinforce", "clipped"] = "clipped",
@@ -58,7 +58,7 @@ class PFPPO(KLRL):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, beta=beta, estimator=estimator, kl_estimator=kl_estimator, **kwargs)
-        if filter not in (known := get_args(Filter)):
+        if filter not in (known := get_args(FilterStrategy)):
             raise ValueError(f"model.filter must be one of {', '.join(known)}; got {filter!r}")
         if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
             raise ValueError(f"model.draws must be an integer >= 1, got {draws!r}")
