@@ -64,6 +64,11 @@ def test_the_minimum_is_the_target_and_the_expected_gradient_that_of_the_kl() ->
     torch.testing.assert_close(expected_gradient(loss), want, rtol=0, atol=1e-10)
 
 
+def test_the_loss_is_in_the_dtype_of_the_log_ratio() -> None:
+    found = log_ratio_regression(torch.zeros(2), torch.ones(2, dtype=torch.float64))
+    assert [value.dtype for value in found] == [torch.float32] * 3
+
+
 def test_losses_over_shards_average_to_the_loss_of_the_whole() -> None:
     log_ratio, goal = torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(1))
     parts = [log_ratio_regression(log_ratio[s], goal[s]).loss for s in (slice(0, 2), slice(2, 4))]

@@ -138,6 +138,14 @@ def test_without_ties_the_three_are_one_and_small_betas_are_exact() -> None:
     assert wide.item() == pytest.approx(0.0, abs=1e-9)
 
 
+def test_single_precision_is_computed_in_double() -> None:
+    """At the highest quantile two numbers of ten thousand nats leave nine."""
+    for ties in ("exact", "upper", "mid"):
+        goal = qrpo_goal(Quantiles(torch.ones(1, 1), torch.ones(1, 1)), beta=1e-4, ties=ties)
+        assert goal.dtype == torch.float32
+        assert goal.item() == pytest.approx(-math.log(1e-4), abs=1e-5)
+
+
 # -- the loss --
 
 
