@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.functional.enumerable import LOG_P, expected_gradient, minimum, objective_gradient
+from tests.functional.six_responses import LOG_P, expected_gradient, minimum, objective_gradient
 from vbon_lightning.functional import log_ratio_regression
 
 TARGET = torch.tensor([0.4, 0.1, 0.05, 0.15, 0.2, 0.1], dtype=torch.float64).log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
-from vbon_lightning.modules.base import check_above_one, check_log_ratio_floor, check_prior_samples
+from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Rollout
@@ -62,7 +63,8 @@ class VBoN(PolicyGradient):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, **kwargs)
-        check_above_one(n)
+        if not 1 < n < math.inf:
+            raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n}")
         if bound not in (known := get_args(Bound)):
             raise ValueError(f"model.bound must be one of {', '.join(known)}; got {bound!r}")
         if cdf_estimator not in (known := get_args(CDFEstimator)):
