@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.functional.enumerable import LOG_P, REWARDS, expected_gradient, minimum, objective_gradient, tables
+from tests.functional.six_responses import LOG_P, REWARDS, expected_gradient, minimum, objective_gradient, tables
 from vbon_lightning.functional import a_star_po_loss, optimal_value
 
 BETA = 0.7

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.functional.enumerable import (
+from tests.functional.six_responses import (
     AT_OR_BELOW,
     BELOW,
     LOG_P,

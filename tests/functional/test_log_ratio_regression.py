@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.functional.enumerable import LOG_P, expected_gradient, minimum, objective_gradient
+from tests.functional.six_responses import LOG_P, expected_gradient, minimum, objective_gradient
 from vbon_lightning.functional import log_ratio_regression
 
 TARGET = torch.tensor([0.4, 0.1, 0.05, 0.15, 0.2, 0.1], dtype=torch.float64).log()
@@ -62,6 +62,11 @@ def test_the_minimum_is_the_target_and_the_expected_gradient_that_of_the_kl() ->
     torch.testing.assert_close(minimum(loss), TARGET, rtol=0, atol=1e-6)
     want = objective_gradient(lambda log_pi: 2 * (log_pi.exp() * (log_pi - TARGET)).sum())
     torch.testing.assert_close(expected_gradient(loss), want, rtol=0, atol=1e-10)
+
+
+def test_the_loss_is_in_the_dtype_of_the_log_ratio() -> None:
+    found = log_ratio_regression(torch.zeros(2), torch.ones(2, dtype=torch.float64))
+    assert [value.dtype for value in found] == [torch.float32] * 3
 
 
 def test_losses_over_shards_average_to_the_loss_of_the_whole() -> None:

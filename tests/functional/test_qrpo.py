@@ -12,7 +12,7 @@ import scipy.integrate
 import torch
 from torch import Tensor
 
-from tests.functional.enumerable import (
+from tests.functional.six_responses import (
     AT_OR_BELOW,
     BELOW,
     LOG_P,
@@ -22,7 +22,14 @@ from tests.functional.enumerable import (
     objective_gradient,
     tables,
 )
-from vbon_lightning.functional import Quantiles, qrpo_goal, qrpo_log_partition, qrpo_loss, reward_quantiles
+from vbon_lightning.functional import (
+    Quantiles,
+    bon_kl_bound,
+    qrpo_goal,
+    qrpo_log_partition,
+    qrpo_loss,
+    reward_quantiles,
+)
 
 BETA = 0.2
 QUANTILES = Quantiles(BELOW[None], AT_OR_BELOW[None])
@@ -53,6 +60,12 @@ def test_the_partition_function_by_quadrature() -> None:
     for beta in (0.1, 0.7, 3.0):
         integral = scipy.integrate.quad(lambda u, beta=beta: math.exp(u / beta), 0, 1)[0]
         assert qrpo_log_partition(beta) == pytest.approx(math.log(integral), rel=1e-10)
+
+
+def test_at_a_fifth_the_optimum_has_about_the_kl_of_best_of_4() -> None:
+    partition = qrpo_log_partition(0.2)
+    kl = scipy.integrate.quad(lambda u: math.exp(u / 0.2 - partition) * (u / 0.2 - partition), 0, 1)[0]
+    assert kl == pytest.approx(bon_kl_bound(4), rel=0.05)
 
 
 # -- quantiles --
@@ -136,6 +149,14 @@ def test_without_ties_the_three_are_one_and_small_betas_are_exact() -> None:
     torch.testing.assert_close(close, goals[0], rtol=0, atol=1e-7)
     wide = qrpo_goal(Quantiles(torch.zeros(1, 1).double(), torch.ones(1, 1).double()), beta=1e-5)
     assert wide.item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_single_precision_is_computed_in_double() -> None:
+    """At the highest quantile two numbers of ten thousand nats leave nine."""
+    for ties in ("exact", "upper", "mid"):
+        goal = qrpo_goal(Quantiles(torch.ones(1, 1), torch.ones(1, 1)), beta=1e-4, ties=ties)
+        assert goal.dtype == torch.float32
+        assert goal.item() == pytest.approx(-math.log(1e-4), abs=1e-5)
 
 
 # -- the loss --

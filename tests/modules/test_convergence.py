@@ -160,25 +160,25 @@ def test_bonsft_reaches_best_of_n(selection: Any, table_data: Any, tmp_path: Pat
     assert after < 0.2 * before
 
 
-@pytest.mark.parametrize("responses", ["table", "policy"])
 @pytest.mark.parametrize(
     ("cls", "options", "optimum"),
-    [(QRPO, {"beta": QUANTILE_BETA}, of_quantiles), (BoNRegression, {"n": N, "log_ratio_floor": -6.0}, best_of_n)],
+    [
+        (QRPO, {"beta": QUANTILE_BETA, "responses": "table"}, of_quantiles),
+        (BoNRegression, {"n": N, "log_ratio_floor": -6.0, "responses": "policy"}, best_of_n),
+    ],
     ids=["qrpo", "bonregression"],
 )
 def test_regressions_reach_their_targets(
-    cls: Any, options: dict[str, Any], optimum: Any, responses: Any, table_data: Any, tmp_path: Path
+    cls: Any, options: dict[str, Any], optimum: Any, table_data: Any, tmp_path: Path
 ) -> None:
     """From the reference's responses it takes longer: what the policy comes to write is seldom among them."""
-    module = cls(
-        table_data.actors, responses=responses, responses_per_prompt=32, optimizer=adam, lr_scheduler=decay, **options
-    )
+    module = cls(table_data.actors, responses_per_prompt=32, optimizer=adam, lr_scheduler=decay, **options)
     module.configure_model()
     before = divergence(module, table_data, optimum)
     trainer(tmp_path).fit(module, table_data)
     after = divergence(module, table_data, optimum)
     assert before > 0.5
-    assert after < (0.2 if responses == "policy" else 0.5) * before
+    assert after < (0.2 if module.responses == "policy" else 0.5) * before
 
 
 @pytest.mark.parametrize("beta1", [BETA, 3 * BETA], ids=["one temperature", "two"])

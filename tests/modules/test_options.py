@@ -63,7 +63,6 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Best-of-N regression, n": ("bonregression", {}, {"n": 2.5}),
     "Best-of-N regression, log_ratio_floor": ("bonregression", {}, {"log_ratio_floor": -1.0}),
     "Best-of-N regression, responses": ("bonregression", {}, {"responses": "policy"}),
-    "Best-of-N regression, seed": ("bonregression", {}, {"seed": 7}),
     "BoN-SFT, n": ("bonsft", {}, {"n": 2}),
     "BoN-SFT, responses_per_prompt": ("bonsft", {}, {"responses_per_prompt": 2}),
     "BoN-SFT, selection": ("bonsft", {}, {"selection": "groups"}),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RegressionLoss, a_star_po_loss, optimal_value
+from vbon_lightning.modules.base import check_positive
 from vbon_lightning.modules.log_ratio_regression import LogRatioRegression
-from vbon_lightning.modules.offline import check_positive
 
 
 class AStarPO(LogRatioRegression):

@@ -461,3 +461,15 @@ def check_prior_samples(prior_samples: float) -> None:
     """Refuse a weight of the value model's prediction that is no number >= 0."""
     if isinstance(prior_samples, bool) or not 0 <= prior_samples < math.inf:
         raise ValueError(f"model.prior_samples must be a number >= 0, got {prior_samples!r}")
+
+
+def check_above_one(n: float) -> None:
+    """Refuse an N of Best-of-N that is no number above 1."""
+    if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
+        raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a number that is not finite and above zero."""
+    if isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"model.{name} must be a number > 0, got {value!r}")

@@ -12,8 +12,8 @@ from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
 from vbon_lightning.models import TiltedLM
-from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
-from vbon_lightning.modules.offline import OfflineBestOfN, check_above_one, check_at_least_one, select_responses
+from vbon_lightning.modules.base import check_above_one, check_log_ratio_floor, check_prior_samples
+from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import noise_seed, pick_some, pick_weighted, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
 from vbon_lightning.types import PromptBatch, Responses, TableBatch

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RegressionLoss, bon_regression_loss, pooled_reward_cdf
-from vbon_lightning.modules.base import check_log_ratio_floor
+from vbon_lightning.modules.base import check_above_one, check_log_ratio_floor
 from vbon_lightning.modules.log_ratio_regression import LogRatioRegression, Source
-from vbon_lightning.modules.offline import check_above_one
 
 
 class BoNRegression(LogRatioRegression):

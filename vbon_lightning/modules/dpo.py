@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import bonbon_gap, bonbon_loss, dpo_loss, sequence_log_prob
-from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, check_positive, select_responses
+from vbon_lightning.modules.base import check_positive
+from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import pick_groups, response_statistics
 from vbon_lightning.types import TableBatch
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, kl_rl_target
+from vbon_lightning.modules.base import check_positive
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.types import Rollout
 
@@ -27,8 +27,7 @@ class KLRL(PolicyGradient):
 
     def __init__(self, actors: ActorSpec, beta: float = 0.1, **kwargs: Any) -> None:
         super().__init__(actors, **kwargs)
-        if not 0 < beta < math.inf:
-            raise ValueError(f"model.beta must be a number > 0, got {beta}")
+        check_positive("beta", beta)
         self.beta = beta
         self.record_settings(beta=beta)
 

@@ -23,8 +23,8 @@ class LogRatioRegression(FromTable):
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
-        responses: Whose responses are learnt: ``table`` (picked at random from the reference table's, seldom those that
-            the policy comes to write) or ``policy`` (its own, which the reward is called for).
+        responses: Whose responses are learnt: ``table`` (picked at random from the reference table's, of which those
+            that the policy comes to write are few) or ``policy`` (its own, sampled and scored at every step).
         responses_per_prompt: Responses a prompt and step.
         **kwargs: What :class:`~vbon_lightning.modules.offline.FromTable` takes.
     """

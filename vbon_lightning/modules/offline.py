@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -169,15 +168,3 @@ def check_at_least_one(name: str, count: int) -> None:
     """Refuse a count below one."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"model.{name} must be an integer >= 1, got {count!r}")
-
-
-def check_above_one(n: float) -> None:
-    """Refuse an N of Best-of-N that is no number above 1."""
-    if isinstance(n, bool) or not isinstance(n, int | float) or not 1 < n < math.inf:
-        raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n!r}")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Refuse a number that is not finite and above zero."""
-    if isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"model.{name} must be a number > 0, got {value!r}")

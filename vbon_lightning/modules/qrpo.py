@@ -9,8 +9,8 @@ from torch import Tensor
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RegressionLoss, qrpo_loss, reward_quantiles
 from vbon_lightning.functional.qrpo import Ties
+from vbon_lightning.modules.base import check_positive
 from vbon_lightning.modules.log_ratio_regression import LogRatioRegression, Source
-from vbon_lightning.modules.offline import check_positive
 
 
 class QRPO(LogRatioRegression):
