@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from vbon_lightning.decoding import sample
     from vbon_lightning.models import ModelSpec
     from vbon_lightning.modules import (
+        BOND,
         DPO,
+        JBOND,
         KLRL,
         SFT,
+        WIND,
         BoNDistillation,
         BoNSFT,
         ReferenceSampler,
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOND",
     "DPO",
+    "JBOND",
     "KLRL",
     "SFT",
+    "WIND",
     "ActorSpec",
     "AlignmentDataModule",
     "BoNDistillation",
@@ -44,9 +50,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BOND": "modules",
     "DPO": "modules",
+    "JBOND": "modules",
     "KLRL": "modules",
     "SFT": "modules",
+    "WIND": "modules",
     "ActorSpec": "actors",
     "AlignmentDataModule": "data",
     "BoNDistillation": "modules",

@@ -25,9 +25,12 @@ from vbon_lightning.commands.parsers import PADDING, TRACEBACK, OneLineErrors, w
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.loggers import RunLogger
 from vbon_lightning.modules import (
+    BOND,
     DPO,
+    JBOND,
     KLRL,
     SFT,
+    WIND,
     BoNDistillation,
     BoNSFT,
     ReferenceSampler,
@@ -39,10 +42,13 @@ from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.sharded_strategy import ShardedStrategy
 
 __all__ = [
+    "BOND",
     "COMMANDS",
     "DPO",
+    "JBOND",
     "KLRL",
     "SFT",
+    "WIND",
     "BoNDistillation",
     "BoNSFT",
     "ReferenceSampler",

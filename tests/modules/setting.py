@@ -17,9 +17,12 @@ from torch import Tensor
 
 from tests.helpers import save_tiny_model
 from vbon_lightning import (
+    BOND,
     DPO,
+    JBOND,
     KLRL,
     SFT,
+    WIND,
     AlignmentDataModule,
     BoNDistillation,
     BoNSFT,
@@ -130,6 +133,8 @@ def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSched
 def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> LightningModule:
     """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl``, ``bonsft``, ``dpo``, ``sft`` and those of value models.
 
+    ``forward`` and ``jeffreys`` are vBoN's divergences; the anchors of ``bond``, ``jbond`` and ``wind`` move.
+
     ``valuemodelling`` trains one; ``distillation`` and ``valuecritic`` read the one that the data names.
     """
     online = {"samples_per_prompt": 4, "reference_samples": 16}
@@ -137,6 +142,14 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
     common: dict[str, Any] = {"actors": data.actors, "optimizer": adam, "lr_scheduler": cosine}
     if kind == "vbon":
         return VBoN(**(common | online | {"n": 4} | changes))
+    if kind in ("forward", "jeffreys"):
+        return VBoN(**(common | online | {"n": 4, "divergence": kind, "forward_responses": 2} | changes))
+    if kind == "bond":
+        return BOND(**(common | online | {"n": 2, "anchor_every": 2} | changes))
+    if kind == "jbond":
+        return JBOND(**(common | {"anchor_rate": 0.3, "regularisation": 0.5} | changes))
+    if kind == "wind":
+        return WIND(**(common | {"samples_per_prompt": 4, "reference_samples": 4, "anchor_every": 2} | changes))
     if kind == "clipped":
         return VBoN(**(common | online | several | {"n": 4, "estimator": "clipped"} | changes))
     if kind == "ppo":

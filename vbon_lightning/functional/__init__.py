@@ -22,6 +22,7 @@ from vbon_lightning.functional.binned_best_of_n import (
     binned_bon_win_rate,
     win_rate_by_cdf,
 )
+from vbon_lightning.functional.bond import bond_target
 from vbon_lightning.functional.distillation import (
     Candidates,
     Teacher,
@@ -32,6 +33,8 @@ from vbon_lightning.functional.distillation import (
     teacher_probs,
 )
 from vbon_lightning.functional.empirical_kl import bon_kl
+from vbon_lightning.functional.forward_kl import bon_cross_entropy
+from vbon_lightning.functional.j_bond import j_bond_rewards, leave_one_out_of_all
 from vbon_lightning.functional.kl import (
     TokenStatistics,
     kl_k1,
@@ -90,9 +93,11 @@ from vbon_lightning.functional.targets import (
     token_rewards,
     vbon_target,
 )
+from vbon_lightning.functional.wind import WIND_FITS, wind_log_ratio, wind_loss
 
 __all__ = [
     "CDF_ESTIMATORS",
+    "WIND_FITS",
     "AdvantageEstimate",
     "BonbonGap",
     "Candidates",
@@ -110,6 +115,7 @@ __all__ = [
     "binned_bon_win_rate",
     "binned_reward_cdf",
     "bon_bin_log_weights",
+    "bon_cross_entropy",
     "bon_expected_reward",
     "bon_kl",
     "bon_kl_bound",
@@ -125,6 +131,7 @@ __all__ = [
     "bonbon_beta",
     "bonbon_gap",
     "bonbon_loss",
+    "bond_target",
     "bradley_terry_loss",
     "candidate_teacher",
     "clipped_surrogate_loss",
@@ -139,6 +146,7 @@ __all__ = [
     "forward_divergence",
     "generalized_advantage_estimation",
     "group_extremes",
+    "j_bond_rewards",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -146,6 +154,7 @@ __all__ = [
     "kl_rl_target",
     "kl_weight",
     "leave_one_out",
+    "leave_one_out_of_all",
     "mixed_log_cdf",
     "normalise_advantages",
     "predicted_log_cdf",
@@ -168,5 +177,7 @@ __all__ = [
     "vbon_target",
     "vocabulary_kl",
     "win_rate_by_cdf",
+    "wind_log_ratio",
+    "wind_loss",
     "with_exact_end",
 ]

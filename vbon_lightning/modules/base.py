@@ -165,8 +165,10 @@ class AlignmentModule(LightningModule):
                     check_context(model, longest(), response_tokens)
 
     def on_fit_start(self) -> None:
-        """Check that the texts fit the model's context, and the table's responses what ends one; say what does."""
-        self.check_lengths(self.response_room)
+        """Check that the texts, cached responses too, fit the model's context; say what ends a response."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        cached = data.table().longest_response if self.batch_kind == "responses" and hasattr(data, "table") else 0
+        self.check_lengths(max(cached, self.response_room))
         self.check_ends()
 
     def check_ends(self) -> None:

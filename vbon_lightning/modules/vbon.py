@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
+from vbon_lightning.functional import RewardCDF, Target, kl_weight, reward_cdf, sequence_log_prob, vbon_target
 from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
-from vbon_lightning.modules.policy_gradient import PolicyGradient
+from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Rollout
 
@@ -24,8 +24,8 @@ _NO_REWARDS = (
 )
 
 
-class VBoN(PolicyGradient):
-    r"""Fine-tune the policy towards the distribution that Best-of-N induces, by the backward KL.
+class VBoN(ForwardTerm):
+    r"""Fine-tune the policy towards the distribution that Best-of-N induces, by the backward KL or the forward one.
 
     Maximises
     :math:`\frac{1}{N-1} E_\pi[\log \pi_{bon}(y) - \log \pi_{ref}(y)] - \frac{1}{N-1} KL(\pi \| \pi_{ref})`,
@@ -47,10 +47,12 @@ class VBoN(PolicyGradient):
         prior_samples: How many reference rewards of a prompt the value model's prediction counts for, beside the M
             that are known: few responses a prompt then do as well as many. 0 leaves the prediction to prompts of which
             none is known.
-        **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
+        **kwargs: What :class:`~vbon_lightning.modules.forward_term.ForwardTerm` takes: the divergence, and what every
+            policy gradient does.
     """
 
     normalised_weights = True
+    reads_reference_rewards = True
 
     def __init__(
         self,
@@ -87,6 +89,16 @@ class VBoN(PolicyGradient):
             log_ratio_floor=log_ratio_floor,
             **({"prior_samples": prior_samples} if prior_samples else {}),
         )
+
+    @property
+    def best_of(self) -> float:
+        """Return N."""
+        return self.n
+
+    @property
+    def forward_coef(self) -> float:
+        """Return the weight of the forward cross-entropy in the loss, in which both KLs are divided by N - 1."""
+        return kl_weight(self.n) * super().forward_coef
 
     @property
     def predicts_rewards(self) -> bool:  # type: ignore[override]
@@ -134,7 +146,10 @@ class VBoN(PolicyGradient):
             cdf = self._scorer.reward_cdf(rollout.rewards, rollout.reference_log_cdf)
         else:
             raise ValueError(_NO_REWARDS)
-        log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
+        return self.target_of(sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask), cdf)
+
+    def target_of(self, log_reference: Tensor, cdf: RewardCDF) -> Target:
+        """Return the target of responses ``[B, G]`` of which reference and reward distribution are known."""
         return vbon_target(log_reference, cdf, n=self.n, bound=self.bound, log_ratio_floor=self.log_ratio_floor)
 
     def bin_log_weights(self, rollout: Rollout) -> Tensor:
