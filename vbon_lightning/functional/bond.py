@@ -37,6 +37,7 @@ def bond_target(log_anchor: Tensor, cdf: RewardCDF, *, n: float, second_term: bo
         TypeError: on a wrong dtype or an ``n`` that is not a number.
         ValueError: if the shapes differ or ``n <= 1``.
     """
+    check_float("log_anchor", log_anchor)
     if second_term:
         return vbon_target(log_anchor, cdf, n=n)
     check_float("cdf.log_at_or_below", cdf.log_at_or_below)

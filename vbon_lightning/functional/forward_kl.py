@@ -32,6 +32,7 @@ def bon_cross_entropy(log_probs: Tensor, reference_rewards: Tensor, *, n: int) -
         ValueError: if the shapes differ or ``n`` is out of range.
     """
     check_float("log_probs", log_probs)
+    check_float("reference_rewards", reference_rewards)
     check_same_shape("log_probs", log_probs, "reference_rewards", reference_rewards)
     weights = bon_selection_weights(reference_rewards, n=n)
     return -(weights.to(log_probs.dtype) * log_probs).sum(-1).mean()

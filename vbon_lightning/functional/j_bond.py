@@ -36,6 +36,7 @@ def j_bond_rewards(rewards: Tensor, anchor_rewards: Tensor) -> Tensor:
         TypeError: on a wrong dtype.
         ValueError: on shapes that do not fit, or M < 2.
     """
+    check_float("anchor_rewards", anchor_rewards)
     check_rewards_pair(rewards, anchor_rewards)
     samples = anchor_rewards.shape[1]
     if samples < 2:
