@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -121,6 +122,19 @@ class Anchored(AlignmentModule):
         if self.anchor is None:
             return names
         return names | {name.replace("policy.", "anchor.", 1) for name in names if name.startswith("policy.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load policy and anchor; what is only evaluated needs no anchor, and takes a checkpoint with or without one.
+
+        Raises:
+            ValueError: Naming the weights that are missing, superfluous or of another shape.
+        """
+        if not self.resuming:
+            self.configure_model()
+            own = {name: value for name, value in self.state_dict().items() if name.startswith("anchor.")}
+            given = {name: value for name, value in state_dict.items() if name in own or not name.startswith("anchor.")}
+            state_dict = own | given
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also keep how many updates the anchor has seen."""
