@@ -45,6 +45,11 @@ class BOND(VBoN):
     ) -> None:
         if not second_term and kwargs.get("bound", "exact") != "exact":
             raise ValueError("model.second_term=false is a target of its own: leave model.bound out")
+        if not second_term and kwargs.get("log_ratio_floor") is not None:
+            raise ValueError(
+                "model.log_ratio_floor ends the tail of the exact log-ratio: leave it out, or set model.second_term to "
+                "true"
+            )
         self.second_term = second_term
         super().__init__(
             actors,
