@@ -39,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer": {"accumulate_grad_batches": 2},
     },
     "skipping": {"kind": "klrl", "skip": True},
+    "bond": {"model": {"forward_responses": 2}},
+    "jbond": {},
+    "wind": {},
+    "forward": {"table": True, "model": {"reference_samples": 0}},
+    "iterated": {"kind": "clipped", "model": {"anchor_every": 4, "divergence": "jeffreys"}},
     "bonbon": {"kind": "dpo", "table": True, "model": {"loss": "bonbon"}},
 }
 """Whose weights are compared."""
