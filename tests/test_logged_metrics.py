@@ -21,7 +21,12 @@ Logged = set[tuple[str, str, str]]
 """Method, stage and name."""
 
 
-GROUPS = {"on-policy": "VBoN, KLRL", "policies": "VBoN, KLRL, BoNSFT, DPO, BoNDistillation", "-": ""}
+GROUPS = {
+    "on-policy": "VBoN, KLRL",
+    "anchored": "BOND, JBOND",
+    "policies": "VBoN, KLRL, BOND, JBOND, WIND, BoNSFT, DPO, BoNDistillation",
+    "-": "",
+}
 
 
 def documented() -> Logged:
@@ -32,7 +37,9 @@ def documented() -> Logged:
             continue
         names, _, _, training, evaluation = [cell.strip() for cell in line.strip("|").split(" | ")]
         for stage, methods in (("train", training), ("val", evaluation), ("test", evaluation)):
-            for method in re.findall(r"\w+", GROUPS.get(methods, methods)):
+            for group, members in GROUPS.items():
+                methods = methods.replace(group, members)
+            for method in re.findall(r"\w+", methods):
                 found |= {(method, stage, name) for name in re.findall(r"`([^`]+)`", names)}
     return found
 
@@ -52,7 +59,8 @@ REWARD = WeightedReward({"NAME": VowelReward()})
 SETTING: dict[str, Any] = {"reward": REWARD, "max_new_tokens": 7}
 """Long enough for each third of a response."""
 
-KINDS = ["vbon", "clipped", "klrl", "ppo", "bonsft", "dpo", "distillation", "valuemodelling"]
+KINDS = ["vbon", "clipped", "jeffreys", "klrl", "ppo", "bonsft", "dpo", "distillation", "valuemodelling"]
+KINDS += ["bond", "jbond", "wind"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,8 @@ def of_policies(files: Path, directory: Path) -> Iterator[Logged]:
     given = {**SETTING, "reference_table": str(files / "table"), "test": test}
     for kind in KINDS:
         data = make_data(files, **given, **({"value_model": str(files / "value")} if kind == "distillation" else {}))
-        module: Any = make_module(kind, data, **({"reference_samples": 0} if kind in ("vbon", "clipped") else {}))
+        reading = {"reference_samples": 0} if kind in ("vbon", "clipped", "jeffreys") else {}
+        module: Any = make_module(kind, data, **(reading | ({"samples_per_prompt": 2} if kind == "jbond" else {})))
         if kind in ("vbon", "klrl"):  # what is logged only where there is something to say
             module.configure_model()
             module.loaded.reward.cut_prompts = module.loaded.reward.cut_responses = 1

@@ -28,7 +28,8 @@ class JBOND(ForwardTerm):
         actors: The policy, reference and reward, as the data module names them.
         jeffreys_weight: b, the weight of the backward KL, in (0, 1].
         regularisation: gamma, the weight of the further KL to the anchor, >= 0.
-        samples_per_prompt: G, the policy's responses a prompt.
+        samples_per_prompt: G, the policy's responses a prompt in training.
+        eval_samples: The policy's responses a prompt in validation and test.
         reference_samples: M, the anchor's responses a prompt, at least 2.
         anchor_rate: The anchor's share of the policy at each update.
         forward_responses: Responses a prompt that the forward KL learns, each the better of two of the M.
@@ -45,6 +46,7 @@ class JBOND(ForwardTerm):
         jeffreys_weight: float = 0.5,
         regularisation: float = 0.0,
         samples_per_prompt: int = 1,
+        eval_samples: int = 8,
         reference_samples: int = 2,
         anchor_rate: float = 0.02,
         forward_responses: int | None = 1,
@@ -58,6 +60,7 @@ class JBOND(ForwardTerm):
             jeffreys_weight=jeffreys_weight if jeffreys_weight < 1 else 0.5,
             forward_responses=forward_responses,
             samples_per_prompt=samples_per_prompt,
+            eval_samples=eval_samples,
             reference_samples=reference_samples,
             anchor_rate=anchor_rate,
             **kwargs,
