@@ -63,7 +63,7 @@ def test_it_starts_as_the_reference_and_shares_what_is_frozen(actors: Actors) ->
     assert sum(part.numel() for part in own) == sum(part.numel() for part in trained), "no second copy of a base"
     assert not any(parameter.requires_grad for parameter in anchor.parameters())
     assert all(parameter.requires_grad for parameter in trained)
-    assert not anchor.training
+    assert anchor.training == policy.training
     moved(policy)
     assert torch.equal(logits(anchor), expected)
     assert (logits(policy) - expected).abs().max() > 1e-2

@@ -237,6 +237,11 @@ CASES: dict[str, dict[str, Any]] = {
     "klrl": {},
     "clipped": {},
     "ppo": {},
+    "forward": {},
+    "jeffreys": {},
+    "bond": {},
+    "jbond": {},
+    "wind": {},
     "sft": {"train": "texts.txt"},
     "bonsft": {"reference_table": "table"},
     "dpo": {"reference_table": "table"},
@@ -261,7 +266,7 @@ def test_every_module_stops_and_keeps_what_it_had(kind: str, files: Path, tmp_pa
         trainer.fit(module, data)
     assert [path.name for path in export.iterdir()] == ["mark"]
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
-    samples = kind in ("vbon", "klrl", "clipped", "ppo", "valuecritic")
+    samples = kind in ("vbon", "klrl", "clipped", "ppo", "valuecritic", "jeffreys", "bond", "jbond", "wind")
     assert (module.last_rollout is not None) == samples  # in which a response is looked for
 
 

@@ -23,9 +23,9 @@ from vbon_lightning.rewards import ClassifierReward
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-ONLINE = ("vbon", "clipped", "ppo", "klrl", "valuecritic")
+ONLINE = ("vbon", "clipped", "ppo", "klrl", "valuecritic", "jeffreys", "bond", "jbond")
 SAMPLING = (*ONLINE, "on policy")
-KINDS = (*ONLINE, "bonsft", "dpo", "sft", "valuemodelling", "distillation", "tilted", "on policy")
+KINDS = (*ONLINE, "wind", "forward", "bonsft", "dpo", "sft", "valuemodelling", "distillation", "tilted", "on policy")
 CASES = [*((kind, "eager") for kind in KINDS), *((kind, "graph") for kind in SAMPLING)]
 
 

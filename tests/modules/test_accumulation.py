@@ -30,6 +30,9 @@ KINDS = (
     "sft",
     "pairs",
     "skipping",
+    "bond",
+    "forward",
+    "wind",
 )
 JUDGED: dict[str, tuple[dict[str, Any], Any]] = {
     "labelled": ({"label_column": "label"}, "classification"),
@@ -70,6 +73,10 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
     if kind == "skipping":
         options = {"val": None, "batch_size": batch_size, "reward": Picky("fgh")}
         options["reward_calls"] = RewardCalls(on_missing="skip")
+    if kind in ("forward", "bond"):  # all of the reference's responses: what is picked of them is noise
+        model |= {"forward_responses": None, "reference_samples": 0 if kind == "forward" else 8}
+    if kind == "wind":
+        model |= {"step_size": 30.0}
     if kind == "sampled":
         model |= {"kl_estimator": "sampled"}
     if kind == "valuemodelling":
@@ -99,7 +106,7 @@ def _one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         next_step(self)
         return 0
 
-    monkeypatch.setattr(PolicyGradient, "_sample", lambda self, batch, number: sample(self, batch, 0))
+    monkeypatch.setattr(PolicyGradient, "_sample", lambda self, batch, number, **more: sample(self, batch, 0, **more))
     monkeypatch.setattr(OfflineBestOfN, "next_step", of_no_batch)
     picked = value_modelling.pick_some
     monkeypatch.setattr(value_modelling, "pick_some", lambda *args, **named: picked(*args, **(named | {"step": 0})))

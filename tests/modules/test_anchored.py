@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from tests.helpers import readable, save_tiny_model
 from tests.models.setting import make_valued_files
@@ -19,7 +20,8 @@ from tests.modules.setting import (
     prepared,
     weights,
 )
-from vbon_lightning.models import ModelSpec
+from vbon_lightning.callbacks import PolicyExport
+from vbon_lightning.models import ModelSpec, load_causal_lm
 from vbon_lightning.types import Rollout
 
 MOVING = ("bond", "jbond", "wind")
@@ -169,6 +171,22 @@ def test_a_checkpoint_may_be_evaluated_without_its_anchor_and_one_without_with_i
         make_trainer(tmp_path / "other").validate(again, data, ckpt_path=tmp_path / kind / "last.ckpt", verbose=False)
         for name, value in module.policy.state_dict().items():
             assert torch.equal(again.policy.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("policy", ["lora", "tilted", "averaged"])
+def test_what_is_exported_is_the_policy(policy: str, files: Path, tmp_path: Path) -> None:
+    options = {"lora": {"lora": {"r": 2}}, "tilted": {"tilt": str(files / "value")}, "averaged": {}}[policy]
+    data = make_data(files, policy=ModelSpec(str(files / "llama"), **options), val=None)  # type: ignore[arg-type]
+    module: Any = make_module("bond", data)
+    more = [EMAWeightAveraging(decay=0.5)] if policy == "averaged" else []  # Lightning's, of all that the module holds
+    callbacks = [*more, PolicyExport(str(tmp_path / "export"))]
+    make_trainer(tmp_path, steps=3, callbacks=callbacks, enable_checkpointing=False).fit(module, data)
+    exported = load_causal_lm(str(tmp_path / "export"), trainable=False)
+    tokens = torch.tensor([[1, 4, 5, 6, 7]])
+    with torch.no_grad():
+        ours, anchor, theirs = (model(input_ids=tokens).logits for model in (module.policy, module.anchor, exported))
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    assert (anchor - ours).abs().max() > 1e-4
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [

@@ -32,7 +32,7 @@ class Rewards(Callback):
             self.found.append(outputs["rollout"].rewards)
 
 
-@pytest.mark.parametrize("kind", ["vbon", "klrl", "distillation", "tilted", "bonsft"])
+@pytest.mark.parametrize("kind", ["vbon", "klrl", "bond", "wind", "forward", "distillation", "tilted", "bonsft"])
 def test_a_run_in_bfloat16(kind: str, files: Path, tmp_path: Path) -> None:
     table = as_made_in("bf16-true", files / "table", tmp_path)
     changes: dict[str, Any] = {"reference_table": table, "value_model": str(files / "value")}
@@ -48,4 +48,4 @@ def test_a_run_in_bfloat16(kind: str, files: Path, tmp_path: Path) -> None:
         # A tenth is none of bfloat16's numbers, and rewards are multiples of it.
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, (found * 10).round() / 10, atol=1e-6, rtol=0)
-    assert bool(rewards.found) == (kind in ("vbon", "klrl"))
+    assert bool(rewards.found) == (kind in ("vbon", "klrl", "bond"))

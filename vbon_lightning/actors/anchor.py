@@ -29,7 +29,7 @@ def make_anchor(policy: PreTrainedModel, reference: PreTrainedModel | None) -> P
     """
     shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
     anchor: PreTrainedModel = copy.deepcopy(policy, shared)
-    anchor.requires_grad_(False).eval()
+    anchor.requires_grad_(False)
     if reference is not None:
         try:
             anchor.load_state_dict(reference.state_dict(), strict=True)

@@ -189,9 +189,9 @@ class PolicyGradient(Anchored):
 
     def setup(self, stage: str) -> None:
         """Refuse to start without what the method needs, before anything expensive."""
-        super().setup(stage)
         if self.actor_spec.reward is None:
             raise ValueError(f"{type(self).__name__} needs a reward: set `data.reward`")
+        super().setup(stage)
         if stage == "fit" and self.normalise and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 "model.normalise divides by the spread of one batch, so gradients accumulated over several are not "
@@ -245,17 +245,16 @@ class PolicyGradient(Anchored):
 
     def _sample(self, batch: PromptBatch, number: int, **further: Any) -> ScoredResponses:
         """Prompts -> responses -> rewards."""
-        return self.loaded.scored_responses(
-            self.of_the_anchor(batch),
-            num_samples=self.samples_per_prompt,
-            seed=self.seed,
-            stream="train",
-            step=number,
-            reference_samples=self.reference_samples,
-            predict_rewards=self.predicts_rewards,
-            anchored=self.anchor_moves,
-            **further,
-        )
+        options: dict[str, Any] = {
+            "num_samples": self.samples_per_prompt,
+            "seed": self.seed,
+            "stream": "train",
+            "step": number,
+            "reference_samples": self.reference_samples,
+            "predict_rewards": self.predicts_rewards,
+            "anchored": self.anchor_moves,
+        }
+        return self.loaded.scored_responses(self.of_the_anchor(batch), **(options | further))
 
     def _on_policy_update(self, rollout: ScoredResponses) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
         """Responses and their rewards -> loss: what advantages are made of is held fixed, what is learnt is not."""

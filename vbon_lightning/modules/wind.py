@@ -92,16 +92,7 @@ class WIND(PolicyGradient):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Sample from the iterate and return the loss of the regression on its win rates."""
         number, self.batches_seen = self.batches_seen, self.batches_seen + 1
-        actors = self.loaded
-        played = actors.scored_responses(
-            self.of_the_anchor(batch),
-            num_samples=self.samples_per_prompt,
-            seed=self.seed,
-            stream="train",
-            step=number,
-            by_anchor=True,
-        )
-        live, _ = actors.statistics(played)
+        live, _ = self.loaded.statistics(self._sample(batch, number, by_anchor=True, reference_samples=0))
         self.last_rollout = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach())
         loss = wind_loss(self.log_ratio(live), live.rewards, fit=self.fit)
         if self._skips:  # a prompt counts where a third is left to judge a pair
