@@ -139,7 +139,9 @@ def test_every_data_option_is_documented(vbon: Run, capsys: pytest.CaptureFixtur
     assert not [option for option, help_ in data.items() if not help_]
 
 
-@pytest.mark.parametrize("module", ["VBoN", "KLRL", "SFT", "BoNSFT", "DPO", "ReferenceSampler"])
+@pytest.mark.parametrize(
+    "module", ["VBoN", "KLRL", "BOND", "JBOND", "WIND", "SFT", "BoNSFT", "DPO", "ReferenceSampler"]
+)
 def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         vbon("fit", "--model.help", module)
@@ -147,6 +149,9 @@ def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytes
     named = {
         "VBoN": "n",
         "KLRL": "minibatches",
+        "BOND": "second_term",
+        "JBOND": "regularisation",
+        "WIND": "fit",
         "SFT": "dropout",
         "BoNSFT": "eval_samples",
         "DPO": "pairs_per_prompt",
@@ -161,6 +166,8 @@ def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytes
     [
         ("VBoN", {"n": 3.0, "bound": "lower", "estimator": "clipped", "minibatches": 2}),
         ("KLRL", {"beta": 0.3, "estimator": "ppo", "epochs_per_rollout": 2}),
+        ("BOND", {"divergence": "forward", "forward_responses": None, "anchor_every": 7}),
+        ("WIND", {"fit": "nce", "beta": 0.5}),
         ("SFT", {"dropout": False}),
         ("BoNSFT", {"n": 3, "selection": "groups", "eval_samples": 2}),
         ("DPO", {"n": 3, "loss": "bonbon", "alpha": 0.01}),

@@ -99,7 +99,7 @@ def test_a_prompt_that_keeps_fewer_than_three_is_left_out(files: Path) -> None:
         ({"beta": 0.0}, "model.beta must be a number > 0, got 0.0"),
         ({"step_size": float("inf")}, "model.step_size must be a number > 0, got inf"),
         ({"fit": "x"}, "model.fit must be one of squared, kl, nce; got 'x'"),
-        ({"samples_per_prompt": 2}, "model.samples_per_prompt must be >= 3, got 2"),
+        ({"samples_per_prompt": 1}, "model.samples_per_prompt must be >= 3, got 1"),
         ({"anchor_every": 0}, "model.anchor_every is how long an iteration is, and must be >= 1, got 0"),
     ],
     ids=readable,

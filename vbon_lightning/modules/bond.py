@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RewardCDF, Target, bond_target
+from vbon_lightning.modules.forward_term import Divergence
 from vbon_lightning.modules.vbon import VBoN
 
 
@@ -37,7 +38,7 @@ class BOND(VBoN):
         self,
         actors: ActorSpec,
         n: float = 4.0,
-        divergence: Any = "jeffreys",
+        divergence: Divergence = "jeffreys",
         second_term: bool = True,
         reference_samples: int = 16,
         anchor_every: int = 1000,

@@ -57,17 +57,6 @@ class WIND(PolicyGradient):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(
-            actors,
-            samples_per_prompt=samples_per_prompt,
-            eval_samples=eval_samples,
-            reference_samples=reference_samples,
-            anchor_every=anchor_every,
-            value_model=False,
-            seed=seed,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-        )
         for name, value in (("beta", beta), ("step_size", step_size)):
             if not 0 < value < math.inf:
                 raise ValueError(f"model.{name} must be a number > 0, got {value}")
@@ -80,6 +69,17 @@ class WIND(PolicyGradient):
             )
         if anchor_every < 1:
             raise ValueError(f"model.anchor_every is how long an iteration is, and must be >= 1, got {anchor_every}")
+        super().__init__(
+            actors,
+            samples_per_prompt=samples_per_prompt,
+            eval_samples=eval_samples,
+            reference_samples=reference_samples,
+            anchor_every=anchor_every,
+            value_model=False,
+            seed=seed,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+        )
         self.beta, self.step_size, self.fit = beta, step_size, fit
         super(PolicyGradient, self).record_settings(
             beta=beta,
