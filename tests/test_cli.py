@@ -140,7 +140,11 @@ def test_every_data_option_is_documented(vbon: Run, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "module", ["VBoN", "KLRL", "SFT", "BoNSFT", "DPO", "QRPO", "AStarPO", "BoNRegression", "ReferenceSampler"]
+    "module",
+    [
+        *("VBoN", "KLRL", "BOND", "JBOND", "WIND", "SFT", "BoNSFT", "DPO", "QRPO", "AStarPO", "BoNRegression"),
+        "ReferenceSampler",
+    ],
 )
 def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -149,6 +153,9 @@ def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytes
     named = {
         "VBoN": "n",
         "KLRL": "minibatches",
+        "BOND": "second_term",
+        "JBOND": "regularisation",
+        "WIND": "fit",
         "SFT": "dropout",
         "BoNSFT": "eval_samples",
         "DPO": "pairs_per_prompt",
@@ -166,6 +173,8 @@ def test_every_module_option_is_documented(module: str, vbon: Run, capsys: pytes
     [
         ("VBoN", {"n": 3.0, "bound": "lower", "estimator": "clipped", "minibatches": 2}),
         ("KLRL", {"beta": 0.3, "estimator": "ppo", "epochs_per_rollout": 2}),
+        ("BOND", {"divergence": "forward", "forward_responses": None, "anchor_every": 7}),
+        ("WIND", {"fit": "nce", "beta": 0.5}),
         ("SFT", {"dropout": False}),
         ("BoNSFT", {"n": 3, "selection": "groups", "eval_samples": 2}),
         ("DPO", {"n": 3, "loss": "bonbon", "alpha": 0.01}),

@@ -23,10 +23,12 @@ Logged = set[tuple[str, str, str]]
 
 ON_POLICY = "VBoN, InfAlignCTRL, KLRL, MaxAtK, GRPO, RLOO, PFPPO"
 SAMPLING = f"{ON_POLICY}, AStarPO"
+ANCHORED = "BOND, JBOND"
 GROUPS = {
     "on-policy": ON_POLICY,
     "sampling": SAMPLING,
-    "policies": f"{SAMPLING}, QRPO, BoNRegression, BoNSFT, DPO, BoNDistillation",
+    "anchored": ANCHORED,
+    "policies": f"{SAMPLING}, {ANCHORED}, WIND, QRPO, BoNRegression, BoNSFT, DPO, BoNDistillation",
     "-": "",
 }
 
@@ -39,7 +41,9 @@ def documented() -> Logged:
             continue
         names, _, _, training, evaluation = [cell.strip() for cell in line.strip("|").split(" | ")]
         for stage, methods in (("train", training), ("val", evaluation), ("test", evaluation)):
-            for method in re.findall(r"\w+", GROUPS.get(methods, methods)):
+            for group, members in GROUPS.items():
+                methods = methods.replace(group, members)
+            for method in re.findall(r"\w+", methods):
                 found |= {(method, stage, name) for name in re.findall(r"`([^`]+)`", names)}
     return found
 
@@ -59,10 +63,11 @@ REWARD = WeightedReward({"NAME": VowelReward()})
 SETTING: dict[str, Any] = {"reward": REWARD, "max_new_tokens": 7}
 """Long enough for each third of a response."""
 
-OF_THE_TABLE = ("vbon", "clipped", "annealed", "infalign")
+OF_THE_TABLE = ("vbon", "clipped", "annealed", "infalign", "jeffreys")
 SIBLINGS = ["infalign", "maxatk", "grpo", "rloo", "pfppo"]
 OFFLINE = ["bonsft", "dpo", *REGRESSIONS]
 KINDS = ["vbon", "clipped", "annealed", *SIBLINGS, "klrl", "ppo", *OFFLINE, "distillation", "valuemodelling"]
+KINDS += ["jeffreys", "bond", "jbond", "wind"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,8 @@ def of_policies(files: Path, directory: Path) -> Iterator[Logged]:
         options: dict[str, Any] = {"reference_samples": 0} if kind in OF_THE_TABLE else {}
         if kind in SIBLINGS:  # an epoch and its validation within the steps
             options |= {"estimator": "clipped", "epochs_per_rollout": 1, "minibatches": 1}
+        if kind == "jbond":
+            options |= {"samples_per_prompt": 2}
         module: Any = make_module(kind, data, **options)
         if kind in ("vbon", "klrl", "astarpo", *SIBLINGS):  # what is logged only where there is something to say
             module.configure_model()

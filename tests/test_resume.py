@@ -34,10 +34,11 @@ from vbon_lightning import KLRL, TextSource
 from vbon_lightning.checkpoints import CheckpointError
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.cli import run
+from vbon_lightning.models import ModelSpec
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"vbon": 5, "sft": 5, "bonsft": 5, "dpo": 5, **dict.fromkeys(REGRESSIONS, 5), "clipped": 13, "ppo": 15}
-STEPS |= {"annealed": 5, "maxatk": 3, "grpo": 9, "pfppo": 5}
+STEPS |= {"annealed": 5, "maxatk": 3, "grpo": 9, "pfppo": 5, "bond": 5, "jbond": 4, "wind": 5}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         *(("clipped", kill) for kill in (2, 8, 9)),
         *(("ppo", kill) for kill in (3, 8, 13)),
         *(("annealed", 2), ("maxatk", 2), ("grpo", 6), ("pfppo", 3)),
+        # The anchor is replaced by the second update and the fourth, or averaged at each.
+        *(("bond", kill) for kill in (1, 2, 3)),
+        *(("jbond", 2), ("wind", 3)),
     ],
 )
 def test_killed_and_resumed(kind: str, kill: int, files: Path, tmp_path: Path, uninterrupted: Any) -> None:
@@ -165,6 +169,30 @@ def test_killed_as_it_writes_its_checkpoints(kind: str, files: Path, tmp_path: P
         kept = run / "last.ckpt"
         assert_same(weights(train(resume=kept.exists())), whole)
         assert not [path.name for path in run.iterdir() if path.name.startswith(".")], "what the dead run left is gone"
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ({"n": 4, "divergence": "jeffreys", "reference_samples": 0}, {"reference_table": "table"}),
+        ({"n": 4, "divergence": "jeffreys", "anchor_every": 4}, {}),
+    ],
+    ids=["table", "anchor"],
+)
+def test_killed_amid_a_rollout_that_keeps_the_references_responses(
+    model: dict[str, Any], data: dict[str, Any], files: Path, tmp_path: Path
+) -> None:
+    brought = {name: str(files / value) for name, value in data.items()}
+    whole = weights(fit("clipped", files, tmp_path / "whole", steps=8, model=model, data=brought))
+    fit("clipped", files, tmp_path, steps=8, kill=KillAt(6), model=model, data=brought)
+    assert_same(weights(fit("clipped", files, tmp_path, steps=8, resume=True, model=model, data=brought)), whole)
+
+
+def test_killed_with_adapters_amid_a_stage(files: Path, tmp_path: Path) -> None:
+    data = {"policy": ModelSpec(str(files / "llama"), lora={"r": 2, "lora_alpha": 8})}
+    whole = weights(fit("bond", files, tmp_path / "whole", data=data))
+    fit("bond", files, tmp_path, kill=KillAt(3), data=data)
+    assert_same(weights(fit("bond", files, tmp_path, resume=True, data=data)), whole)
 
 
 def test_killed_twice(files: Path, tmp_path: Path, uninterrupted: Any) -> None:
@@ -355,6 +383,8 @@ def checkpoint(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model": {"samples_per_prompt": 6}}, "samples_per_prompt"),
         ({"model": {"reference_samples": 32}}, "reference_samples"),
         ({"model": {"kl_estimator": "sampled"}}, "kl_estimator"),
+        ({"model": {"anchor_every": 2}}, "anchor_every"),
+        ({"model": {"divergence": "jeffreys"}}, "divergence"),
         ({"model": {"optimizer": faster}}, "optimizer.lr: checkpoint has 0.01, this run has 0.02"),
         ({"model": {"optimizer": sgd}}, "optimizer.class: checkpoint has 'AdamW', this run has 'SGD'"),
         ({"model": {"lr_scheduler": longer}}, "lr_scheduler.T_max: checkpoint has 20, this run has 30"),

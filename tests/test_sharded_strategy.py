@@ -226,6 +226,13 @@ def test_what_does_not_go_together_is_refused(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("option", [{"anchor_every": 2}, {"anchor_rate": 0.1}], ids=readable)
+def test_an_anchor_that_moves_is_refused(option: dict[str, Any], tiny: Path) -> None:
+    brought = make_data(tiny)
+    with pytest.raises(ValueError, match="fsdp keeps no anchor, a second copy of what is trained: set model.anch"):
+        check(make_module("klrl", brought, **option), brought)
+
+
 def test_what_does_is_not(tiny: Path) -> None:
     brought = make_data(tiny)
     for precision in ("32-true", "64-true", "bf16-mixed", "bf16-true"):

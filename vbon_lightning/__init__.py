@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from vbon_lightning.decoding import sample
     from vbon_lightning.models import ModelSpec
     from vbon_lightning.modules import (
+        BOND,
         DPO,
         GRPO,
+        JBOND,
         KLRL,
         PFPPO,
         QRPO,
         RLOO,
         SFT,
+        WIND,
         AStarPO,
         BoNDistillation,
         BoNRegression,
@@ -34,13 +37,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOND",
     "DPO",
     "GRPO",
+    "JBOND",
     "KLRL",
     "PFPPO",
     "QRPO",
     "RLOO",
     "SFT",
+    "WIND",
     "AStarPO",
     "ActorSpec",
     "AlignmentDataModule",
@@ -60,14 +66,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BOND": "modules",
     "DPO": "modules",
     "GRPO": "modules",
+    "JBOND": "modules",
     "KLRL": "modules",
     "QRPO": "modules",
     "PFPPO": "modules",
     "RLOO": "modules",
     "SFT": "modules",
     "AStarPO": "modules",
+    "WIND": "modules",
     "ActorSpec": "actors",
     "AlignmentDataModule": "data",
     "BoNDistillation": "modules",

@@ -25,13 +25,16 @@ from vbon_lightning.commands.parsers import PADDING, TRACEBACK, OneLineErrors, w
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.loggers import RunLogger
 from vbon_lightning.modules import (
+    BOND,
     DPO,
     GRPO,
+    JBOND,
     KLRL,
     PFPPO,
     QRPO,
     RLOO,
     SFT,
+    WIND,
     AStarPO,
     BoNDistillation,
     BoNRegression,
@@ -47,14 +50,17 @@ from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.sharded_strategy import ShardedStrategy
 
 __all__ = [
+    "BOND",
     "COMMANDS",
     "DPO",
     "GRPO",
+    "JBOND",
     "KLRL",
     "PFPPO",
     "QRPO",
     "RLOO",
     "SFT",
+    "WIND",
     "AStarPO",
     "BoNDistillation",
     "BoNRegression",

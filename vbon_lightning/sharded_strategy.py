@@ -194,6 +194,11 @@ def check_can_shard(module: LightningModule, trainer: Trainer) -> None:
             f"trainer.strategy fsdp samples with data.sampler eager, not {spec.sampler}: every process takes part in "
             "each token of a sharded policy"
         )
+    if getattr(module, "anchor_moves", False):
+        raise ValueError(
+            "trainer.strategy fsdp keeps no anchor, a second copy of what is trained: set model.anchor_every and "
+            "model.anchor_rate to 0, or use ddp"
+        )
     _check_callbacks(trainer)
     _check_further_draws(module, trainer, spec)
 

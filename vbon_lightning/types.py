@@ -111,6 +111,8 @@ class ScoredResponses(NamedTuple):
     prompt; only where there are no reference rewards and a value model is named."""
     reward_parts: dict[str, Tensor] | None = None
     """``[B, G]`` of each part of a reward that has several, by name; NaN where one does not apply."""
+    extra: Responses | None = None
+    """``[B, K, T]``: further responses, not the policy's own, whose log-likelihood the loss has a term of."""
 
     @property
     def judged(self) -> Tensor:
@@ -140,6 +142,10 @@ class Rollout(NamedTuple):
     prompt; only where there are no reference rewards and a value model is named."""
     reward_parts: dict[str, Tensor] | None = None
     """``[B, G]`` of each part of a reward that has several, by name; NaN where one does not apply."""
+    extra: Responses | None = None
+    """``[B, K, T]``: further responses, not the policy's own, whose log-likelihood the loss has a term of."""
+    extra_log_probs: Tensor | None = None
+    """``[B, K, T]`` float32: the policy's log-probabilities of the further responses' tokens, 0 outside their mask."""
 
     @property
     def judged(self) -> Tensor:

@@ -45,6 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
     "pfppo": {},
     "skipping tokens": {"kind": "grpo", "skip": True},
     "skipping": {"kind": "klrl", "skip": True},
+    "bond": {"model": {"forward_responses": 2}},
+    "jbond": {},
+    "wind": {},
+    "forward": {"table": True, "model": {"reference_samples": 0}},
+    "iterated": {"kind": "clipped", "model": {"anchor_every": 4, "divergence": "jeffreys"}},
     "bonbon": {"kind": "dpo", "table": True, "model": {"loss": "bonbon"}},
 }
 """Whose weights are compared."""

@@ -17,13 +17,16 @@ from torch import Tensor
 
 from tests.helpers import save_tiny_model
 from vbon_lightning import (
+    BOND,
     DPO,
     GRPO,
+    JBOND,
     KLRL,
     PFPPO,
     QRPO,
     RLOO,
     SFT,
+    WIND,
     AlignmentDataModule,
     AStarPO,
     BoNDistillation,
@@ -155,9 +158,9 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
     """Make one of ``vbon``, ``clipped``, ``ppo``, ``klrl``, ``bonsft``, ``dpo``, ``sft`` and those of value models.
 
     ``qrpo`` and ``bonregression`` learn from the table's responses, with a 2 behind it from the policy's, as
-    ``astarpo`` does.
-    ``valuemodelling`` trains one; ``distillation`` and ``valuecritic`` read the one that the data names. ``annealed``
-    is vBoN whose N grows, and ``infalign``, ``maxatk``, ``grpo``, ``rloo`` and ``pfppo`` are its siblings.
+    ``astarpo`` does. ``forward`` and ``jeffreys`` are vBoN's divergences; the anchors of ``bond``, ``jbond`` and
+    ``wind`` move. ``valuemodelling`` trains one; ``distillation`` and ``valuecritic`` read the one that the data names.
+    ``annealed`` is vBoN whose N grows, and ``infalign``, ``maxatk``, ``grpo``, ``rloo`` and ``pfppo`` are its siblings.
     """
     online = {"samples_per_prompt": 4, "reference_samples": 16}
     several = {"epochs_per_rollout": 2, "minibatches": 2}
@@ -170,6 +173,14 @@ def make_module(kind: str, data: AlignmentDataModule, **changes: Any) -> Lightni
         return InfAlignCTRL(**(common | online | {"n": 4} | changes))
     if kind in SIBLINGS:
         return SIBLINGS[kind][0](**(common | {"samples_per_prompt": 4} | SIBLINGS[kind][1] | changes))
+    if kind in ("forward", "jeffreys"):
+        return VBoN(**(common | online | {"n": 4, "divergence": kind, "forward_responses": 2} | changes))
+    if kind == "bond":
+        return BOND(**(common | online | {"n": 2, "anchor_every": 2} | changes))
+    if kind == "jbond":
+        return JBOND(**(common | {"anchor_rate": 0.3, "regularisation": 0.5} | changes))
+    if kind == "wind":
+        return WIND(**(common | {"samples_per_prompt": 4, "reference_samples": 4, "anchor_every": 2} | changes))
     if kind == "clipped":
         return VBoN(**(common | online | several | {"n": 4, "estimator": "clipped"} | changes))
     if kind == "ppo":

@@ -23,10 +23,10 @@ from vbon_lightning.rewards import ClassifierReward
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-ONLINE = ("vbon", "clipped", "ppo", "klrl", "valuecritic", "astarpo", "qrpo2")
+ONLINE = ("vbon", "clipped", "ppo", "klrl", "valuecritic", "astarpo", "qrpo2", "jeffreys", "bond", "jbond")
 SAMPLING = (*ONLINE, "on policy")
-CACHED = ("bonsft", "dpo", "qrpo", "bonregression")
-KINDS = (*ONLINE, *CACHED, "sft", "valuemodelling", "distillation", "tilted", "on policy")
+CACHED = ("bonsft", "dpo", "qrpo", "bonregression", "forward")
+KINDS = (*ONLINE, *CACHED, "wind", "sft", "valuemodelling", "distillation", "tilted", "on policy")
 CASES = [*((kind, "eager") for kind in KINDS), *((kind, "graph") for kind in SAMPLING)]
 
 

@@ -39,6 +39,9 @@ KINDS = (
     "grpo",
     "rloo",
     "pfppo",
+    "bond",
+    "forward",
+    "wind",
 )
 KIND_OF = {"sampled": "klrl", "skipping": "klrl", "astarpo, skipping": "astarpo", "pairs": "sft"}
 PICKY: dict[str, Any] = {"reward": Picky("fh"), "reward_calls": RewardCalls(on_missing="skip")}
@@ -84,6 +87,10 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
     if kind == "astarpo, skipping":
         files, options = files / "picky", {"val": None, "batch_size": batch_size, **PICKY}
         options["reference_table"] = str(files / "table")
+    if kind in ("forward", "bond"):  # all of the reference's responses: what is picked of them is noise
+        model |= {"forward_responses": None, "reference_samples": 0 if kind == "forward" else 8}
+    if kind == "wind":
+        model |= {"step_size": 30.0}
     if kind == "sampled":
         model |= {"kl_estimator": "sampled"}
     if kind in ("grpo", "pfppo"):
@@ -117,7 +124,7 @@ def _one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         next_step(self)
         return 0
 
-    monkeypatch.setattr(PolicyGradient, "_sample", lambda self, batch, number: sample(self, batch, 0))
+    monkeypatch.setattr(PolicyGradient, "_sample", lambda self, batch, number, **more: sample(self, batch, 0, **more))
     monkeypatch.setattr(PolicyGradient, "rollout_number", 0)
     monkeypatch.setattr(FromTable, "next_step", of_no_batch)
     picked = value_modelling.pick_some

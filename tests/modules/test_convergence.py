@@ -118,6 +118,20 @@ def reaches_best_of_n(data: Any, directory: Path, **options: Any) -> None:
     assert after < 0.2 * before
 
 
+@pytest.mark.parametrize("divergence_kind", ["forward", "jeffreys"])
+def test_vbon_reaches_best_of_n_by_the_other_divergences(divergence_kind: Any, data: Any, tmp_path: Path) -> None:
+    module = VBoN(
+        data.actors, n=N, divergence=divergence_kind, samples_per_prompt=16, reference_samples=64, forward_responses=32,
+        optimizer=adam, lr_scheduler=decay,
+    )  # fmt: skip
+    module.configure_model()
+    before = divergence(module, data, best_of_n)
+    trainer(tmp_path).fit(module, data)
+    after = divergence(module, data, best_of_n)
+    assert before > 0.5
+    assert after < 0.2 * before
+
+
 @pytest.mark.parametrize("estimator", ["reinforce", "clipped", "ppo"])
 def test_klrl_reaches_the_tilted_reference(estimator: Any, data: Any, tmp_path: Path) -> None:
     several = {} if estimator == "reinforce" else {"epochs_per_rollout": 2, "minibatches": 1}

@@ -36,7 +36,7 @@ class Rewards(Callback):
     "kind",
     [
         *("vbon", "klrl", "infalign", "maxatk", "grpo", "pfppo", "distillation", "tilted", "bonsft"),
-        *("qrpo", "astarpo"),
+        *("qrpo", "astarpo", "bond", "wind", "forward"),
     ],
 )
 def test_a_run_in_bfloat16(kind: str, files: Path, tmp_path: Path) -> None:
@@ -54,4 +54,4 @@ def test_a_run_in_bfloat16(kind: str, files: Path, tmp_path: Path) -> None:
         # A tenth is none of bfloat16's numbers, and rewards are multiples of it.
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, (found * 10).round() / 10, atol=1e-6, rtol=0)
-    assert bool(rewards.found) == (kind not in ("distillation", "tilted", "bonsft", "qrpo"))
+    assert bool(rewards.found) == (kind not in ("distillation", "tilted", "bonsft", "qrpo", "wind", "forward"))

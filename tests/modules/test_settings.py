@@ -10,13 +10,16 @@ import pytest
 
 from tests.modules.setting import VowelReward
 from vbon_lightning import (
+    BOND,
     DPO,
     GRPO,
+    JBOND,
     KLRL,
     PFPPO,
     QRPO,
     RLOO,
     SFT,
+    WIND,
     AStarPO,
     BoNDistillation,
     BoNRegression,
@@ -72,6 +75,22 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     PFPPO: ONLINE
     | {"beta": 0.1, "filter": "best_random", "draws": None}
     | {"estimator": "clipped", "kl_estimator": "sampled"},
+    BOND: ONLINE
+    | BEST_OF_N
+    | {"reference_samples": 16, "anchor_every": 1000, "anchor_rate": 0.0, "second_term": True}
+    | {"divergence": "jeffreys", "jeffreys_weight": 0.5, "forward_responses": 4},
+    JBOND: ONLINE
+    | {"samples_per_prompt": 1, "reference_samples": 2, "anchor_every": 0, "anchor_rate": 0.02}
+    | {"jeffreys_weight": 0.5, "forward_responses": 1, "regularisation": 0.0},
+    WIND: {
+        "beta": 0.1,
+        "step_size": 1.0,
+        "fit": "squared",
+        "samples_per_prompt": 8,
+        "reference_samples": 0,
+        "anchor_every": 20,
+        "anchor_rate": 0.0,
+    },
     BoNSFT: {"n": 4, "responses_per_prompt": 4, "selection": "weights"},
     DPO: {"n": 4, "beta": 0.1, "pairs_per_prompt": 2, "loss": "dpo", "alpha": 0.005},
     BoNDistillation: DISTILLED,
@@ -125,6 +144,14 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
     (GRPO, {"beta": 0.0, "scale_rewards": False, "length_norm": "dapo", "estimator": "reinforce", "seed": 3}),
     (RLOO, {"beta": 0.5, "estimator": "clipped", "kl_estimator": "sampled", "minibatches": 2}),
     (PFPPO, {"beta": 0.5, "filter": "best", "draws": 3, "kl_estimator": "rao_blackwell", "epochs_per_rollout": 2}),
+    (VBoN, {"divergence": "jeffreys", "jeffreys_weight": 0.25, "forward_responses": None}),
+    (VBoN, {"divergence": "forward", "forward_responses": 1, "value_model": False}),
+    (KLRL, {"anchor_every": 3, "anchor_rate": 0.0, "value_model": False}),
+    (KLRL, {"anchor_every": 0, "anchor_rate": 0.5, "value_model": False}),
+    (BOND, {"n": 2.0, "jeffreys_weight": 0.25, "forward_responses": 2, "second_term": False, "anchor_every": 3}),
+    (JBOND, {"jeffreys_weight": 1.0, "regularisation": 2.0, "anchor_rate": 0.5, "reference_samples": 3}),
+    (JBOND, {"anchor_every": 5, "anchor_rate": 0.0, "samples_per_prompt": 4, "forward_responses": None}),
+    (WIND, {"beta": 0.5, "step_size": 2.0, "fit": "nce", "samples_per_prompt": 3, "anchor_every": 1}),
     (BoNSFT, {"n": 2, "responses_per_prompt": 1, "selection": "groups", "seed": 3}),
     (DPO, {"n": 2, "beta": 0.01, "pairs_per_prompt": 1, "loss": "bonbon", "alpha": 0.0, "seed": 3}),
     (DPO, {"alpha": 1.0}),
@@ -320,9 +347,27 @@ def test_a_value_model_that_is_on_must_be_named() -> None:
         KLRL(spec(value_model=None), value_model=True)
 
 
+@pytest.mark.parametrize("kind", ["bond-backward", "bond-still", "jbond-backward", "wind"])
+def test_a_module_is_made_again_from_what_its_checkpoint_says(kind: str) -> None:
+    """Also where the class's own defaults are others: ``load_from_checkpoint`` gives the constructor the settings."""
+    cls, options = {
+        "bond-backward": (BOND, {"divergence": "backward", "second_term": False}),
+        "bond-still": (BOND, {"anchor_every": 0}),
+        "jbond-backward": (JBOND, {"jeffreys_weight": 1.0, "anchor_rate": 0.0}),
+        "wind": (WIND, {"fit": "kl", "anchor_every": 3}),
+    }[kind]
+    first = cls(spec(value_model=None), **options)  # type: ignore[arg-type]
+    kept = {name: value for name, value in first._settings.items() if name != "seed"}
+    if cls is WIND:
+        kept.pop("anchor_rate")  # Lightning leaves out what the constructor does not take
+    assert cls(spec(value_model=None), **kept)._settings == first._settings  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "cls",
-    [VBoN, KLRL, BoNSFT, DPO, BoNDistillation, ValueModelling, QRPO, AStarPO, BoNRegression],
+    [
+        *(VBoN, KLRL, BOND, JBOND, WIND, BoNSFT, DPO, BoNDistillation, ValueModelling, QRPO, AStarPO, BoNRegression),
+    ],
     ids=lambda cls: cls.__name__,
 )
 def test_a_module_without_its_reward_says_so(cls: Any, tmp_path: Path) -> None:

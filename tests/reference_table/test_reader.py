@@ -96,7 +96,6 @@ def test_response_tokens_are_kept_as_they_are(tmp_path: Path) -> None:
     for row in expected:
         tokens, lengths = table.response_tokens(row.key)
         assert [part.tolist() for part in tokens.split(lengths.tolist())] == row.response_tokens
-    assert table.longest_response == 3
     chosen = [expected[5], expected[4], expected[149]]
     tokens, mask = table.response_matrix([row.key for row in chosen], pad_id=9)
     assert tokens.shape == mask.shape == (3, 3, 3)

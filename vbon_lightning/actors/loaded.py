@@ -41,7 +41,7 @@ from vbon_lightning.sampling import (
 from vbon_lightning.sampling.further import TooManyMissingError, replace_missing
 from vbon_lightning.sampling.passes import InPasses, join_completions
 from vbon_lightning.sharding import is_sharded
-from vbon_lightning.types import Completions, PromptBatch, Rollout, ScoredResponses, select_prompts
+from vbon_lightning.types import Completions, PromptBatch, Responses, Rollout, ScoredResponses, select_prompts
 
 
 class _Tokens(Protocol):
@@ -87,6 +87,8 @@ class Actors:
     missing_eos_penalty: float = 0.0
     shares_base: bool = False
     """Whether the reference is the policy with its adapters or its tilt off; ``reference`` then is None."""
+    anchor: PreTrainedModel | None = None
+    """A reference that moves; None where it stays, and the anchor is the reference."""
     value: PrefixScorer | None = None
     """What prefixes of responses are worth, where a value model is named."""
     sampler: Sampler = field(default_factory=lambda: sample_completions, repr=False)
@@ -171,6 +173,15 @@ class Actors:
             yield self.reference
         else:
             raise ValueError("this needs the reference model")
+
+    @contextmanager
+    def as_anchor(self) -> Iterator[PreTrainedModel]:
+        """Give the anchor for a while: the reference, where that does not move."""
+        if self.anchor is not None:
+            yield self.anchor
+        else:
+            with self.as_reference() as reference:
+                yield reference
 
     def place(self) -> None:
         """Move the frozen models to where the policy is, in its precision; a no-op once they are there."""
@@ -328,6 +339,9 @@ class Actors:
         step: int,
         reference_samples: int = 0,
         predict_rewards: bool = False,
+        anchored: bool = False,
+        keep_references: bool = False,
+        by_anchor: bool = False,
     ) -> ScoredResponses:
         """Sample from the policy and score the responses.
 
@@ -342,18 +356,27 @@ class Actors:
             reference_samples: M reference responses a prompt to sample and score where the batch brings no
                 reference rewards (the ``online`` mode); 0 for none.
             predict_rewards: Predict the distribution of the reward also where there are reference rewards.
+            anchored: Sample the reference responses from the anchor.
+            keep_references: Return the reference responses that were sampled, too, as ``extra``.
+            by_anchor: Sample the responses from the anchor instead of the policy.
         """
         self.place()
-        reference_rewards = prompts.reference_rewards
+        reference_rewards, fresh = prompts.reference_rewards, None
         with self.asking() as caller:
             how: dict[str, Any] = {"seed": seed, "step": step}
-            drawn = self._draw(caller, self.policy, prompts, num_samples=num_samples, stream=stream, **how)
+            with self.as_anchor() if by_anchor else nullcontext(self.policy) as model:
+                drawn = self._draw(caller, model, prompts, num_samples=num_samples, stream=stream, **how)
             self.sampler_mismatch = getattr(self.sampler, "mismatch", None)
             # With one worker nothing is won by leaving it for later.
             scored = drawn.scored() if self.reward_calls.workers == 1 else None
             if reference_rewards is None and reference_samples > 0:
-                reference_rewards = self.reference_rewards(
-                    prompts, num_samples=reference_samples, stream=f"{stream}/reference", caller=caller, **how
+                fresh, reference_rewards = self.reference_responses(
+                    prompts,
+                    num_samples=reference_samples,
+                    stream=f"{stream}/reference",
+                    caller=caller,
+                    anchored=anchored,
+                    **how,
                 )
             scored = scored or drawn.scored()
         self.count_missing(scored.rewards, prompts, drawn.responses)
@@ -369,9 +392,20 @@ class Actors:
             reference_rewards=reference_rewards,
             reference_log_cdf=predicted,
             reward_parts={name: part.to(rewards.device) for name, part in scored.parts.items()} or None,
+            extra=fresh if keep_references else None,
         )
 
-    def reference_rewards(
+    def reference_rewards(self, prompts: PromptBatch, **how: Any) -> Tensor:
+        """Sample M responses a prompt from the reference and return their rewards ``[B, M]``.
+
+        Args:
+            prompts: B prompts.
+            **how: What :meth:`reference_responses` takes.
+        """
+        return self.reference_responses(prompts, **how)[1]
+
+    @torch.no_grad()
+    def reference_responses(
         self,
         prompts: PromptBatch,
         *,
@@ -380,8 +414,9 @@ class Actors:
         stream: str,
         step: int,
         caller: RewardCaller | None = None,
-    ) -> Tensor:
-        """Sample M responses a prompt from the reference and return their rewards ``[B, M]``.
+        anchored: bool = False,
+    ) -> tuple[Responses, Tensor]:
+        """Sample M responses a prompt from the reference, ``[B, M, T]``, and return them and their rewards ``[B, M]``.
 
         Where responses without a reward are left out, further ones are drawn in their place: M stays M.
 
@@ -392,33 +427,48 @@ class Actors:
             stream: The noise's stream.
             step: The call's number within the stream.
             caller: What calls the reward already; one of its own by default.
+            anchored: Sample from the anchor instead.
 
         Raises:
             RewardError: If a prompt's responses have no reward, however many are drawn.
         """
+        giver = self.as_anchor if anchored else self.as_reference
 
-        def draw(some: PromptBatch, count: int, stream: str) -> Tensor:
-            with self.asking() if caller is None else nullcontext(caller) as asking, self.as_reference() as reference:
+        def draw(some: PromptBatch, count: int, stream: str) -> tuple[Completions, Tensor]:
+            with self.asking() if caller is None else nullcontext(caller) as asking, giver() as reference:
                 drawn = self._draw(asking, reference, some, num_samples=count, seed=seed, stream=stream, step=step)
                 raw = drawn.scored().rewards
             self.count_missing(raw, some, drawn.responses)
-            return self._penalised(raw, drawn.completions.finished)
+            return drawn.completions, self._penalised(raw, drawn.completions.finished)
 
-        def again(row: int, places: list[int], number: int) -> list[float]:
-            some = select_prompts(prompts, [row])
-            found: list[float] = draw(some, len(places), f"{stream}/further{number}")[0].tolist()
-            return found
+        def listed(completions: Completions, rewards: Tensor) -> list[list[tuple[float, list[int]]]]:
+            ids = self.token_ids(completions)
+            return [list(zip(*group, strict=True)) for group in zip(rewards.tolist(), ids, strict=True)]
 
-        rewards = draw(prompts, num_samples, stream)
-        if not self.reward_calls.skips:
-            return rewards
+        def again(row: int, places: list[int], number: int) -> list[tuple[float, list[int]]]:
+            return listed(*draw(select_prompts(prompts, [row]), len(places), f"{stream}/further{number}"))[0]
+
+        completions, rewards = draw(prompts, num_samples, stream)
+        if not self.reward_calls.skips or not bool(rewards.isnan().any()):
+            return Responses(completions.tokens, completions.mask), rewards
         try:
             filled, _ = replace_missing(
-                rewards.tolist(), math.isnan, again, lambda row: f"row {row}, prompt {shorten(prompts.text[row])}"
+                listed(completions, rewards),
+                lambda one: math.isnan(one[0]),
+                again,
+                lambda row: f"row {row}, prompt {shorten(prompts.text[row])}",
             )
         except TooManyMissingError as problem:
             raise RewardError(str(problem)) from problem
-        return torch.tensor(filled, dtype=rewards.dtype, device=rewards.device)
+        found = [[reward for reward, _ in group] for group in filled]
+        return self._padded([[ids for _, ids in group] for group in filled], rewards.device), rewards.new_tensor(found)
+
+    def _padded(self, token_ids: list[list[list[int]]], device: torch.device) -> Responses:
+        """Pad ``[B][M]`` lists of token ids to ``[B, M, T]``."""
+        width = max(len(ids) for group in token_ids for ids in group)
+        tokens = [[ids + [self._pad_id] * (width - len(ids)) for ids in group] for group in token_ids]
+        lengths = torch.tensor([[len(ids) for ids in group] for group in token_ids], device=device)
+        return Responses(torch.tensor(tokens, device=device), torch.arange(width, device=device) < lengths[..., None])
 
     def _draw(
         self,
@@ -450,22 +500,31 @@ class Actors:
             responses += texts
         return _Drawn(join_completions(parts, dim=0, pad_id=self._pad_id), responses, asked)
 
-    def statistics(self, rollout: ScoredResponses | Rollout, *, hidden: bool = False) -> tuple[Rollout, Tensor | None]:
+    def statistics(
+        self, rollout: ScoredResponses | Rollout, *, hidden: bool = False, anchored: bool = False
+    ) -> tuple[Rollout, Tensor | None]:
         """Find log-probabilities and the exact KL of given responses, differentiable in the policy.
 
         Args:
             rollout: Prompts and responses.
             hidden: Also return the policy's last hidden states ``[B, G, T, H]``, for a value head.
+            anchored: Compare the policy with the anchor.
         """
         found = response_statistics(
             self.policy,
-            self.as_reference,
+            self.as_anchor if anchored else self.as_reference,
             rollout.prompts,
             rollout.completions,
             temperature=self.temperature,
             hidden=hidden,
+            extra=rollout.extra,
         )
-        known = {"log_probs": found.log_probs, "reference_log_probs": found.reference_log_probs, "token_kl": found.kl}
+        known = {
+            "log_probs": found.log_probs,
+            "reference_log_probs": found.reference_log_probs,
+            "token_kl": found.kl,
+            "extra_log_probs": found.extra_log_probs,
+        }
         return Rollout(**(rollout._asdict() | known)), found.hidden
 
     def policy_log_probs(self, rollout: ScoredResponses | Rollout) -> Tensor:

@@ -75,7 +75,7 @@ class CollapseWarning(RolloutCallback):
         """Look at a rollout of training, or gather those of a validation."""
         if rollout is None or trainer.sanity_checking or stage == "test":
             return
-        self._step = trainer.global_step
+        self._step, self._anchored = trainer.global_step, getattr(pl_module, "anchor_moves", False)
         self._late.put(_numbers(rollout), stage)
 
     def _take(self, numbers: Tensor, stage: str) -> None:
@@ -103,11 +103,12 @@ class CollapseWarning(RolloutCallback):
         kl, distinct, finished, responses = (_mean(values) for values in zip(*seen, strict=True))
         first = self._finished_at_first.setdefault(stage, finished)
         expected = first * responses * len(seen)
+        whose = "anchor" if stage == "train" and self._anchored else "reference"
         if self.max_kl is not None and kl > self.max_kl:
             self._warn(
                 "max_kl",
-                f"the policy is {kl:.4g} nats a response from the reference (the bound is {self.max_kl:g}), where "
-                "hardly anything that it says is what the reference would",
+                f"the policy is {kl:.4g} nats a response from the {whose} (the bound is {self.max_kl:g}), where "
+                f"hardly anything that it says is what the {whose} would",
                 stage,
             )
         if distinct < self.min_distinct:

@@ -17,11 +17,14 @@ class KLMonitor(RolloutMetrics):
 
     Logs ``kl`` (exact over the vocabulary, summed over a response, averaged over responses), ``kl_per_token``
     and ``kl_sampled`` (the mean log-ratio of the sampled responses: the same in expectation). A KL divergence
-    is never negative; where one is, sampling and scoring disagree, and the monitor says so once.
+    is never negative; where one is, sampling and scoring disagree, and the monitor says so once. Where the reference of
+    training moves, training logs the KL to that, as ``anchor_kl`` and so on.
 
     Args:
         enabled: False to log nothing, in place of the callback that a module brings along.
     """
+
+    compares = True
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__(enabled)

@@ -24,6 +24,9 @@ class RolloutMetrics(RolloutCallback, ABC):
         enabled: False to log nothing, in place of the callback that a module brings along.
     """
 
+    compares = False
+    """Whether the values compare the policy with the reference: in training the anchor takes its place, if it moves."""
+
     def __init__(self, enabled: bool = True) -> None:
         super().__init__(enabled)
         self._metrics: dict[str, dict[str, Metric]] = {}  # by stage, then by name
@@ -66,10 +69,12 @@ class RolloutMetrics(RolloutCallback, ABC):
         self.check(metrics, pl_module, stage)
         for metric in metrics.values():
             metric.reset()
+        anchored = self.compares and stage == "train" and getattr(pl_module, "anchor_moves", False)
         for name, value in values.items():
             # Every process has the same value already; on an epoch Lightning asks for the (idle) reduction by
             # a warning.
-            pl_module.log(f"{stage}/{name}", value.float(), batch_size=1, sync_dist=stage != "train")
+            whole = f"{stage}/anchor_{name}" if anchored else f"{stage}/{name}"
+            pl_module.log(whole, value.float(), batch_size=1, sync_dist=stage != "train")
 
     def _stage(self, pl_module: LightningModule, stage: str) -> dict[str, Metric]:
         if stage not in self._metrics:

@@ -21,13 +21,16 @@ class BestOfNWinRate(RolloutMetrics):
     Best-of-N) and ``win_rate_vs_bon{n}`` (against the best of n; 1/2 for a policy that equals Best-of-n).
     Both are means over M cached reference rewards a prompt, which Best-of-n needs at least n of, and better 4n:
     unbiased on prompts that training does not see. On those that it does (``train/``), the rewards that judge are those
-    that the target was made of, and the rates are too high, the more, the smaller M / n.
+    that the target was made of, and the rates are too high, the more, the smaller M / n. Where the reference of
+    training moves, they are against that, and called ``anchor_win_rate`` and so on.
 
     Args:
         n: The Best-of-n opponents. By default the one with the module's own ``n``, if it has one and there are as many
             reference rewards.
         enabled: False to log nothing, in place of the callback that a module brings along.
     """
+
+    compares = True
 
     def __init__(self, n: list[int] | None = None, enabled: bool = True) -> None:
         super().__init__(enabled)

@@ -25,6 +25,7 @@ from vbon_lightning.functional.binned_best_of_n import (
     win_rate_by_cdf,
 )
 from vbon_lightning.functional.bon_regression import bon_regression_loss, pooled_reward_cdf
+from vbon_lightning.functional.bond import bond_target
 from vbon_lightning.functional.distillation import (
     Candidates,
     Teacher,
@@ -35,8 +36,10 @@ from vbon_lightning.functional.distillation import (
     teacher_probs,
 )
 from vbon_lightning.functional.empirical_kl import bon_kl
+from vbon_lightning.functional.forward_kl import bon_cross_entropy
 from vbon_lightning.functional.grpo import LengthNorm, group_normalised_advantages, length_weights
 from vbon_lightning.functional.infalign import InfAlignTies, InfAlignTransform, infalign_slope, infalign_target
+from vbon_lightning.functional.j_bond import j_bond_rewards, leave_one_out_of_all
 from vbon_lightning.functional.kl import (
     TokenStatistics,
     kl_k1,
@@ -99,9 +102,11 @@ from vbon_lightning.functional.targets import (
     token_rewards,
     vbon_target,
 )
+from vbon_lightning.functional.wind import WIND_FITS, wind_log_ratio, wind_loss
 
 __all__ = [
     "CDF_ESTIMATORS",
+    "WIND_FITS",
     "AdvantageEstimate",
     "AnnealingShape",
     "BonbonGap",
@@ -129,6 +134,7 @@ __all__ = [
     "binned_bon_win_rate",
     "binned_reward_cdf",
     "bon_bin_log_weights",
+    "bon_cross_entropy",
     "bon_expected_reward",
     "bon_kl",
     "bon_kl_bound",
@@ -145,6 +151,7 @@ __all__ = [
     "bonbon_beta",
     "bonbon_gap",
     "bonbon_loss",
+    "bond_target",
     "bradley_terry_loss",
     "candidate_teacher",
     "clipped_surrogate_loss",
@@ -164,6 +171,7 @@ __all__ = [
     "group_normalised_advantages",
     "infalign_slope",
     "infalign_target",
+    "j_bond_rewards",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -171,6 +179,7 @@ __all__ = [
     "kl_rl_target",
     "kl_weight",
     "leave_one_out",
+    "leave_one_out_of_all",
     "length_weights",
     "log_ratio_regression",
     "max_at_k_advantages",
@@ -202,5 +211,7 @@ __all__ = [
     "vbon_target",
     "vocabulary_kl",
     "win_rate_by_cdf",
+    "wind_log_ratio",
+    "wind_loss",
     "with_exact_end",
 ]

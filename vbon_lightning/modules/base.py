@@ -167,7 +167,7 @@ class AlignmentModule(LightningModule):
                     check_context(model, longest(), response_tokens)
 
     def on_fit_start(self) -> None:
-        """Check that the texts fit the model's context, and the table's responses what ends one; say what does."""
+        """Check that texts and responses fit the model's context, cached ones too, which are no longer; say what ends."""
         self.check_lengths(self.response_room)
         self.check_ends()
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vbon_lightning.types import Completions, PromptBatch, Rollout
+from vbon_lightning.types import Completions, PromptBatch, Responses, Rollout
 
 
 class Experience(NamedTuple):
@@ -37,4 +37,6 @@ def from_plain(value: dict[str, Any]) -> Experience:
     rollout = dict(value["rollout"])
     rollout["prompts"] = PromptBatch(**rollout["prompts"])
     rollout["completions"] = Completions(**rollout["completions"])
+    if rollout["extra"] is not None:
+        rollout["extra"] = Responses(**rollout["extra"])
     return Experience(**(value | {"rollout": Rollout(**rollout)}))

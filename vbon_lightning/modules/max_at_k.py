@@ -57,9 +57,9 @@ class MaxAtK(PolicyGradient):
         self.record_settings(k=k, beta=beta, form=form)
 
     @property
-    def samples_needed(self) -> int:
+    def fewest_judged(self) -> int:
         """Return how many responses with a reward a prompt must keep: those that the form needs."""
-        return max(super().samples_needed, samples_for_max_at_k(self.form, self.k))
+        return max(super().fewest_judged, samples_for_max_at_k(self.form, self.k))
 
     def target(self, rollout: Rollout) -> Target:
         """Return the rewards and the KL's weight beta."""

@@ -71,13 +71,6 @@ class FromTable(AlignmentModule):
                 "learnt as they are, and a policy that sees no EOS behind them unlearns to stop"
             )
 
-    def on_fit_start(self) -> None:
-        """Check that prompts and responses, cached ones too, fit the model's context."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        cached = data.table().longest_response if self.batch_kind == "responses" and hasattr(data, "table") else 0
-        self.check_lengths(max(cached, self.response_room))
-        self.check_ends()
-
     # -- steps -------------------------------------------------------------------------------------
 
     def training_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:

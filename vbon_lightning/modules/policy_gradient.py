@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from vbon_lightning.functional import (
     value_advantages,
 )
 from vbon_lightning.functional.sequences import masked
-from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.anchored import Anchored
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
 from vbon_lightning.modules.experience import Experience, from_plain, to_plain
 from vbon_lightning.modules.policy_gradient_options import (
     check_estimator,
@@ -37,7 +38,16 @@ from vbon_lightning.types import PromptBatch, Rollout, ScoredResponses, select_p
 KLEstimator = Literal["rao_blackwell", "sampled", "prefix_baseline", "k3"]
 
 
-class PolicyGradient(AlignmentModule):
+class ExtraLoss(NamedTuple):
+    """A term of the loss that is no policy gradient."""
+
+    loss: Tensor
+    """Scalar, differentiable: what is added to the loss."""
+    logs: dict[str, Tensor]
+    """What to log of it."""
+
+
+class PolicyGradient(Anchored):
     """Maximise E[score] - kl_coef * KL(policy || reference) by policy gradients; a subclass names the target.
 
     Args:
@@ -71,6 +81,10 @@ class PolicyGradient(AlignmentModule):
             optimum.
         reference_samples: M reference responses a prompt sampled afresh at every step (``online``) instead of read
             from a reference table; 0 reads the table.
+        anchor_every: K, updates after which the anchor, which stands for the reference in training, becomes what the
+            policy is then, again and again; 0 for never.
+        anchor_rate: Average the policy into the anchor after each update, ``(1 - rate) anchor + rate policy``; 0 for an
+            anchor that stays. Not together with ``anchor_every``.
         seed: Seeds sampling, minibatches and the initialisation of a policy made from a config.
         optimizer: Builds the optimizer from parameters.
         lr_scheduler: Builds a learning-rate scheduler from the optimizer, stepped once an update.
@@ -78,6 +92,8 @@ class PolicyGradient(AlignmentModule):
 
     predicts_rewards: bool = False
     """Whether rollouts bring the predicted distribution of the reward also where reference rewards are known."""
+    baseline_of_batch = False
+    """Whether one response a prompt will do, since the baseline is taken from the rest of the batch."""
     normalised_weights = False
     """Whether the weight of a response, ``exp(score / kl_coef)``, has mean 1 under the reference."""
     reads_value_model = True
@@ -102,13 +118,16 @@ class PolicyGradient(AlignmentModule):
         value_model: bool | None = None,
         value_lambda: float = 1.0,
         reference_samples: int = 0,
+        anchor_every: int = 0,
+        anchor_rate: float = 0.0,
         seed: int = 0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(actors, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        super().__init__(actors, anchor_every, anchor_rate, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
         named = actors.value_model is not None
         fits = self.reads_value_model and estimator != "ppo" and kl_estimator == "rao_blackwell"
+        fits = fits and not self.anchor_moves
         self.uses_value_model = named and fits if value_model is None else value_model
         check_estimator(
             estimator,
@@ -116,7 +135,7 @@ class PolicyGradient(AlignmentModule):
             samples_per_prompt,
             epochs_per_rollout,
             minibatches,
-            valued=self.uses_value_model,
+            valued=self.uses_value_model or self.baseline_of_batch,
             normalise=normalise,
         )
         check_value_model_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
@@ -174,6 +193,14 @@ class PolicyGradient(AlignmentModule):
         """Return what this method maximises: scores ``[B, G]`` and the KL's weight."""
         raise NotImplementedError(f"{type(self).__name__} must say what it maximises")
 
+    def extra_loss(self, live: Rollout) -> ExtraLoss | None:
+        """Return a further term of the loss, beside the target's; None for none.
+
+        Args:
+            live: The rollout as the policy that learns evaluates it now, differentiable in it.
+        """
+        return None
+
     def bin_log_weights(self, rollout: Rollout) -> Tensor:
         """Return what the method makes of each bin of a value model's reward, ``[B, K]`` or ``[1, K]``."""
         raise NotImplementedError(f"{type(self).__name__} must say what it makes of the bins of a value model")
@@ -214,6 +241,7 @@ class PolicyGradient(AlignmentModule):
         """Refuse to start without what the method needs, before anything expensive."""
         if self.actor_spec.reward is None:
             raise ValueError(f"{type(self).__name__} needs a reward: set `data.reward`")
+        super().setup(stage)
         if stage == "fit" and self.normalise and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 "model.normalise divides by the spread of one batch, so gradients accumulated over several are not "
@@ -265,29 +293,30 @@ class PolicyGradient(AlignmentModule):
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, prog_bar=False)
         return {"loss": loss, "rollout": rollout}
 
-    def _sample(self, batch: PromptBatch, number: int) -> ScoredResponses:
+    def _sample(self, batch: PromptBatch, number: int, **further: Any) -> ScoredResponses:
         """Prompts -> responses -> rewards."""
-        return self.loaded.scored_responses(
-            batch,
-            num_samples=self.samples_per_prompt,
-            seed=self.seed,
-            stream="train",
-            step=number,
-            reference_samples=self.reference_samples,
-            predict_rewards=self.predicts_rewards,
-        )
+        options: dict[str, Any] = {
+            "num_samples": self.samples_per_prompt,
+            "seed": self.seed,
+            "stream": "train",
+            "step": number,
+            "reference_samples": self.reference_samples,
+            "predict_rewards": self.predicts_rewards,
+            "anchored": self.anchor_moves,
+        }
+        return self.loaded.scored_responses(self.of_the_anchor(batch), **(options | further))
 
     def _on_policy_update(self, rollout: ScoredResponses) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
         """Responses and their rewards -> loss: what advantages are made of is held fixed, what is learnt is not."""
         live, values = self._evaluate_responses(rollout)
-        fixed = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach())
+        fixed = live._replace(log_probs=live.log_probs.detach(), token_kl=live.token_kl.detach(), extra_log_probs=None)
         experience = self._experience_of(fixed, None if values is None else values.detach())
         return self._loss(experience, live, values)
 
     def _evaluate_responses(self, rollout: ScoredResponses | Rollout) -> tuple[Rollout, Tensor | None]:
         """Fill in log-probabilities, exact KL and values ``[B, G, T]``, differentiable in the policy."""
         critic = self.critic
-        evaluated, hidden = self.loaded.statistics(rollout, hidden=critic is not None)
+        evaluated, hidden = self.loaded.statistics(rollout, hidden=critic is not None, anchored=self.anchor_moves)
         if critic is None or hidden is None:
             return evaluated, None
         values = critic(hidden.to(critic.weight.dtype)).float().squeeze(-1)
@@ -332,8 +361,11 @@ class PolicyGradient(AlignmentModule):
         kept = mask.any(-1)
         objective = self.objective(target, rollout, kept)
         logs["objective"] = objective[kept].mean() if self._skips else objective.mean()
-        uneven = self._skips or self.mean_over == "tokens"
-        return loss * self._share(mask) if uneven else loss, rollout, logs
+        loss = loss * self._share(mask) if self._skips or self.mean_over == "tokens" else loss
+        if (extra := self.extra_loss(live)) is not None:
+            loss, logs["objective"] = loss + extra.loss, logs["objective"] - extra.loss.detach()
+            logs |= extra.logs
+        return loss, rollout, logs
 
     # -- advantages --------------------------------------------------------------------------------
 
@@ -383,9 +415,10 @@ class PolicyGradient(AlignmentModule):
     # -- responses that are left out -----------------------------------------------------------------
 
     @property
-    def samples_needed(self) -> int:
+    def fewest_judged(self) -> int:
         """Return how many responses with a reward a prompt must keep to be learnt from."""
-        return 1 if self.estimator == "ppo" or self.uses_value_model else 2
+        alone = self.baseline_of_batch and self.samples_per_prompt == 1
+        return 1 if self.estimator == "ppo" or self.uses_value_model or alone else 2
 
     def _learnt(self, rollout: Rollout) -> Tensor:
         """Return the tokens ``[B, G, T]`` that count in the update.
@@ -396,7 +429,7 @@ class PolicyGradient(AlignmentModule):
         mask = rollout.completions.mask
         if not self._skips:
             return mask
-        kept = rollout.judged & (rollout.judged.sum(1, keepdim=True) >= self.samples_needed)
+        kept = rollout.judged & (rollout.judged.sum(1, keepdim=True) >= self.fewest_judged)
         return mask & kept.unsqueeze(-1)
 
     def _target(self, rollout: Rollout) -> Target:
@@ -425,7 +458,9 @@ class PolicyGradient(AlignmentModule):
     def _minibatch_update(self, experience: Experience) -> tuple[Tensor, Rollout, dict[str, Tensor]]:
         rollout = experience.rollout
         kl_has_gradient = self.kl_estimator not in ("sampled", "k3") and self._target(rollout).kl_coef > 0
-        if self.critic is None and not kl_has_gradient:  # what the reference says is known since the rollout
+        if (
+            self.critic is None and rollout.extra is None and not kl_has_gradient
+        ):  # what the reference says is known since the rollout
             live = rollout._replace(log_probs=self.loaded.policy_log_probs(rollout))
             return self._loss(experience, live, None)
         live, values = self._evaluate_responses(rollout)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.functional import Target, reward_cdf, sequence_log_prob, vbon_target
+from vbon_lightning.functional import RewardCDF, Target, kl_weight, reward_cdf, sequence_log_prob, vbon_target
 from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
+from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.modules.n_schedule import NSchedule
-from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.modules.reference_rewards import CDFEstimator, check_cdf_estimator, check_reference_rewards
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.types import Rollout
@@ -26,8 +26,8 @@ _NO_REWARDS = (
 )
 
 
-class VBoN(PolicyGradient):
-    r"""Fine-tune the policy towards the distribution that Best-of-N induces, by the backward KL.
+class VBoN(ForwardTerm):
+    r"""Fine-tune the policy towards the distribution that Best-of-N induces, by the backward KL or the forward one.
 
     Maximises
     :math:`\frac{1}{N-1} E_\pi[\log \pi_{bon}(y) - \log \pi_{ref}(y)] - \frac{1}{N-1} KL(\pi \| \pi_{ref})`,
@@ -51,11 +51,13 @@ class VBoN(PolicyGradient):
             none is known.
         n_schedule: Let N go to ``n`` over the first updates, :class:`~vbon_lightning.modules.n_schedule.NSchedule`:
             a small N is soon learnt, and gives the larger ones responses worth telling apart. Logged as ``n``. None
-            keeps N at ``n``.
-        **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
+            keeps N at ``n``. For the backward KL alone.
+        **kwargs: What :class:`~vbon_lightning.modules.forward_term.ForwardTerm` takes: the divergence, and what every
+            policy gradient does.
     """
 
     normalised_weights = True
+    reads_reference_rewards = True
 
     def __init__(
         self,
@@ -86,6 +88,11 @@ class VBoN(PolicyGradient):
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
         self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
         self.n_schedule = NSchedule.of(n_schedule)
+        if self.n_schedule is not None and self.divergence != "backward":
+            raise ValueError(
+                f"model.n_schedule takes N through numbers that are not whole, and model.divergence={self.divergence} "
+                "takes the best of a whole number of responses: leave one of the two out"
+            )
         self.record_settings(
             n=n,
             bound=bound,
@@ -94,6 +101,16 @@ class VBoN(PolicyGradient):
             **({"prior_samples": prior_samples} if prior_samples else {}),
             **({"n_schedule": asdict(self.n_schedule)} if self.n_schedule else {}),
         )
+
+    @property
+    def best_of(self) -> float:
+        """Return N."""
+        return self.n
+
+    @property
+    def forward_coef(self) -> float:
+        """Return the weight of the forward cross-entropy in the loss, in which both KLs are divided by N - 1."""
+        return kl_weight(self.n) * super().forward_coef
 
     @property
     def predicts_rewards(self) -> bool:  # type: ignore[override]
@@ -138,7 +155,10 @@ class VBoN(PolicyGradient):
             cdf = self._scorer.reward_cdf(rollout.rewards, rollout.reference_log_cdf)
         else:
             raise ValueError(_NO_REWARDS)
-        log_reference = sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask)
+        return self.target_of(sequence_log_prob(rollout.reference_log_probs, rollout.completions.mask), cdf)
+
+    def target_of(self, log_reference: Tensor, cdf: RewardCDF) -> Target:
+        """Return the target of responses ``[B, G]`` of which reference and reward distribution are known."""
         return vbon_target(log_reference, cdf, n=self.current_n, bound=self.bound, log_ratio_floor=self.log_ratio_floor)
 
     def bin_log_weights(self, rollout: Rollout) -> Tensor:

@@ -316,12 +316,6 @@ class ReferenceTable:
                 )
 
     @property
-    def longest_response(self) -> int:
-        """Return the most tokens that a response has."""
-        known = (row.lengths for row in self._token_column().values() if row is not None)
-        return max((int(lengths.max()) for lengths in known if len(lengths)), default=0)
-
-    @property
     def knows_finished(self) -> bool:
         """Return whether the table tells finished from truncated responses; JSON Lines imports do not."""
         return all(values is not None for values in self._column("finished").values())

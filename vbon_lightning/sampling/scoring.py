@@ -46,6 +46,8 @@ class ResponseStatistics(NamedTuple):
     """``[B, G, T]``: exact KL(policy || reference) over the vocabulary, differentiable."""
     hidden: Tensor | None
     """``[B, G, T, H]``: the policy's last hidden states, where asked for."""
+    extra_log_probs: Tensor | None = None
+    """``[B, K, T]``: log-probability of further responses' tokens under the policy, differentiable, where asked for."""
 
 
 def response_logits(
@@ -78,6 +80,7 @@ def response_statistics(
     *,
     temperature: float = 1.0,
     hidden: bool = False,
+    extra: Responses | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> ResponseStatistics:
     """Compute log-probabilities of response tokens under both models and the exact KL at each.
@@ -93,17 +96,43 @@ def response_statistics(
         completions: ``[B, G, T]`` responses.
         temperature: The sampling temperature, applied to both.
         hidden: Also return the policy's last hidden states, for a value head.
+        extra: ``[B, K, T]`` further responses, of which only the policy is asked, in the same pass.
         max_logits: Logits of each model that live at once.
     """
     context = nullcontext(reference) if isinstance(reference, PreTrainedModel) else reference()
-    ours = response_states(policy, prompts, completions, hidden=hidden)
+    given = completions if extra is None else _beside(completions, extra)
+    ours = response_states(policy, prompts, given, hidden=hidden)
+    found = None
+    if extra is not None:
+        samples = completions.mask.shape[1]
+        further = _rows_of(ours, given.mask, slice(samples, None), extra.mask.shape[-1])
+        ours = _rows_of(ours, given.mask, slice(samples), completions.mask.shape[-1])
+        (found,) = _by_chunks(_log_prob_chunk, [further], extra.tokens, extra.mask, temperature, max_logits)
     with torch.no_grad(), context as model:
         theirs = base_states(model, ours) or response_states(model, prompts, completions)
     log_probs, reference_log_probs, kl = _by_chunks(
         _chunk, [ours, theirs], completions.tokens, completions.mask, temperature, max_logits
     )
     states = None if ours.hidden is None else ours.hidden.view(*completions.mask.shape, -1)
-    return ResponseStatistics(log_probs, reference_log_probs, kl, states)
+    return ResponseStatistics(log_probs, reference_log_probs, kl, states, found)
+
+
+def _beside(completions: Completions | Responses, extra: Responses) -> Responses:
+    """Lay further responses beside each prompt's own: ``[B, G + K, T]``, padded to the longer of the two."""
+    both = (Responses(completions.tokens, completions.mask), extra)
+    width = max(part.mask.shape[-1] for part in both)
+    padded = [[torch.nn.functional.pad(field, (0, width - field.shape[-1])) for field in part] for part in both]
+    return Responses(*(torch.cat(fields, dim=1) for fields in zip(*padded, strict=True)))
+
+
+def _rows_of(states: States, mask: Tensor, rows: slice, length: int) -> States:
+    """Return the states of some of each prompt's responses, without the padding that the others needed."""
+
+    def part(values: Tensor) -> Tensor:
+        return values.reshape(*mask.shape, values.shape[-1])[:, rows, :length]
+
+    hidden = None if states.hidden is None else part(states.hidden).flatten(0, 1)
+    return states._replace(features=part(states.features).flatten(0, 2), hidden=hidden)
 
 
 def response_log_probs(

@@ -68,6 +68,7 @@ def test_what_is_sampled_to_learn_from(files: Path) -> None:
                 "step": 5,
                 "reference_samples": options.get("reference_samples", 0),
                 "predict_rewards": predicts,
+                "anchored": False,
             },
         )
 

@@ -83,33 +83,17 @@ def test_a_value_model_needs_a_table_of_enough_responses(files: Path, spy: Any) 
     assert checked.calls == [((own.actor_spec, own.scorer, str(files / "value")), {"seed": 7})]
 
 
-def test_the_longest_cached_response_must_fit_too(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[Any] = []
-    for kind, options, longest, expected in (
-        ("bonsft", {}, 9, 9),
-        ("bonsft", {}, 2, 5),
-        ("distillation", {"states": "policy"}, 9, 5),
-        ("bonsft", {}, None, 5),
-    ):
-        module: Any = make_module(kind, table_data(files, value_model=str(files / "value")), **options)
+def test_responses_must_fit_whoever_makes_them(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached ones are no longer than those that are sampled: the table's fingerprint says so."""
+    for kind in ("bonsft", "vbon"):
+        said: list[Any] = []
+        module: Any = make_module(kind, table_data(files))
         module.actors = SimpleNamespace(max_new_tokens=5)
-        data = None if longest is None else table_of(16)
-        if data is not None:
-            data.table().longest_response = longest
-        attach(module, FakeTrainer(datamodule=data))
-        monkeypatch.setattr(module, "check_lengths", lambda tokens: said.append(tokens))
-        monkeypatch.setattr(module, "check_ends", lambda: said.append("ends"))
-        said.clear()
+        attach(module, FakeTrainer(datamodule=table_of(16)))
+        monkeypatch.setattr(module, "check_lengths", said.append)
+        monkeypatch.setattr(module, "check_ends", lambda said=said: said.append("ends"))
         module.on_fit_start()
-        assert said == [expected, "ends"]
-    online: Any = make_module("vbon", table_data(files))
-    online.actors = SimpleNamespace(max_new_tokens=5)
-    attach(online, FakeTrainer())
-    monkeypatch.setattr(online, "check_lengths", lambda tokens: said.append(tokens))
-    monkeypatch.setattr(online, "check_ends", lambda: said.append("ends"))
-    said.clear()
-    online.on_fit_start()
-    assert said == [5, "ends"]
+        assert said == [5, "ends"]
 
 
 def test_minibatches_and_rewards_are_checked_before_a_fit(files: Path) -> None:

@@ -1,0 +1,106 @@
+"""J-BOND: BOND with two samples of an anchor that is an average."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.functional import Target, cost_to_go, j_bond_rewards, leave_one_out_of_all
+from vbon_lightning.modules.forward_term import ForwardTerm
+from vbon_lightning.types import Rollout
+
+
+class JBOND(ForwardTerm):
+    r"""Fine-tune the policy towards Best-of-2 of an anchor that is an exponential average of it.
+
+    Minimises :math:`(1-b) KL(\pi_{bo2} \| \pi) + b KL(\pi \| \pi_{bo2}) + \gamma KL(\pi \| anchor)`: the forward KL by
+    cross-entropy on the better of two of the anchor's responses, the backward one by a policy gradient on the reward
+    ``-log 16`` for responses that lose to both, with the KL to the anchor exact over the vocabulary where the authors
+    sample it. The anchor moves by ``anchor <- (1 - rate) anchor + rate policy`` after each update. Of more than two of
+    the anchor's responses all pairs count; with one of the policy's the baseline is the mean over the rest of the
+    batch, with more their siblings'. Sessa, Dadashi, Hussenot et al., "BOND: Aligning LLMs with Best-of-N
+    Distillation", 2024, Algorithm 2; https://arxiv.org/abs/2407.14622.
+
+    Args:
+        actors: The policy, reference and reward, as the data module names them.
+        jeffreys_weight: b, the weight of the backward KL, in (0, 1].
+        regularisation: gamma, the weight of the further KL to the anchor, >= 0.
+        samples_per_prompt: G, the policy's responses a prompt in training.
+        eval_samples: The policy's responses a prompt in validation and test.
+        reference_samples: M, the anchor's responses a prompt, at least 2.
+        anchor_rate: The anchor's share of the policy at each update.
+        forward_responses: Responses a prompt that the forward KL learns, each the better of two of the M.
+        **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
+    """
+
+    reads_reference_rewards = True
+    best_of = 2
+    baseline_of_batch = True
+
+    def __init__(
+        self,
+        actors: ActorSpec,
+        jeffreys_weight: float = 0.5,
+        regularisation: float = 0.0,
+        samples_per_prompt: int = 1,
+        eval_samples: int = 8,
+        reference_samples: int = 2,
+        anchor_rate: float = 0.02,
+        forward_responses: int | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 < jeffreys_weight <= 1:
+            raise ValueError(f"model.jeffreys_weight must be in (0, 1], got {jeffreys_weight}")
+        super().__init__(
+            actors,
+            divergence="jeffreys" if jeffreys_weight < 1 else "backward",
+            jeffreys_weight=jeffreys_weight if jeffreys_weight < 1 else 0.5,
+            forward_responses=forward_responses,
+            samples_per_prompt=samples_per_prompt,
+            eval_samples=eval_samples,
+            reference_samples=reference_samples,
+            anchor_rate=anchor_rate,
+            **kwargs,
+        )
+        if not 0 <= regularisation < math.inf:
+            raise ValueError(f"model.regularisation must be a number >= 0, got {regularisation}")
+        if reference_samples < 2:
+            raise ValueError(
+                f"J-BOND compares with pairs of the anchor's responses: model.reference_samples must be >= 2, got "
+                f"{reference_samples}"
+            )
+        if samples_per_prompt == 1 and (self.normalise or self.kl_estimator == "prefix_baseline"):
+            raise ValueError(
+                "one response a prompt has the rest of the batch for a baseline, without model.normalise and with "
+                "model.kl_estimator=rao_blackwell or sampled: set these, or model.samples_per_prompt to 2 or more"
+            )
+        self.regularisation = regularisation
+        self.record_settings(regularisation=regularisation)
+
+    def record_settings(self, **settings: Any) -> None:
+        """Record the weight that says which divergence it is."""
+        weight = {"jeffreys_weight": self.backward_weight, "forward_responses": self.forward_responses}
+        own = weight | {"anchor_every": self.anchor_every, "anchor_rate": self.anchor_rate}
+        # Past what names the divergence, which is no option of J-BOND.
+        super(ForwardTerm, self).record_settings(**(own | settings))
+
+    def target(self, rollout: Rollout) -> Target:
+        """Return the reward of Best-of-2, and the weights of both KLs to the anchor over that of the backward one."""
+        assert rollout.reference_rewards is not None
+        rewards = j_bond_rewards(rollout.rewards, rollout.reference_rewards)
+        return Target(rewards, 1 + self.regularisation / self.backward_weight)
+
+    def _advantages(self, target: Target, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.samples_per_prompt > 1 or values is not None:
+            return super()._advantages(target, rollout, values)
+        mask = self._learnt(rollout)
+        if self.kl_estimator == "sampled":
+            paid = (rollout.log_probs - rollout.reference_log_probs).sum(-1, keepdim=True).expand(mask.shape)
+        else:
+            paid = cost_to_go(rollout.token_kl)
+        returns = target.score.unsqueeze(-1) - target.kl_coef * paid
+        advantages = leave_one_out_of_all(returns, mask.any(-1), add_up=self._over_ranks)
+        return advantages.masked_fill(~mask, 0.0), None
