@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,17 @@ def test_the_target_is_that_of_the_current_n(files: Path) -> None:
         assert found.kl_coef == expected.kl_coef
         assert torch.equal(found.score, expected.score)
         module.batches_seen = 50
+
+
+def test_a_value_model_hears_the_current_n(files: Path) -> None:
+    module: Any = make_module("annealed", make_data(files), n=6.0, n_schedule=LINEAR)
+    scorer = SimpleNamespace(
+        log_cdf=lambda prompts, rewards: torch.zeros(2, 3), bon_log_weights=lambda log_cdf, n: torch.full((2, 2), n)
+    )
+    module.actors = SimpleNamespace(value=scorer)
+    module.batches_seen = 2
+    weights = module.bin_log_weights(SimpleNamespace(prompts=None, reference_rewards=1, reference_log_cdf=None))
+    assert weights.tolist() == [[3.0, 3.0]] * 2
 
 
 def test_n_is_logged_and_the_final_one_is_what_the_export_says(files: Path, tmp_path: Path) -> None:
