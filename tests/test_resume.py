@@ -106,7 +106,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         *(("clipped", kill) for kill in (2, 8, 9)),
         *(("ppo", kill) for kill in (3, 8, 13)),
         # The anchor is replaced by the second update and the fourth, or averaged at each.
-        *(("bond", kill) for kill in (1, 2, 3)),
+        *(("bond", kill) for kill in (1, 3)),
         *(("jbond", 2), ("wind", 3)),
     ],
 )
