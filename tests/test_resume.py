@@ -109,7 +109,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         *(("ppo", kill) for kill in (3, 8, 13)),
         *(("annealed", 2), ("maxatk", 2), ("grpo", 6), ("pfppo", 3)),
         # The anchor is replaced by the second update and the fourth, or averaged at each.
-        *(("bond", kill) for kill in (1, 2, 3)),
+        *(("bond", kill) for kill in (1, 3)),
         *(("jbond", 2), ("wind", 3)),
     ],
 )

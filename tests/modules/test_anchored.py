@@ -218,6 +218,13 @@ def test_what_does_not_go_together_is_refused(
         run.fit(make_module(kind, brought, **model), brought)
 
 
+def test_half_precision_weights_are_not_averaged(files: Path) -> None:
+    data = make_data(files, policy=ModelSpec(str(files / "llama"), dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"weights of torch.bfloat16 round an average away that moves by 0.5 a step"):
+        make_module("klrl", data, anchor_rate=0.5).configure_model()
+    make_module("klrl", data, anchor_every=2).configure_model()
+
+
 def test_a_value_model_that_is_named_is_left_alone(files: Path) -> None:
     data = make_data(files, value_model=str(files / "value"))
     assert make_module("klrl", data).uses_value_model  # type: ignore[attr-defined]

@@ -169,6 +169,20 @@ def test_references_without_a_reward_are_drawn_again_with_their_rewards(files: P
     assert all(ours == theirs for ours, theirs in kept if not theirs.startswith(("a", "b")))
 
 
+def test_responses_without_a_reward_take_nothing_from_the_forward_kl(files: Path) -> None:
+    data = make_data(files, reward_calls=RewardCalls(on_missing="skip"))
+    module = prepared("jeffreys", data, jeffreys_weight=B, estimator="reinforce")
+    batch = data._collate_prompts([(i, True, row) for i, row in enumerate(data.prompts("train")[:3])])
+    scored = module._sample(batch, 0)
+    rewards = scored.rewards.clone()
+    rewards[0], rewards[1, :2] = torch.nan, torch.nan
+    scored = scored._replace(rewards=rewards)
+    loss, _, logs = module._on_policy_update(scored)
+    without, _, _ = module._on_policy_update(scored._replace(extra=None))
+    assert loss.isfinite()
+    assert (loss - without).item() == pytest.approx((1 - B) / (N - 1) * logs["forward_nll"].item(), rel=1e-4)
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("vbon", {"divergence": "x"}, "model.divergence must be one of backward, forward, jeffreys; got 'x'"),
     ("jeffreys", {"jeffreys_weight": 1.0}, "model.jeffreys_weight must be in .0, 1., got 1.0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -93,6 +94,12 @@ class Anchored(AlignmentModule):
         if self.anchor_moves and self.anchor is None:
             actors = self.loaded
             self.anchor = actors.anchor = make_anchor(actors.policy, actors.reference)
+            narrow = [p.dtype for p in actors.policy.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32]
+            if self.anchor_rate and narrow:
+                raise ValueError(
+                    f"weights of {narrow[0]} round an average away that moves by {self.anchor_rate:g} a step: leave "
+                    "the policy's dtype out, or use model.anchor_every"
+                )
 
     def of_the_anchor(self, batch: PromptBatch) -> PromptBatch:
         """Return a batch of training without a table's rewards, where these are not the anchor's."""

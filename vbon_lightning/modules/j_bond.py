@@ -21,8 +21,8 @@ class JBOND(ForwardTerm):
     ``-log 16`` for responses that lose to both, with the KL to the anchor exact over the vocabulary where the authors
     sample it. The anchor moves by ``anchor <- (1 - rate) anchor + rate policy`` after each update. Of more than two of
     the anchor's responses all pairs count; with one of the policy's the baseline is the mean over the rest of the
-    batch, with more their siblings'. Sessa, Dadashi, Hussenot et al., "BOND: Aligning LLMs with Best-of-N
-    Distillation", 2024, Algorithm 2; https://arxiv.org/abs/2407.14622.
+    batch, with more their siblings'. A tie is no loss: rewards of 0 and 1 say little to it. Sessa, Dadashi, Hussenot et
+    al., "BOND: Aligning LLMs with Best-of-N Distillation", 2024, Algorithm 2; https://arxiv.org/abs/2407.14622.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
