@@ -123,8 +123,10 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
         "value_tokens": 0,
         "reward_calls": 2,
         "seconds": best.cost["seconds"],
+        "peak_cache_bytes": best.cost["peak_cache_bytes"],
+        "peak_cuda_bytes": 0,
     }
-    assert 0 < best.cost["seconds"] < 60
+    assert 0 < best.cost["seconds"] < 60 and best.cost["peak_cache_bytes"] > 0
     chosen = decoders["Guided n=4"](actors, batch, num_samples=5, **options)
     lengths = chosen.mask.sum(-1).float()
     assert chosen.token_kl is not None
@@ -139,11 +141,11 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     # In the table of costs, and in the plain numbers.
     head, costs = (tmp_path / "out" / "comparison.md").read_text().split("| a response |")
     assert "| **Guided n=4** |" in head
-    assert costs.startswith(" generated tokens | value tokens | reward calls | seconds |")
+    assert costs.startswith(" generated tokens | value tokens | reward calls | seconds | peak cache of a batch |")
     rows = {cells[0]: cells[1:] for cells in map(cells_of, costs.splitlines()[2:])}
     assert rows == {
         report.name: [f"{report.cost[field]:,.1f}" for field in ("generated_tokens", "value_tokens", "reward_calls")]
-        + [f"{report.cost['seconds']:.2g}"]
+        + [f"{report.cost['seconds']:.2g}", f"{report.cost['peak_cache_bytes'] / 2**20:.2f} MiB"]
         for report in (best, guided)
         if report.cost is not None
     }

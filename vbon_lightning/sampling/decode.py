@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend, can_share_prompts, shared_prompts
-from vbon_lightning.sampling.memory import note_caches
+from vbon_lightning.sampling.memory import note_cache
 from vbon_lightning.sampling.plain import prompts_with_room, refuse_plain, runs_plain
 from vbon_lightning.sampling.request import SamplingRequest, check_request
 from vbon_lightning.sharding import Lockstep
@@ -197,7 +197,7 @@ class _Cached(Reader):
                 use_cache=True,
             )
         self.positions = self.positions + 1
-        note_caches(self.cache)
+        note_cache(self.cache)
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -295,8 +295,8 @@ class Growing:
         """Keep some rows, or several copies of one, once they have a token.
 
         Args:
-            rows: ``[R]`` rows, as many for each prompt, prompt by prompt and in order; as many as there are, where noise
-                stays in its place.
+            rows: ``[R]`` rows, as many for each prompt, prompt by prompt and in order; as many as there are, where
+                noise stays in its place.
             own_noise: Whether a row takes the noise of its later tokens with it, or finds that of its new place.
         """
         place = torch.full_like(self.finished, -1, dtype=torch.long)

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import Cache
 
 
 class CacheMeter:
-    """Remembers the most bytes that caches held at once, of those that :func:`note_caches` was told of."""
+    """Remembers the most bytes that caches held at once, of those that :func:`note_cache` was told of."""
 
-    peak = 0
+    def __init__(self) -> None:
+        self.peak = 0
+        self._held: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()
 
-    def note(self, size: int) -> None:
-        """Take down how many bytes are held now."""
-        self.peak = max(self.peak, size)
+    def note(self, cache: Cache) -> None:
+        """Take down how many bytes a cache holds now."""
+        self._held[cache] = cache_bytes(cache)
+        self.peak = max(self.peak, sum(self._held.values()))
 
 
 _METER: ContextVar[CacheMeter | None] = ContextVar("meter", default=None)
@@ -34,10 +38,10 @@ def metered_caches() -> Iterator[CacheMeter]:
         _METER.reset(token)
 
 
-def note_caches(*caches: Cache) -> None:
-    """Say which caches are held now, all that are; nothing comes of it unless somebody measures."""
+def note_cache(cache: Cache) -> None:
+    """Say that a cache has grown; nothing comes of it unless somebody measures."""
     if (meter := _METER.get()) is not None:
-        meter.note(sum(map(cache_bytes, caches)))
+        meter.note(cache)
 
 
 def cache_bytes(cache: Cache) -> int:
