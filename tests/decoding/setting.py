@@ -17,7 +17,6 @@ from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.decoding import Decoded, Decoder
 from vbon_lightning.rewards import RewardModel
-from vbon_lightning.types import PromptBatch
 
 Tokens = tuple[int, ...]
 ALPHABET, SIZE = "ab", 5
@@ -31,14 +30,18 @@ def score(ids: Sequence[int]) -> float:
 
 
 class Told(RewardModel):
-    """Scores token ids by :func:`score`, and remembers which were asked for."""
+    """Scores token ids by :func:`score`, and remembers which were asked for.
 
-    def __init__(self) -> None:
-        self.asked: list[Tokens] = []
+    Args:
+        silent: First tokens of responses of which it says nothing.
+    """
+
+    def __init__(self, silent: Sequence[int] = ()) -> None:
+        self.silent, self.asked = silent, list[Tokens]()
 
     def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
         self.asked += [tuple(ids) for rows in token_ids for ids in rows]
-        return torch.tensor([[score(ids) for ids in rows] for rows in token_ids])
+        return torch.tensor([[math.nan if ids[0] in self.silent else score(ids) for ids in rows] for rows in token_ids])
 
     def identity(self) -> dict[str, str]:
         return {"class": "Told"}
@@ -122,12 +125,9 @@ def statistic(found: Decoded, expected: dict[Tokens, float]) -> float:
     for response in responses:
         counts.add(response, 1)
     cells = [(counts.get(one, 0), share * len(responses)) for one, share in expected.items()]
-    cells = [*(cell for cell in cells if cell[1] >= 5), tuple(map(sum, zip(*(c for c in cells if c[1] < 5), strict=True)))]
-    cells = [cell for cell in cells if cell and cell[1] > 0]
+    rare = [cell for cell in cells if cell[1] < 5]
+    cells = [cell for cell in cells if cell[1] >= 5]
+    if sum(wanted for _, wanted in rare) > 1:
+        cells.append((sum(seen for seen, _ in rare), sum(wanted for _, wanted in rare)))
     total = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
     return float(total / chi2.ppf(0.999, len(cells) - 1))
-
-
-def texts_of(prompts: int) -> PromptBatch:
-    """Make prompts of different lengths."""
-    return batch_of([PROMPT[: 1 + place % 3] for place in range(prompts)])

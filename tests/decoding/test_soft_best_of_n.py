@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.decoding.setting import OPTIONS, PROMPT, Continuations, Outcomes, assert_distributed, decode, load, save_models
+from tests.decoding.setting import (
+    OPTIONS,
+    PROMPT,
+    Continuations,
+    Outcomes,
+    assert_distributed,
+    decode,
+    load,
+    save_models,
+)
 from tests.decoding.setting import score as reward_of
 from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors
@@ -53,9 +62,8 @@ def test_what_it_costs_and_how_far_it_goes(actors: Actors) -> None:
     assert found.kl_bound == pytest.approx(math.log(3))
 
 
-@pytest.mark.parametrize("temperature", [-1, math.nan, True, "warm"])
-def test_temperatures_that_make_no_sense(temperature: Any) -> None:
-    with pytest.raises(ValueError, match=r"temperature must be a number >= 0, or \.inf, got"):
-        SoftBestOfN(4, temperature)
-
-
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": math.nan}, {"n": 0}, {"n": 1.5}], ids=str)
+def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SoftBestOfN(**options)

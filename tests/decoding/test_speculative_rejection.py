@@ -102,8 +102,8 @@ def test_a_response_that_goes_on_was_not_cut(actors: Actors) -> None:
     ("options", "message"),
     [
         ({"n": 0}, "n must be an integer >= 1, got 0"),
-        ({"alpha": 1.0}, "alpha must be a number >= 0 and < 1, got 1.0"),
-        ({"alpha": -0.1}, "alpha must be a number >= 0 and < 1, got -0.1"),
+        ({"alpha": 1.0}, "alpha must be less than 1, got 1.0"),
+        ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
         ({"every": 0}, "every must be an integer >= 1, got 0"),
     ],
 )

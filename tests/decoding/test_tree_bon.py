@@ -79,6 +79,10 @@ def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
     actors: Any = load(files, 6)
     found = decode(decoder, actors, samples)
     preferring: Any = decoder.models[0].load(actors)
+
+    def ratio(prefix: Tokens, token: int) -> float:
+        return math.log(next_probs(preferring, prefix)[token] / next_probs(actors.policy, prefix)[token])
+
     noise = prompt_noise([0], num_samples=4 * samples, length=6, **OPTIONS)[0].view(samples, 4, 6).tolist()
     tokens, read, chosen = 0, 0, []
     for group in noise:
@@ -94,7 +98,9 @@ def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
                 read += sum(map(len, nodes))
                 scores = [
                     sum(
-                        math.log(next_probs(preferring, node[:k])[node[k]] / next_probs(actors.policy, node[:k])[node[k]])
+                        math.log(
+                            next_probs(preferring, node[:k])[node[k]] / next_probs(actors.policy, node[:k])[node[k]]
+                        )
                         / (k + 1)
                         for k in range(len(node))
                     )
@@ -142,7 +148,5 @@ def test_more_layers_than_tokens(actors: Actors) -> None:
 
 
 def test_a_preference_policy_of_other_tokens(files: Path, actors: Actors) -> None:
-    with pytest.raises(ModelError, match="^the decoder's preference_policy '.*strange': the policy and the preference_po"):
+    with pytest.raises(ModelError, match="^the decoder's preference_policy '.*strange': it and the model that is dec"):
         decode(TreeBoN(4, layers=2, preference_policy=str(files / "strange")), actors, 1)
-
-

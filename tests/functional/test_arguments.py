@@ -21,7 +21,15 @@ from vbon_lightning.functional._validate import working_dtype
 from vbon_lightning.functional.sequences import scaled_logits
 
 # What takes numbers only, or cuts bins on the CPU.
-WITHOUT_TENSORS = {"bon_kl_bound", "bon_order_weights", "bon_win_rate_bound", "bonbon_beta", "kl_weight", "reward_bins"}
+WITHOUT_TENSORS = {
+    "bon_kl_bound",
+    "bon_order_weights",
+    "bon_win_rate_bound",
+    "bonbon_beta",
+    "kl_weight",
+    "realignment_strength",
+    "reward_bins",
+}
 # Tensors whose dtype is not looked at: what a model or another function of this package has just made.
 UNCHECKED = {
     ("bin_labels", "edges"),
@@ -414,9 +422,14 @@ DTYPES = {
         "bon_selection_weights",
         "bonbon_gap",
         "edge_log_cdf",
+        "effective_samples",
         "exponential_bin_log_weights",
         "forecast_head",
+        "particle_weights",
+        "pessimistic_acceptance",
+        "pessimistic_level",
         "predicted_log_cdf",
+        "soft_selection_probs",
     },
 }
 

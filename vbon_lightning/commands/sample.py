@@ -31,7 +31,8 @@ from vbon_lightning.decoding import (
     ValueGuided,
 )
 from vbon_lightning.decoding.cost import DecodingCost, describe_cost
-from vbon_lightning.decoding.drawing import Drawn, check_counts, device_named, draw, load_actors, sampling_spec
+from vbon_lightning.decoding.drawing import Drawn, device_named, draw, load_actors, sampling_spec
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.models import model_identity
 from vbon_lightning.reference_table.shards import atomic_file
 from vbon_lightning.rewards import RewardModel

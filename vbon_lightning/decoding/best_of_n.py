@@ -5,7 +5,7 @@ from __future__ import annotations
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of, draw_candidates, keep
-from vbon_lightning.decoding.options import check_count
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.types import PromptBatch
 
 
@@ -21,7 +21,8 @@ class BestOfN(Decoder):
     needs_reward = True
 
     def __init__(self, n: int = 4) -> None:
-        self.n: int = check_count("n", n)
+        check_counts(n=n)
+        self.n: int = n
 
     def decode(
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int

@@ -10,8 +10,8 @@ from torch import Tensor
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.decoding.further_models import FurtherModel
-from vbon_lightning.decoding.options import check_number
 from vbon_lightning.functional import realigned_logits, realignment_strength, vocabulary_kl
+from vbon_lightning.functional._validate import check_real
 from vbon_lightning.models import ModelSpec
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.decode import Growing, Reader, caching, reader_of
@@ -54,7 +54,8 @@ class DeRa(Decoder):
         if policy_n is not None and n is not None:
             strength = realignment_strength(policy_n, n)
         assert strength is not None
-        self.strength, self.n = check_number("strength", strength), 1.0 if n is None else n
+        check_real("strength", strength)
+        self.strength, self.n = strength, 1.0 if n is None else n
         self._names_policy = policy is not None
         role, spec = ("policy", policy) if policy is not None else ("reference", reference)
         assert spec is not None

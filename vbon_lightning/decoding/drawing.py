@@ -19,6 +19,7 @@ from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextSource, as_row, read_rows
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.cost import DecodingCost
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.models import ModelSpec, as_spec
 from vbon_lightning.rewards import RewardCalls, RewardModel
 from vbon_lightning.sampling.scoring import response_log_probs
@@ -166,17 +167,6 @@ def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") 
     torch.nn.Module.to(actors.policy, place)  # the rest follows it: Actors.place
     actors.reference = actors.policy
     return actors
-
-
-def check_counts(**counts: int | None) -> None:
-    """Refuse numbers that are no integers from 1 upwards; None is left out.
-
-    Raises:
-        ValueError: Naming the first.
-    """
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
 @torch.no_grad()

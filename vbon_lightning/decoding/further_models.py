@@ -42,7 +42,7 @@ class FurtherModel:
             ModelError: Naming the decoder's option and what differs.
         """
         try:
-            check_same_vocabulary(tokenizer, load_tokenizer(self.spec), what=f"the policy and the {self.role}")
+            check_same_vocabulary(tokenizer, load_tokenizer(self.spec), what="it and the model that is decoded from")
         except ModelError as problem:
             raise ModelError(f"the decoder's {self.role} {self.spec.name!r}: {problem}") from problem
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.decoding.candidates import draw_candidates
-from vbon_lightning.decoding.options import check_count, check_number
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import pessimistic_acceptance, pessimistic_level
+from vbon_lightning.functional._validate import check_real
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.types import PromptBatch, select_prompts
 
@@ -35,10 +36,12 @@ class InferenceTimePessimism(Decoder):
     needs_reward = True
 
     def __init__(self, n: int = 8, beta: float = 0.5, reward_max: float | None = None, at_once: int = 4) -> None:
-        self.n: int = check_count("n", n)
-        self.beta = check_number("beta", beta, above=0)
-        self.reward_max = None if reward_max is None else check_number("reward_max", reward_max)
-        self.at_once = check_count("at_once", at_once)
+        check_counts(n=n, at_once=at_once)
+        check_real("beta", beta, above=0)
+        if reward_max is not None:
+            check_real("reward_max", reward_max)
+        self.n: int = n
+        self.beta, self.reward_max, self.at_once = beta, reward_max, at_once
 
     def decode(
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int

@@ -12,8 +12,9 @@ from torch import Tensor
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.growing import Grove, checkpoints, grove
-from vbon_lightning.decoding.options import check_choice, check_count, check_number
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import effective_samples, particle_weights, systematic_resampling
+from vbon_lightning.functional._validate import check_real
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.decode import choose_tokens
 from vbon_lightning.types import PromptBatch
@@ -52,17 +53,19 @@ class SequentialMonteCarlo(Decoder):
         resampling: Literal["systematic", "multinomial"] = "systematic",
         amortised: bool = False,
     ) -> None:
-        self.n: int = check_count("n", n)
-        self.twist = check_choice("twist", twist, ("reward", "value"))
+        check_counts(n=n, every=every)
+        if twist not in ("reward", "value"):
+            raise ValueError(f"twist must be reward or value, got {twist!r}")
+        if resampling not in ("systematic", "multinomial"):
+            raise ValueError(f"resampling must be systematic or multinomial, got {resampling!r}")
         if temperature != math.inf:
-            check_number("temperature", temperature, above=0)
-        self.temperature = temperature
-        self.aim = None if aim is None else check_number("aim", aim, above=1)
-        self.every, self.threshold = check_count("every", every), check_number("threshold", threshold, least=0)
-        if threshold > 1:
-            raise ValueError(f"threshold is a share of n, from 0 to 1, got {threshold}")
-        self.resampling = check_choice("resampling", resampling, ("systematic", "multinomial"))
-        self.amortised, self.rows = amortised, n
+            check_real("temperature", temperature, above=0)
+        if aim is not None:
+            check_real("aim", aim, above=1)
+        check_real("threshold", threshold, at_least=0, at_most=1)
+        self.n: int = n
+        self.twist, self.temperature, self.aim, self.every = twist, temperature, aim, every
+        self.threshold, self.resampling, self.amortised, self.rows = threshold, resampling, amortised, n
         self.needs_reward, self.needs_value_model = twist == "reward", twist == "value"
 
     def decode(

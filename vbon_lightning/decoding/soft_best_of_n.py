@@ -7,8 +7,9 @@ import math
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import draw_candidates, keep
-from vbon_lightning.decoding.options import check_count
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import soft_selection_probs
+from vbon_lightning.functional._validate import check_real
 from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.decode import choose_tokens
 from vbon_lightning.types import PromptBatch
@@ -28,9 +29,10 @@ class SoftBestOfN(Decoder):
     needs_reward = True
 
     def __init__(self, n: int = 4, temperature: float = 1.0) -> None:
-        self.n: int = check_count("n", n)
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature >= 0:
-            raise ValueError(f"temperature must be a number >= 0, or .inf, got {temperature!r}")
+        check_counts(n=n)
+        if temperature != math.inf:
+            check_real("temperature", temperature, at_least=0)
+        self.n: int = n
         self.temperature = temperature
 
     def decode(

@@ -8,7 +8,8 @@ from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of
 from vbon_lightning.decoding.growing import checkpoints, grove
-from vbon_lightning.decoding.options import check_count, check_number
+from vbon_lightning.decoding.options import check_counts
+from vbon_lightning.functional._validate import check_real
 from vbon_lightning.types import PromptBatch
 
 
@@ -29,10 +30,10 @@ class SpeculativeRejection(Decoder):
     needs_reward = True
 
     def __init__(self, n: int = 16, alpha: float = 0.5, every: int = 16) -> None:
-        self.n: int = check_count("n", n)
-        self.alpha = check_number("alpha", alpha, least=0, below=1)
-        self.every = check_count("every", every)
-        self.rows = n
+        check_counts(n=n, every=every)
+        check_real("alpha", alpha, at_least=0, below=1)
+        self.n: int = n
+        self.alpha, self.every, self.rows = alpha, every, n
 
     def decode(
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int

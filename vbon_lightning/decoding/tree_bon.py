@@ -12,7 +12,7 @@ from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of
 from vbon_lightning.decoding.further_models import FurtherModel
 from vbon_lightning.decoding.growing import Grove, grove
-from vbon_lightning.decoding.options import check_count
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import implicit_reward
 from vbon_lightning.models import ModelSpec
 from vbon_lightning.sampling import response_log_probs
@@ -41,11 +41,11 @@ class TreeBoN(Decoder):
     def __init__(
         self, n: int = 8, layers: int = 4, branches: int = 2, preference_policy: str | ModelSpec | None = None
     ) -> None:
-        self.n: int = check_count("n", n)
-        self.layers, self.branches = check_count("layers", layers), check_count("branches", branches)
+        check_counts(n=n, layers=layers, branches=branches)
         if n % branches:
             raise ValueError(f"n must be a multiple of branches, which {n} is not of {branches}")
-        self.rows = n
+        self.n: int = n
+        self.layers, self.branches, self.rows = layers, branches, n
         if preference_policy is not None:
             self.models = (FurtherModel(preference_policy, "preference_policy"),)
 

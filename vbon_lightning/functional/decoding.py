@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vbon_lightning.functional._validate import check_float, check_mask, check_same_shape
+from vbon_lightning.functional._validate import check_float, check_mask, check_real, check_same_shape
 
 
 @torch.no_grad()
@@ -31,8 +31,8 @@ def soft_selection_probs(rewards: Tensor, *, temperature: float) -> Tensor:
         ValueError: on a temperature that is negative or NaN.
     """
     check_float("rewards", rewards)
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be a number >= 0, got {temperature}")
+    if temperature != math.inf:
+        check_real("temperature", temperature, at_least=0)
     known = ~rewards.isnan()
     known = known | ~known.any(-1, keepdim=True)
     values = rewards.double().nan_to_num(nan=0.0).masked_fill(~known, -math.inf)
@@ -65,8 +65,7 @@ def pessimistic_level(rewards: Tensor, *, beta: float) -> Tensor:
         ValueError: on a beta that is not positive and finite.
     """
     check_float("rewards", rewards)
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive and finite, got {beta}")
+    check_real("beta", beta, above=0)
     count = (~rewards.isnan()).sum(-1, keepdim=True)
     ordered = rewards.double().nan_to_num(nan=-math.inf).sort(dim=-1, descending=True).values
     best = ordered[..., :1]
@@ -98,6 +97,8 @@ def pessimistic_acceptance(rewards: Tensor, level: Tensor, best: Tensor, *, beta
     """
     check_float("rewards", rewards)
     check_float("level", level)
+    check_float("best", best)
+    check_real("beta", beta, above=0)
     weight = ((rewards.double() - level.double()[..., None]) / beta).clamp(min=0)
     most = (best.double() - level.double()) / beta
     return (weight / most[..., None]).clamp(max=1).nan_to_num(nan=0.0)
@@ -124,9 +125,9 @@ def realigned_logits(policy: Tensor, reference: Tensor, *, strength: float) -> T
         ValueError: on shapes that differ or a strength that is not finite.
     """
     check_float("policy", policy)
+    check_float("reference", reference)
     check_same_shape("reference", reference, "policy", policy)
-    if not math.isfinite(strength):
-        raise ValueError(f"strength must be finite, got {strength}")
+    check_real("strength", strength)
     if strength in (0, 1):
         return policy if strength else reference
     never = policy.isneginf() | reference.isneginf()
@@ -147,8 +148,8 @@ def realignment_strength(n: float, wanted: float) -> float:
     Raises:
         ValueError: on other numbers.
     """
-    if not 1 < n < math.inf or not 1 <= wanted < math.inf:
-        raise ValueError(f"n must be above 1 and the wanted N at least 1, both finite, got {n} and {wanted}")
+    check_real("n", n, above=1)
+    check_real("wanted", wanted, at_least=1)
     return (wanted - 1) / (n - 1)
 
 
