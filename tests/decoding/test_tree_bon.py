@@ -96,16 +96,7 @@ def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
                         nodes[place], tokens = (*nodes[place], token), tokens + 1
             if layer < 2:
                 read += sum(map(len, nodes))
-                scores = [
-                    sum(
-                        math.log(
-                            next_probs(preferring, node[:k])[node[k]] / next_probs(actors.policy, node[:k])[node[k]]
-                        )
-                        / (k + 1)
-                        for k in range(len(node))
-                    )
-                    for node in nodes
-                ]
+                scores = [sum(ratio(node[:k], node[k]) / (k + 1) for k in range(len(node))) for node in nodes]
                 kept = sorted(sorted(range(4), key=lambda place: -scores[place])[:2])
                 nodes = [nodes[place] for place in kept for _ in range(2)]
         chosen.append(max(nodes, key=reward_of))

@@ -68,7 +68,7 @@ class SampleError(ValueError):
 def sample_command(
     policy: str | None = None,
     prompts: str | TextSource | None = None,
-    decoder: Named | Decoder = "policy",
+    decoder: Decoder | Named = "policy",
     n: int = 4,
     reward: RewardModel | None = None,
     split: Split | None = None,

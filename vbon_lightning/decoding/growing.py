@@ -73,7 +73,7 @@ class Grove:
         self.growing.select(rows, own_noise=own_noise)
 
     def chosen(self, places: Tensor, *, kl_bound: float | None) -> Decoded:
-        """Return one response of each group as decoded.
+        """Return one response of each group as decoded, all of them whole.
 
         Args:
             places: ``[B, G]`` long.
@@ -87,7 +87,7 @@ class Grove:
             finished=growing.finished[rows].view(places.shape),
             token_kl=None,
             cost=DecodingCost(int(growing.generated), self.value_tokens, self.reward_calls),
-            rewards=torch.where(self._whole, self._rewards, torch.nan)[rows].view(places.shape),
+            rewards=self._rewards[rows].view(places.shape) if self.reward_calls else None,
             kl_bound=kl_bound,
         )
 

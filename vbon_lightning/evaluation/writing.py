@@ -158,6 +158,8 @@ def _notes(reports: Sequence[PolicyReport]) -> str:
         lines.append(f"Win rates are by {estimator}. That of the sampled reference says how well: 0.5 would be right.")
     for estimator in dict.fromkeys(report.kl_estimator for report in reports):
         lines.append(f"KL of {_names(reports, 'kl_estimator', estimator)}: {estimator}.")
+    if any(report.kl_is_bound for report in reports):
+        lines.append("Where the KL is a bound the place in the picture is not known, and there is none.")
     for check in dict.fromkeys(report.kl_check_estimator for report in reports if report.kl_check is not None):
         values = [f"{report.name} {report.kl_check}" for report in reports if report.kl_check_estimator == check]
         lines.append(f"KL checked by the {check}: {', '.join(values)}.")
