@@ -111,6 +111,16 @@ def decode(decoder: Decoder, actors: Actors, samples: int, **changes: Any) -> De
     return decoder(actors, batch_of([PROMPT]), num_samples=samples, **(OPTIONS | changes))
 
 
+def decode_apart(decoder: Decoder, actors: Actors, samples: int) -> Decoded:
+    """Decode one response to each of so many prompts that are the same, and lay them out as if they were one's.
+
+    The noise of a prompt's first response is then all there is: what shares it with another choice shows.
+    """
+    found = decoder(actors, batch_of([PROMPT] * samples), num_samples=1, **OPTIONS)
+    rows = {name: getattr(found, name).transpose(0, 1) for name in ("tokens", "mask", "finished")}
+    return found._replace(**rows)
+
+
 def assert_distributed(found: Decoded, expected: dict[Tokens, float]) -> None:
     """Compare responses to one prompt with the probabilities of all, by a chi-squared test."""
     assert math.isclose(sum(expected.values()), 1.0, rel_tol=1e-6)

@@ -17,6 +17,7 @@ from tests.decoding.setting import (
     Tokens,
     assert_distributed,
     decode,
+    decode_apart,
     load,
     save_models,
     statistic,
@@ -68,7 +69,9 @@ def expected_of(actors: Actors, n: int, beta: float, reward_max: float | None = 
 @pytest.mark.parametrize(("beta", "reward_max"), [(0.2, None), (1.0, None), (0.5, 1.5)])
 def test_its_distribution(beta: float, reward_max: float | None, actors: Actors) -> None:
     found = decode(InferenceTimePessimism(2, beta, reward_max), actors, 3000)
-    assert_distributed(found, expected_of(actors, 2, beta, reward_max))
+    expected = expected_of(actors, 2, beta, reward_max)
+    assert_distributed(found, expected)
+    assert_distributed(decode_apart(InferenceTimePessimism(2, beta, reward_max), actors, 3000), expected)
     if reward_max is None:
         assert statistic(found, expected_of(actors, 2, 30.0)) > 1.5
 

@@ -19,6 +19,7 @@ from tests.decoding.setting import (
     Told,
     assert_distributed,
     decode,
+    decode_apart,
     load,
     save_models,
     statistic,
@@ -80,7 +81,9 @@ def test_its_distribution(resampling: Any, threshold: float, actors: Actors) -> 
     def twist(response: Any) -> float:
         return reward_of(response) / LAMBDA
 
-    assert_distributed(found, expected_of(actors, twist, resampling=resampling, threshold=threshold))
+    expected = expected_of(actors, twist, resampling=resampling, threshold=threshold)
+    assert_distributed(found, expected)
+    assert_distributed(decode_apart(decoder, actors, 2500), expected)
     assert statistic(found, expected_of(actors, twist, resampling=resampling, threshold=0.0)) > 1.5
 
 

@@ -15,6 +15,7 @@ from tests.decoding.setting import (
     Outcomes,
     assert_distributed,
     decode,
+    decode_apart,
     load,
     save_models,
 )
@@ -37,6 +38,7 @@ def test_its_distribution(temperature: float, actors: Actors) -> None:
         for response, weight in zip(group, weights, strict=True):
             expected.add(response, probability * weight / sum(weights))
     assert_distributed(decode(SoftBestOfN(3, temperature), actors, 3000), expected)
+    assert_distributed(decode_apart(SoftBestOfN(3, temperature), actors, 3000), expected)
 
 
 def test_at_temperature_zero_it_is_best_of_n(actors: Actors) -> None:
