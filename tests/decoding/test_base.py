@@ -217,7 +217,7 @@ def test_what_it_takes_is_measured(decoder: Decoder, actors: Actors) -> None:
 def test_it_is_described_by_what_it_depends_on(files: Path) -> None:
     described = [make(files).identity() for make in DECODERS.values()]
     assert all(described.count(one) == 1 for one in described)
-    assert TreeBoN(8).identity() == {"class": "TreeBoN", "n": 8, "layers": 4, "branches": 2, "rows": 8}
+    assert TreeBoN(8).identity() == {"class": "TreeBoN", "n": 8, "layers": 4, "branches": 2}
     by = [DeRa(0.5, policy=str(files / name)).identity()["policy"] for name in ("other", "policy")]
     assert by[0] != by[1] and str(files) not in str(by)
 

@@ -121,11 +121,17 @@ def test_many_particles_come_to_the_tilted_reference(actors: Actors) -> None:
     assert statistic(decode(SequentialMonteCarlo(1), actors, 800), expected) > 1.5
 
 
-@pytest.mark.parametrize("options", [{"n": 1}, {"n": 4, "temperature": math.inf}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"n": 1}, {"n": 4, "temperature": math.inf}, {"n": 5, "temperature": math.inf, "threshold": 1.0}],
+    ids=str,
+)
 def test_one_particle_or_no_twist_is_a_sample(options: dict[str, Any], files: Path) -> None:
     actors = load(files, 4)
     n = options["n"]
-    found = decode(SequentialMonteCarlo(**options, every=1, threshold=0.9), actors, 60)
+    found = decode(
+        SequentialMonteCarlo(**({"threshold": 0.9} | options), every=1, resampling="multinomial"), actors, 60
+    )
     drawn = actors.sample(actors.policy, batch_of([PROMPT]), num_samples=60 * n, **OPTIONS)
     width = found.tokens.shape[-1]
     groups = drawn.tokens[..., :width].view(60, n, width)

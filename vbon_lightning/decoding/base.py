@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ class Decoder(ABC):
 
     def identity(self) -> dict[str, Any]:
         """Describe the decoder in plain values: its class and options, further models by content."""
-        options = {name: value for name, value in vars(self).items() if name != "models"}
+        options = {name: value for name, value in vars(self).items() if name in signature(type(self)).parameters}
         return {
             "class": type(self).__name__,
             **plain(options),

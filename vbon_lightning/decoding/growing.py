@@ -65,7 +65,7 @@ class Grove:
         """Go on with some rows of each group, or copies of them.
 
         Args:
-            places: ``[B, G, m]`` long, ascending: places within the groups.
+            places: ``[B, G, m]`` long: places within the groups.
             own_noise: Whether a row takes the noise of its later tokens with it, or finds that of its new place.
         """
         rows = self._rows(places)

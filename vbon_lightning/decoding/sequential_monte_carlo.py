@@ -74,6 +74,7 @@ class SequentialMonteCarlo(Decoder):
         """Choose G responses a prompt."""
         identities, how = prompts.index.tolist(), {"num_samples": num_samples, "seed": seed, "step": step}
         stops = checkpoints(actors.max_new_tokens, self.every) if self.threshold and self.n > 1 else []
+        few = self.threshold * self.n * (1 - 1e-9)  # rounding alone does not make equal weights unequal
         with grove(actors, prompts, n=self.n, stream=stream, **how) as particles:
             device, log_twist = particles.growing.tokens.device, self._log_twist(actors, particles)
             luck = prompt_noise(
@@ -83,11 +84,10 @@ class SequentialMonteCarlo(Decoder):
             for number, length in enumerate(stops):
                 particles.growing.grow(length)
                 now = log_twist()
-                due = (effective_samples(now - before) < self.threshold * self.n)[..., None]
+                due = (effective_samples(now - before) < few)[..., None]
                 drawn = self._resampled(particle_weights(now - before), luck[:, :, number].to(device))
                 places = torch.where(due, drawn, torch.arange(self.n, device=device))
-                # Where no particle is worth anything all go on as equals, and begin again.
-                before = torch.where(due, now.gather(-1, places).nan_to_num(neginf=0.0), before)
+                before = torch.where(due, now.gather(-1, places), before)
                 particles.select(places, own_noise=False)
             particles.growing.grow()
             weights = particle_weights(log_twist() - before).flatten(0, 1)
@@ -116,9 +116,9 @@ class SequentialMonteCarlo(Decoder):
         return log_values
 
     def _resampled(self, weights: Tensor, uniforms: Tensor) -> Tensor:
-        """Draw n places ``[B, G, n]``, ascending, by weights ``[B, G, n]``."""
+        """Draw n places ``[B, G, n]`` by weights ``[B, G, n]``."""
         flat, noise = weights.flatten(0, 1), uniforms.flatten(0, 1)
         if self.resampling == "systematic":
             return systematic_resampling(flat, noise[:, 0], count=self.n).view(weights.shape)
         drawn, _ = choose_tokens(flat.log().repeat_interleave(self.n, dim=0), noise.reshape(-1, 1), 1.0)
-        return drawn.view(weights.shape).sort(dim=-1).values
+        return drawn.view(weights.shape)

@@ -157,7 +157,7 @@ class Reader(ABC):
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Keep some rows; a row may be kept several times, and the rows of a prompt stay together, in order."""
+        """Keep some rows; a row may be kept several times, and those of a prompt stay together."""
 
     @abstractmethod
     def advance(self, tokens: Tensor) -> Tensor:
@@ -295,8 +295,8 @@ class Growing:
         """Keep some rows, or several copies of one, once they have a token.
 
         Args:
-            rows: ``[R]`` rows, as many for each prompt, prompt by prompt and in order; as many as there are, where
-                noise stays in its place.
+            rows: ``[R]`` rows, as many for each prompt, prompt by prompt; as many as there are, where noise stays
+                in its place.
             own_noise: Whether a row takes the noise of its later tokens with it, or finds that of its new place.
         """
         place = torch.full_like(self.finished, -1, dtype=torch.long)
