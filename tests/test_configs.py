@@ -79,7 +79,7 @@ def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config is not None
 
 
-GUIDES = ["docs/scaling.md", "docs/tables.md"]
+GUIDES = ["docs/decoding.md", "docs/scaling.md", "docs/tables.md"]
 
 SBATCH = {
     "array",

@@ -111,6 +111,34 @@ def test_another_runs_output_is_left_alone(files: Path) -> None:
         vbon("--prompts", "prompts.txt", "--output", "out.jsonl")
 
 
+def test_a_decoder_with_a_model_of_its_own(files: Path, capsys: Any) -> None:
+    """It is named beside the policy; what a response takes is said, and what the output depends on kept."""
+    save_tiny_model(files / "other", alphabet=ALPHABET, seed=3)
+    arguments = ("--prompts", "prompts.txt", "--samples", "2", "--output")
+    mixed = ("--decoder", "DeRa", "--decoder.reference", "./other", "--decoder.strength")
+    vbon(*arguments, "policy.jsonl")
+    vbon(*arguments, "whole.jsonl", *mixed, "1.0")
+    said = capsys.readouterr().err
+    assert "a response took generated tokens " in said and "peak cache of a batch " in said
+    assert [one["tokens"] for one in read("whole.jsonl")] == [one["tokens"] for one in read("policy.jsonl")]
+    vbon(*arguments, "half.jsonl", *mixed, "0.5")
+    assert [one["tokens"] for one in read("half.jsonl")] != [one["tokens"] for one in read("policy.jsonl")]
+    with pytest.raises(command.SampleError, match=r"decoder\.strength: 0\.5 there, 0\.7 here"):
+        vbon(*arguments, "half.jsonl", *mixed, "0.7")
+    save_tiny_model(files / "other", alphabet=ALPHABET, seed=4)
+    with pytest.raises(command.SampleError, match=r"decoder\.reference\.weights: "):
+        vbon(*arguments, "half.jsonl", *mixed, "0.5")
+
+
+@pytest.mark.parametrize("name", [name for name in command.NAMED if name not in ("policy", "value_guided")])
+def test_decoders_by_name(name: str, files: Path, capsys: Any) -> None:
+    vbon("--prompts", "prompts.txt", "--output", "named.jsonl", "--decoder", name, "--n", "4", *VOWELS)
+    made = command.NAMED[name](4)
+    (settings,) = [json.loads(path.read_text()) for path in files.glob("named.jsonl.settings.json")]
+    assert settings["decoder"] == made.identity() and made.n == 4
+    assert len(read("named.jsonl")) == 3 and "reward calls" in capsys.readouterr().err
+
+
 def test_a_source_with_columns_and_a_split_of_the_data(files: Path) -> None:
     rows = [{"q": "ab", "letter": "a"}, {"q": "ab", "letter": "b"}]
     (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -154,6 +182,14 @@ def test_at_a_terminal_it_asks(files: Path, monkeypatch: pytest.MonkeyPatch, cap
         (["--policy", "./policy", "--split", "test"], "--split is a split of the data, and no data is named"),
         (["--policy", "./policy", "--prompts", "none.txt"], "none.txt does not exist"),
         (["--policy", "./policy", "--prompts", "prompts.txt", "--decoder", "best_of_n"], "BestOfN chooses by a reward"),
+        (
+            ["--policy", "./policy", "--prompts", "prompts.txt", "--decoder", "DeRa"],
+            "give DeRa its strength, or the policy",
+        ),
+        (
+            ["--policy", "./policy", "--prompts", "prompts.txt", "--decoder", "DeRa", "--decoder.strength", "0.5"],
+            "DeRa mixes the model that is decoded from with another one",
+        ),
         (["--policy", "./policy", "--prompts", "prompts.txt", "--samples", "0"], "samples must be an integer >= 1"),
     ],
 )

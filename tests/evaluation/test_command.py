@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from tests.models.setting import save_value_model
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data.sources import TextSource
-from vbon_lightning.decoding import BestOfN, ValueGuided
-from vbon_lightning.evaluation import PolicyReport, command
+from vbon_lightning.decoding import BestOfN, DeRa, SpeculativeRejection, TreeBoN, ValueGuided
+from vbon_lightning.evaluation import PolicyReport, command, logs, pareto_figure
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
+from vbon_lightning.models import ModelError
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.rewards import RewardCalls
 
@@ -123,8 +125,10 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
         "value_tokens": 0,
         "reward_calls": 2,
         "seconds": best.cost["seconds"],
+        "peak_cache_bytes": best.cost["peak_cache_bytes"],
+        "peak_cuda_bytes": 0,
     }
-    assert 0 < best.cost["seconds"] < 60
+    assert 0 < best.cost["seconds"] < 60 and best.cost["peak_cache_bytes"] > 0
     chosen = decoders["Guided n=4"](actors, batch, num_samples=5, **options)
     lengths = chosen.mask.sum(-1).float()
     assert chosen.token_kl is not None
@@ -139,11 +143,11 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     # In the table of costs, and in the plain numbers.
     head, costs = (tmp_path / "out" / "comparison.md").read_text().split("| a response |")
     assert "| **Guided n=4** |" in head
-    assert costs.startswith(" generated tokens | value tokens | reward calls | seconds |")
+    assert costs.startswith(" generated tokens | value tokens | reward calls | seconds | peak cache of a batch |")
     rows = {cells[0]: cells[1:] for cells in map(cells_of, costs.splitlines()[2:])}
     assert rows == {
         report.name: [f"{report.cost[field]:,.1f}" for field in ("generated_tokens", "value_tokens", "reward_calls")]
-        + [f"{report.cost['seconds']:.2g}"]
+        + [f"{report.cost['seconds']:.2g}", f"{report.cost['peak_cache_bytes'] / 2**20:.2f} MiB"]
         for report in (best, guided)
         if report.cost is not None
     }
@@ -254,6 +258,26 @@ def test_decoders_come_before_policies_and_need_no_value_model_unless_they_say(
     assert [report.cost is not None for report in reports] == [False, False, True, False]
 
 
+def test_a_decoders_own_model_and_a_kl_that_is_bounded(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    mine = save_tiny_model(tmp_path / "mine", alphabet=ALPHABET, seed=5)
+    turned = DeRa(0.5, policy=mine)
+    decoders = {"Rejection": SpeculativeRejection(4, every=2), "Turned": turned}
+    reports = compare(decoded, {}, decoders, output=str(tmp_path / "out"), n=[2], samples=3, device="cpu")
+    rejection, mixed = reports[2:]
+    assert (rejection.kl_is_bound, mixed.kl_is_bound) == (True, False)
+    assert rejection.kl.mean == pytest.approx(math.log(4)) and 0 < mixed.kl.mean < 5
+    assert turned.models[0]._model is None, "the next decoder's models take its place"
+    (row,) = [line for line in (tmp_path / "out" / "comparison.md").read_text().splitlines() if "**Rejection**" in line]
+    assert cells_of(row)[3] == "<= 1.386"
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "KL of Rejection: not known, but at most log c" in page and "the place in the picture is not known" in page
+    for axes in pareto_figure(reports).axes:
+        shown = [text.get_text() for text in axes.texts]
+        assert "Turned" in shown and "Rejection" not in shown
+    log_row = logs._means(rejection)
+    assert log_row["kl"] is None and log_row["reward"] == rejection.reward.mean
+
+
 @pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no model be loaded."""
@@ -271,6 +295,16 @@ def test_a_decoder_without_its_value_model(decoded: AlignmentDataModule, tmp_pat
     decoders = {"drawn": BestOfN(2), "Guided": ValueGuided()}
     with pytest.raises(ValueError, match="the decoder 'Guided' needs a value model: set data.value_model"):
         compare(decoded, {}, decoders, output=str(tmp_path / "out"), n=[2])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("name", ["nowhere", "strange"])
+def test_a_decoder_whose_model_does_not_fit(name: str, decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "strange", alphabet="xyz")
+    tree = TreeBoN(4, preference_policy=str(tmp_path / name))
+    with pytest.raises(ModelError, match=f"^the decoder 'tree': the decoder's preference_policy '.*{name}': "):
+        compare(decoded, {}, {"drawn": BestOfN(2), "tree": tree}, output=str(tmp_path / "out"), n=[2])
     assert not (tmp_path / "out").exists()
 
 

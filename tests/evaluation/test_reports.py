@@ -161,7 +161,7 @@ def test_a_decoders_choice_without_a_reward_is_left_out() -> None:
     def batch(part: Rollout) -> DecodedBatch:
         tokens, mask, finished, _ = part.completions
         decoded = Decoded(tokens, mask, finished, part.token_kl, DecodingCost(1, 1, 1))
-        return DecodedBatch(part.prompts, decoded, part.responses, part.rewards, 1.0)
+        return DecodedBatch(part.prompts, decoded, part.responses, part.rewards)
 
     found = evaluate_decoder([batch(silent)], name="mine", method="mine", n=2, n_values=[3])
     left = [

@@ -107,6 +107,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "draws": 2,
         "uniforms": lambda device: torch.full((B, T, 2), 0.5, device=device),
     },
+    "effective_samples": {"log_weights": _logs(B, G)},
     "edge_log_cdf": {**_REFERENCE, "edges": _edges},
     "exponential_bin_log_weights": {"atoms": _values(K, Q), "beta": 0.5},
     "filter_counts": {
@@ -132,6 +133,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "group_normalised_advantages": {"rewards": _values(B, G), "kept": _bool(B, G)},
     "infalign_target": {"cdf": _cdf, "beta": 0.5},
     "j_bond_rewards": {"rewards": _values(B, G), "anchor_rewards": _values(B, M)},
+    "implicit_reward": {"log_ratio": _values(B, G, T), "mask": _bool(B, G, T)},
     "kl_k1": _BOTH,
     "kl_k2": _BOTH,
     "kl_k3": _BOTH,
@@ -146,6 +148,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "normalise_advantages": {"advantages": _values(B, G), "mask": _bool(B, G)},
     "optimal_value": {**_REFERENCE, "beta": 0.1},
     "pooled_reward_cdf": {"rewards": _values(B, G), **_REFERENCE},
+    "particle_weights": {"log_weights": _logs(B, G)},
+    "pessimistic_acceptance": {"rewards": _values(B, G), "level": _logs(B), "best": _values(B), "beta": 0.5},
+    "pessimistic_level": {"rewards": _values(B, G), "beta": 0.5},
     "predicted_log_cdf": {"bin_log_probs": _logs(B, T, K)},
     "prefix_log_values": {"bin_log_probs": _logs(B, T, K), "log_weights": _values(K)},
     "qrpo_goal": {"quantiles": _quantiles, "beta": 0.1},
@@ -157,6 +162,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "mask": _bool(B, G, T),
         "log_ratio": _values(B, G, T),
     },
+    "realigned_logits": {"policy": _values(B, V), "reference": _logs(B, V), "strength": 0.5},
     "reinforce_loss": {"advantages": _values(B, G), **_TOKENS},
     "response_mask": {"tokens": _long(B, G, T), "eos_id": (1, 2)},
     "reverse_divergence": {
@@ -170,6 +176,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "reward_quantiles": {"rewards": _values(B, G), **_REFERENCE},
     "sampled_kl_advantages": {"target": _target, **_BOTH, "mask": _bool(B, G, T)},
     "sequence_log_prob": {"token_log_probs": _logs(B, G, T), "mask": _bool(B, G, T)},
+    "soft_selection_probs": {"rewards": _values(B, G), "temperature": 0.5},
     "systematic_resampling": {"weights": _values(B, M), "offsets": _values(B), "count": 3},
     "teacher_probs": {
         "reference_probs": _values(B, T, V),

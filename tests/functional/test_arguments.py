@@ -23,7 +23,7 @@ from vbon_lightning.functional.sequences import scaled_logits
 # What takes numbers only, or cuts bins on the CPU.
 WITHOUT_TENSORS = {
     *{"annealed_n", "bon_kl_bound", "bon_order_weights", "bon_win_rate_bound", "bonbon_beta", "infalign_slope"},
-    *{"kl_weight", "qrpo_log_partition", "reward_bins"},
+    *{"kl_weight", "qrpo_log_partition", "realignment_strength", "reward_bins"},
 }
 # Tensors whose dtype is not looked at: what a model or another function of this package has just made.
 UNCHECKED = {
@@ -459,9 +459,14 @@ DTYPES = {
         "bon_selection_weights",
         "bonbon_gap",
         "edge_log_cdf",
+        "effective_samples",
         "exponential_bin_log_weights",
         "forecast_head",
+        "particle_weights",
+        "pessimistic_acceptance",
+        "pessimistic_level",
         "predicted_log_cdf",
+        "soft_selection_probs",
     },
 }
 

@@ -14,20 +14,51 @@ from tqdm.auto import tqdm
 from vbon_lightning._json_lines import parse_json, read_json_lines
 from vbon_lightning._visible import is_text, visible, visible_json
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.checks import differences, plain
+from vbon_lightning.checks import differences
 from vbon_lightning.commands.parsers import ArgumentParser, description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule, Split
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextRow, TextSource, as_row, read_rows
-from vbon_lightning.decoding import BestOfN, Decoder, ValueGuided
-from vbon_lightning.decoding.drawing import Drawn, check_counts, device_named, draw, load_actors, sampling_spec
+from vbon_lightning.decoding import (
+    BestOfN,
+    Decoder,
+    InferenceTimePessimism,
+    SequentialMonteCarlo,
+    SoftBestOfN,
+    SpeculativeRejection,
+    TreeBoN,
+    ValueGuided,
+)
+from vbon_lightning.decoding.cost import DecodingCost, describe_cost
+from vbon_lightning.decoding.drawing import Drawn, device_named, draw, load_actors, sampling_spec
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.models import model_identity
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.whole_files import atomic_file
 
-NAMED: dict[str, Any] = {"policy": None, "best_of_n": BestOfN, "value_guided": ValueGuided}
-"""Decoders by the names that the command line knows them by."""
+Named = Literal[
+    "policy",
+    "best_of_n",
+    "value_guided",
+    "soft_best_of_n",
+    "speculative_rejection",
+    "tree_bon",
+    "inference_time_pessimism",
+    "sequential_monte_carlo",
+]
+
+NAMED: dict[str, Any] = {
+    "policy": None,
+    "best_of_n": BestOfN,
+    "value_guided": ValueGuided,
+    "soft_best_of_n": SoftBestOfN,
+    "speculative_rejection": SpeculativeRejection,
+    "tree_bon": TreeBoN,
+    "inference_time_pessimism": InferenceTimePessimism,
+    "sequential_monte_carlo": SequentialMonteCarlo,
+}
+"""Decoders by the names that the command line knows them by: those that an N is enough for."""
 
 
 class SampleError(ValueError):
@@ -37,7 +68,7 @@ class SampleError(ValueError):
 def sample_command(
     policy: str | None = None,
     prompts: str | TextSource | None = None,
-    decoder: Literal["policy", "best_of_n", "value_guided"] | Decoder = "policy",
+    decoder: Decoder | Named = "policy",
     n: int = 4,
     reward: RewardModel | None = None,
     split: Split | None = None,
@@ -64,9 +95,9 @@ def sample_command(
     Args:
         policy: The model to sample from: a hub name or a directory; `data.policy` by default.
         prompts: A file of prompts, a source with its path, column and so on, or `-` for standard input.
-        decoder: How a response is chosen: `policy` for plain samples, `best_of_n`, `value_guided`, or a decoder's class
-            with its arguments.
-        n: N of Best-of-N, for the decoders that are given by name.
+        decoder: How a response is chosen: `policy` for plain samples, the name of one that `n` is enough for, or a
+            decoder's class with its arguments. What a response takes to make is then said at the end.
+        n: N of Best-of-N, or responses to begin with, for the decoders that are given by name.
         reward: What scores the responses, and what Best-of-N chooses by; `data.reward` by default.
         split: Split of the data whose prompts to take.
         samples: Responses a prompt.
@@ -108,7 +139,7 @@ def sample_command(
         spec = sampling_spec(policy, reward, max_new_tokens, temperature, **more)
     settings = {
         "policy": model_identity(spec.policy_spec),
-        "decoder": "policy" if chosen is None else {"class": type(chosen).__name__, **plain(vars(chosen))},
+        "decoder": "policy" if chosen is None else chosen.identity(),
         "reward": None if spec.reward is None else spec.reward.identity(),
         "max_new_tokens": spec.max_new_tokens,
         "temperature": spec.temperature,
@@ -131,7 +162,8 @@ def sample_command(
         print(f"{output} has all {len(encoded)} prompts already", file=sys.stderr)
         return
     actors = load_actors(spec, chosen, device)
-    drawn = draw(actors, iter(left), batch_size=batch_size, **drawing)
+    costs: list[DecodingCost] = []
+    drawn = draw(actors, iter(left), batch_size=batch_size, costs=costs, **drawing)
     shown = tqdm(drawn, total=len(left) * samples, unit="response", disable=None, file=sys.stderr)
     if output is None:
         _write(shown, sys.stdout)
@@ -139,6 +171,8 @@ def sample_command(
         with Path(output).open("a", encoding="utf-8") as stream:
             _write(shown, stream)
         print(f"wrote {output}", file=sys.stderr)
+    if costs:
+        print(describe_cost(costs, len(left) * samples), file=sys.stderr)
     if actors.record.missing:
         print(f"{actors.record.missing} responses were left without a reward", file=sys.stderr)
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import Actors
-from vbon_lightning.types import PromptBatch
-
-
-class DecodingCost(NamedTuple):
-    """What a batch of responses took to make."""
-
-    generated_tokens: int
-    """Tokens sampled from the language model, those of responses that were thrown away included."""
-    value_tokens: int
-    """Tokens that a value model read, candidates included."""
-    reward_calls: int
-    """Responses that the reward scored."""
+from vbon_lightning.checks import plain
+from vbon_lightning.decoding.cost import DecodingCost
+from vbon_lightning.decoding.further_models import FurtherModel
+from vbon_lightning.sampling.memory import metered_caches
+from vbon_lightning.types import PromptBatch, select_prompts
 
 
 class Decoded(NamedTuple):
@@ -40,24 +38,62 @@ class Decoded(NamedTuple):
     candidates are drawn: that of candidates and choice together. None where it is not known token by token."""
     cost: DecodingCost
     rewards: Tensor | None = None
-    """``[B, G]``: the rewards of the responses, where the decoder knows them."""
+    """``[B, G]``: the rewards of the responses, where the decoder knows them; NaN where one has none."""
+    kl_bound: float | None = None
+    """An upper bound of KL(decoder || what it decodes from) over whole responses, where it is neither known token by
+    token nor that of Best-of-N: log c, if no response is more than c times as likely as before."""
 
 
 class Decoder(ABC):
-    """Chooses responses with loaded actors: any policy, reward and value model that these hold."""
+    """Chooses responses with loaded actors: any policy, reward and value model that these hold.
+
+    One that needs other language models too names them in :attr:`models`: they are then checked before anything is
+    loaded, loaded once, and stand beside the policy when :meth:`decode` is called.
+    """
 
     needs_value_model = False
     """Whether it reads a value model."""
     needs_reward = False
     """Whether it chooses by the reward."""
     n: float
-    """N of the Best-of-N that it is, or aims at."""
+    """N of the Best-of-N that it is, or aims at; how many responses it starts with."""
+    rows = 1
+    """Rows of the cache that a response takes while it is made, which bounds how many prompts are decoded at once
+    where ``data.max_rows`` is set."""
+    models: tuple[FurtherModel, ...] = ()
+    """Further language models."""
 
-    @abstractmethod
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse further models that do not go with a policy, before anything is loaded.
+
+        Args:
+            tokenizer: The policy's.
+
+        Raises:
+            ModelError: If one is not there, or has other tokens.
+        """
+        for model in self.models:
+            model.check(tokenizer)
+
+    def release(self) -> None:
+        """Forget the further models, which are loaded again when they are needed."""
+        for model in self.models:
+            model.release()
+
+    def identity(self) -> dict[str, Any]:
+        """Describe the decoder in plain values: its class and options, further models by content."""
+        options = {name: value for name, value in vars(self).items() if name in signature(type(self)).parameters}
+        return {
+            "class": type(self).__name__,
+            **plain(options),
+            **{model.role: model.identity() for model in self.models},
+        }
+
+    @torch.no_grad()
     def __call__(
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
     ) -> Decoded:
-        """Choose G responses a prompt.
+        """Choose G responses a prompt, and measure what that takes.
 
         Args:
             actors: Loaded models.
@@ -66,4 +102,73 @@ class Decoder(ABC):
             seed: The run's seed.
             stream: The noise's stream.
             step: The call's number within the stream.
+
+        Raises:
+            ValueError: If a reward or a value model is needed and the actors have none.
         """
+        if self.needs_value_model and actors.value is None:
+            raise ValueError(f"{type(self).__name__} needs a value model: name one as data.value_model")
+        if self.needs_reward and actors.reward is None:
+            raise ValueError("this needs a reward: set `data.reward`")
+        actors.place()
+        for model in self.models:
+            model.load(actors)
+        limit: int | None = getattr(actors.sampler, "max_rows", None)
+        count = len(prompts.text)
+        at_once = count if limit is None else max(1, limit // (num_samples * self.rows))
+        device = prompts.tokens.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
+        with metered_caches() as meter:
+            parts = []
+            for start in range(0, count, at_once):
+                rows = list(range(start, min(start + at_once, count)))
+                some = prompts if len(rows) == count else select_prompts(prompts, rows)
+                parts.append(self.decode(actors, some, num_samples=num_samples, seed=seed, stream=stream, step=step))
+            found = _joined(parts)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        cost = found.cost._replace(
+            seconds=time.perf_counter() - began,
+            peak_cache_bytes=meter.peak,
+            peak_cuda_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        )
+        return found._replace(cost=cost)
+
+    @abstractmethod
+    def decode(
+        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+    ) -> Decoded:
+        """Choose G responses a prompt; what is measured may be left out of their cost.
+
+        Args:
+            actors: Loaded models, where they belong.
+            prompts: B prompts.
+            num_samples: G, responses a prompt.
+            seed: The run's seed.
+            stream: The noise's stream.
+            step: The call's number within the stream.
+        """
+
+
+def _joined(parts: list[Decoded]) -> Decoded:
+    """Put what was decoded for some prompts each together."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.tokens.shape[-1] for part in parts)
+
+    def wide(value: Tensor) -> Tensor:
+        return torch.nn.functional.pad(value, (0, longest - value.shape[-1]))
+
+    def all_of(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if any(value is None for value in values):
+            return None
+        return torch.cat([wide(value) for value in values] if values[0].ndim == 3 else values)
+
+    joined: Mapping[str, Any] = {name: all_of(name) for name in Decoded._fields if name not in ("cost", "kl_bound")}
+    cost = parts[0].cost
+    for part in parts[1:]:
+        cost = cost.plus(part.cost)
+    return Decoded(**joined, cost=cost, kl_bound=parts[0].kl_bound)

@@ -18,6 +18,8 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextSource, as_row, read_rows
 from vbon_lightning.decoding.base import Decoded, Decoder
+from vbon_lightning.decoding.cost import DecodingCost
+from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.models import ModelSpec, as_spec
 from vbon_lightning.rewards import RewardCalls, RewardModel
 from vbon_lightning.sampling.scoring import response_log_probs
@@ -151,28 +153,20 @@ def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") 
 
     Raises:
         ValueError: If the decoder needs a reward or a value model and none is named.
+        ModelError: If a model cannot be loaded, or one that the decoder names has other tokens.
     """
     if decoder is not None and decoder.needs_reward and spec.reward is None:
         raise ValueError(f"{type(decoder).__name__} chooses by a reward, and none is named: give `reward`")
     if decoder is not None and decoder.needs_value_model and spec.value_model is None:
         raise ValueError(f"{type(decoder).__name__} needs a value model: name one as data.value_model")
+    if decoder is not None:
+        decoder.check(spec.load_tokenizer())
     place = device_named(device)
     valued = decoder is not None and decoder.needs_value_model
     actors = Actors.load(spec, trainable=False, reference=False, value=valued)
     torch.nn.Module.to(actors.policy, place)  # the rest follows it: Actors.place
     actors.reference = actors.policy
     return actors
-
-
-def check_counts(**counts: int | None) -> None:
-    """Refuse numbers that are no integers from 1 upwards; None is left out.
-
-    Raises:
-        ValueError: Naming the first.
-    """
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
 @torch.no_grad()
@@ -185,6 +179,7 @@ def draw(
     batch_size: int = 8,
     seed: int = 0,
     step: int = 0,
+    costs: list[DecodingCost] | None = None,
 ) -> Iterator[Drawn]:
     """Draw responses with loaded models.
 
@@ -196,6 +191,7 @@ def draw(
         batch_size: Prompts that are answered together.
         seed: Seeds the noise.
         step: The draw's number: the same prompts get other responses.
+        costs: Gets what each batch of a decoder's responses took to make.
 
     Yields:
         One record a response, prompt by prompt.
@@ -206,11 +202,17 @@ def draw(
     while some := list(islice(waiting, batch_size)):
         items = [(place, True, prompt) for place, prompt in some]
         batch = on_device(collate_prompts(items, pad_id=0 if pad is None else int(pad)), actors.policy.device)
-        yield from _drawn(actors, batch, decoder, samples, seed, step)
+        yield from _drawn(actors, batch, decoder, samples, seed, step, costs)
 
 
 def _drawn(
-    actors: Actors, batch: PromptBatch, decoder: Decoder | None, samples: int, seed: int, step: int
+    actors: Actors,
+    batch: PromptBatch,
+    decoder: Decoder | None,
+    samples: int,
+    seed: int,
+    step: int,
+    costs: list[DecodingCost] | None,
 ) -> Iterator[Drawn]:
     actors.place()
     how: dict[str, Any] = {"num_samples": samples, "seed": seed, "stream": STREAM, "step": step}
@@ -224,6 +226,8 @@ def _drawn(
         chosen = Responses(found.tokens, found.mask)
         log_probs = response_log_probs(actors.policy, batch, chosen, temperature=actors.temperature)
         rewards = found.rewards
+        if costs is not None:
+            costs.append(found.cost)
     ids = actors.token_ids(found)
     texts = actors.decode(ids, batch)
     if rewards is None and actors.reward is not None:

@@ -25,6 +25,7 @@ from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.decode import bounded_rows, caching, choose_tokens, prefill
 from vbon_lightning.sampling.distilling import join_candidates
 from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, prompt_trunk
+from vbon_lightning.sampling.memory import note_cache
 from vbon_lightning.sampling.request import check_request
 from vbon_lightning.types import PromptBatch
 
@@ -53,14 +54,10 @@ class ValueGuided(Decoder):
             raise ValueError(f"top and draws must together name at least 2 candidates, got {top}, {draws}")
         self.n, self.top, self.draws, self.amortised = n, top, draws, amortised
 
-    @torch.no_grad()
-    def __call__(
+    def decode(
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
     ) -> Decoded:
         """Sample G responses a prompt."""
-        if actors.value is None:
-            raise ValueError("ValueGuided needs a value model: name one as data.value_model")
-        actors.place()
         # Of each token one uniform to choose with, and those that draw its candidates.
         noise = prompt_noise(
             prompts.index.tolist(),
@@ -123,6 +120,8 @@ class ValueGuided(Decoder):
             logits = _next_logits(model, cache, attended, chosen, padded)
             states = extend_trunk(scorer.model, trunk, attended, chosen[:, None])
             cost[1] += len(active)
+            note_cache(cache)
+            note_cache(trunk)
             attended = torch.nn.functional.pad(attended, (0, 1), value=1)
             state = prefix_log_values(scorer.model.forecast(states[:, 0], seen + 1), log_weights[active])
         width = place + 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
-from vbon_lightning.evaluation.guards import check_names, check_numbers, check_policy, make_directory
+from vbon_lightning.evaluation.guards import check_decoder, check_names, check_numbers, check_policy, make_directory
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
     REFERENCE,
@@ -112,9 +111,6 @@ def compare(
         raise ValueError("name at least one policy to compare: --policies.NAME DIRECTORY")
     check_names(policies, decoders)
     check_numbers(n=n, samples=samples, shown_prompts=shown_prompts, shown_samples=shown_samples)
-    guided = [name for name, decoder in decoders.items() if decoder.needs_value_model]
-    if guided and data.actors.value_model is None:
-        raise ValueError(f"the decoder {guided[0]!r} needs a value model: set data.value_model")
     if any(not 0 < temperature < math.inf for temperature in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
     place = device_named(device)
@@ -133,12 +129,14 @@ def compare(
         )
     for name, path in policies.items():
         check_policy(name, path, data.tokenizer)
+    for name, decoder in decoders.items():
+        check_decoder(name, decoder, spec, data.tokenizer)
 
     actors = Actors.load(
         spec.replaced(policy=spec.reference_spec, reference=None),
         trainable=False,
         reference=False,
-        value=bool(guided) or rewards is None,
+        value=rewards is None or any(decoder.needs_value_model for decoder in decoders.values()),
     )
     if rewards is not None:
         data.table().check_ends(actors.end_ids)
@@ -194,6 +192,7 @@ def compare(
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=visible(name), leave=False):
             found.append(_decode(actors, decoder, on_device(batch, place), samples=samples, seed=seed))
+        decoder.release()  # the next one's models take its place
         reports.append(
             evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n, scorer=scorer)
         )
@@ -265,15 +264,12 @@ def _settings(data: AlignmentDataModule, seed: int, judge: RewardModel | None) -
 
 
 def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: int, seed: int) -> DecodedBatch:
-    began = time.perf_counter()
     decoded = decoder(actors, batch, num_samples=samples, seed=seed, stream="compare", step=0)
-    decoded.tokens.cpu()  # waits for a GPU
-    seconds = time.perf_counter() - began
     ids = actors.token_ids(decoded)
     texts = actors.decode(ids, batch)
     known = decoded.rewards
     rewards = actors.score(batch, texts, ids, decoded.finished) if known is None else known
-    return DecodedBatch(batch, decoded, texts, rewards, seconds)
+    return DecodedBatch(batch, decoded, texts, rewards)
 
 
 def _best_of_n(

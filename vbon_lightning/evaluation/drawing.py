@@ -41,12 +41,13 @@ def pareto_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure
     method share colour and marker. The dotted curve is what Best-of-N reaches where rewards never tie.
 
     Args:
-        reports: Policies and Best-of-N, in any order.
+        reports: Policies and Best-of-N, in any order; those of whose KL a bound alone is known are left out.
         title: Title of the figure.
 
     Raises:
         ValueError: If there is nothing to draw.
     """
+    reports = [report for report in reports if not report.kl_is_bound]  # their place is not known
     if not reports:
         raise ValueError("a figure needs at least one report, got none")
     figure = Figure(figsize=(11.0, 4.8), layout="constrained", dpi=150)

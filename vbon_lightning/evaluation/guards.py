@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from vbon_lightning.actors import ActorSpec
+from vbon_lightning.decoding import Decoder
 from vbon_lightning.evaluation.logs import file_name
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE
 from vbon_lightning.models import ModelError, ModelSpec, as_spec, check_same_vocabulary, check_saved, load_tokenizer
@@ -115,3 +117,24 @@ def check_policy(name: str, model: str | ModelSpec, tokenizer: PreTrainedTokeniz
         check_same_vocabulary(tokenizer, load_tokenizer(as_spec(model)))
     except ModelError as problem:
         raise ModelError(f"the policy {name!r}: {problem}") from problem
+
+
+def check_decoder(name: str, decoder: Decoder, spec: ActorSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a decoder whose models are not named, not there, or have other tokens than the reference.
+
+    Args:
+        name: What the comparison calls it.
+        decoder: The decoder.
+        spec: The run's models.
+        tokenizer: The reference's tokenizer.
+
+    Raises:
+        ValueError: Naming the decoder and the option.
+        ModelError: Naming the decoder.
+    """
+    if decoder.needs_value_model and spec.value_model is None:
+        raise ValueError(f"the decoder {name!r} needs a value model: set data.value_model")
+    try:
+        decoder.check(tokenizer)
+    except ModelError as problem:
+        raise ModelError(f"the decoder {name!r}: {problem}") from problem

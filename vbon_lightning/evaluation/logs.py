@@ -79,12 +79,14 @@ def log_comparison(
 
 def _means(report: PolicyReport) -> dict[str, float | None]:
     values: dict[str, Estimate | None] = {name: getattr(report, name) for name in _NUMBERS}
+    if report.kl_is_bound:
+        values["kl"] = None
     return {name: None if value is None else value.mean for name, value in values.items()}
 
 
 def _log_curves(reports: Sequence[PolicyReport], directory: Path) -> None:
     by_method: dict[str, list[PolicyReport]] = {}
-    for report in sorted(reports, key=lambda report: report.kl.mean):
+    for report in sorted((one for one in reports if not one.kl_is_bound), key=lambda report: report.kl.mean):
         method = BEST_OF_N if report.method == REFERENCE else report.method  # it is Best-of-1
         by_method.setdefault(method, []).append(report)
     for method, line in by_method.items():

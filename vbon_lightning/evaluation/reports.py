@@ -57,6 +57,8 @@ class PolicyReport:
     kl_check: Estimate | None = None
     """The same KL estimated in another way."""
     kl_check_estimator: str | None = None
+    kl_is_bound: bool = False
+    """Whether the KL is an upper bound."""
     kl_bound: float | None = None
     """For Best-of-N: ``log N - (N-1)/N``."""
     win_rate: Estimate | None = None
@@ -77,7 +79,7 @@ class PolicyReport:
     """N, for Best-of-N itself."""
     cost: dict[str, float] | None = None
     """What a response takes to make, for decoders: tokens generated, tokens the value model reads, reward calls, and
-    seconds, of a batch shared by its responses."""
+    seconds, of a batch shared by its responses; and the most memory that a batch of them took."""
     missing: int = 0
     """Responses that have no reward and are left out of all of the above."""
 
@@ -238,6 +240,7 @@ def win_rates(
     return {} if cdf is None else {n: win_rate_by_cdf(cdf, n=n) for n in opponents}
 
 
+_BOUNDED_KL = "not known, but at most log c, no response being more than c times as likely as under the reference"
 _DECODER_KL = "KL of the decoder's choice to the reference at each token, an upper bound where candidates are drawn"
 
 
@@ -251,8 +254,6 @@ class DecodedBatch(NamedTuple):
     texts: list[list[str]]
     rewards: Tensor
     """``[B, G]``."""
-    seconds: float
-    """What choosing them took; the score above is not part of it."""
 
 
 def evaluate_decoder(
@@ -266,8 +267,8 @@ def evaluate_decoder(
 ) -> PolicyReport:
     """Average what a decoder chose over prompts; see :func:`evaluate_policy`.
 
-    The KL is that of its own next-token distributions where it knows them; that of a decoder that does not is
-    Best-of-N's from the table, or by the value model's prediction.
+    The KL is that of its own next-token distributions where it knows them, or the bound that it gives; that of
+    Best-of-N is from the table, or by the value model's prediction.
 
     Args:
         batches: What it chose; filler rows count nowhere.
@@ -281,11 +282,10 @@ def evaluate_decoder(
         ValueError: If there is nothing to average, or reference rewards are missing.
     """
     columns, samples, responses, estimator = _Columns(), 0, 0, None
-    cost, seconds, missing = [0, 0, 0], 0.0, 0
-    own = True
+    cost, missing = DecodingCost(0, 0, 0), 0
     for batch in batches:
         valid, decoded, reference = batch.prompts.valid, batch.decoded, batch.prompts.reference_rewards
-        samples, own = batch.rewards.shape[1], decoded.token_kl is not None
+        samples = batch.rewards.shape[1]
         judged, rewards = ~batch.rewards.isnan(), batch.rewards.double().nan_to_num(0.0)
         missing += int((~judged & valid[:, None]).sum())
         cdf = log_cdf = None
@@ -296,6 +296,8 @@ def evaluate_decoder(
             cdf = scorer.reward_cdf(rewards, log_cdf)
         if decoded.token_kl is not None:
             kl = decoded.token_kl.sum(-1)
+        elif decoded.kl_bound is not None:
+            kl = torch.full_like(rewards, decoded.kl_bound)
         elif log_cdf is not None and scorer is not None:
             kl = binned_bon_kl(log_cdf, scorer.bins, n=n)
         else:
@@ -307,8 +309,7 @@ def evaluate_decoder(
         columns.add("finished", decoded.finished, valid, judged)
         for opponent, rates in win_rates(rewards, reference, cdf, n_values=n_values).items():
             columns.add(f"win_rate_{opponent}", rates, valid, judged)
-        cost = [total + part for total, part in zip(cost, decoded.cost, strict=True)]
-        seconds, responses = seconds + batch.seconds, responses + rewards.numel()
+        cost, responses = cost.plus(decoded.cost), responses + rewards.numel()
     if len(columns) == 0:
         raise ValueError(f"there are no prompts to evaluate {name!r} on")
     return PolicyReport(
@@ -318,7 +319,8 @@ def evaluate_decoder(
         samples=samples,
         reward=columns.need("reward"),
         kl=columns.need("kl"),
-        kl_estimator=_DECODER_KL if own else KL_ESTIMATOR if estimator is None else PREDICTED_KL,
+        kl_estimator=_kl_estimator(decoded, predicted=estimator is not None),
+        kl_is_bound=decoded.token_kl is None and decoded.kl_bound is not None,
         win_rate=columns.estimate("win_rate_1"),
         win_rate_vs_bon={
             other: value for other in sorted(n_values) if (value := columns.estimate(f"win_rate_{other}")) is not None
@@ -326,10 +328,17 @@ def evaluate_decoder(
         win_rate_estimator=estimator,
         length=columns.need("length"),
         finished=columns.need("finished"),
-        cost={field: total / responses for field, total in zip(DecodingCost._fields, cost, strict=True)}
-        | {"seconds": seconds / responses},
+        cost=cost.per_response(responses),
         missing=missing,
     )
+
+
+def _kl_estimator(decoded: Decoded, *, predicted: bool) -> str:
+    if decoded.token_kl is not None:
+        return _DECODER_KL
+    if decoded.kl_bound is not None:
+        return _BOUNDED_KL
+    return PREDICTED_KL if predicted else KL_ESTIMATOR
 
 
 @torch.no_grad()

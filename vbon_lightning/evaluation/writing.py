@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from vbon_lightning._markdown import markdown_block, markdown_cell, markdown_table
+from vbon_lightning.decoding.cost import PEAKS, cost_amount, cost_heading
 from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.logs import log_comparison, loggers_of
@@ -100,7 +101,7 @@ def comparison_markdown(reports: Sequence[PolicyReport], *, title: str, command:
         "policy": [_bold(report) for report in reports],
         "method": [markdown_cell(report.method) for report in reports],
         "reward": [str(report.reward) for report in reports],
-        "KL (nats)": [str(report.kl) for report in reports],
+        "KL (nats)": [f"<= {report.kl.mean:.3f}" if report.kl_is_bound else str(report.kl) for report in reports],
         "win rate": [_cell(report.win_rate) for report in reports],
     }
     for n in opponents:
@@ -126,19 +127,20 @@ def _costs(reports: Sequence[PolicyReport]) -> str:
     decoders = [report for report in reports if report.cost]
     if not decoders:
         return ""
-    fields = list(decoders[0].cost or {})
+    known = dict.fromkeys(field for report in decoders for field in report.cost or {})
+    fields = [field for field in known if field not in PEAKS or any(_cost(one, field) for one in decoders)]
     rows = [
-        [markdown_cell(report.name), *(_amount(field, (report.cost or {}).get(field, 0.0)) for field in fields)]
+        [markdown_cell(report.name), *(cost_amount(field, _cost(report, field)) for field in fields)]
         for report in decoders
     ]
     table = markdown_table(
-        ["a response", *(field.replace("_", " ") for field in fields)], rows, align="l" + "r" * len(fields)
+        ["a response", *(cost_heading(field) for field in fields)], rows, align="l" + "r" * len(fields)
     )
     return f"\n{table}"
 
 
-def _amount(field: str, value: float) -> str:
-    return f"{value:.2g}" if field == "seconds" else f"{value:,.1f}"
+def _cost(report: PolicyReport, field: str) -> float:
+    return (report.cost or {}).get(field, 0.0)
 
 
 def _cell(value: Estimate | None) -> str:
@@ -156,6 +158,8 @@ def _notes(reports: Sequence[PolicyReport]) -> str:
         lines.append(f"Win rates are by {estimator}. That of the sampled reference says how well: 0.5 would be right.")
     for estimator in dict.fromkeys(report.kl_estimator for report in reports):
         lines.append(f"KL of {_names(reports, 'kl_estimator', estimator)}: {estimator}.")
+    if any(report.kl_is_bound for report in reports):
+        lines.append("Where the KL is a bound the place in the picture is not known, and there is none.")
     for check in dict.fromkeys(report.kl_check_estimator for report in reports if report.kl_check is not None):
         values = [f"{report.name} {report.kl_check}" for report in reports if report.kl_check_estimator == check]
         lines.append(f"KL checked by the {check}: {', '.join(values)}.")

@@ -26,6 +26,16 @@ from vbon_lightning.functional.binned_best_of_n import (
 )
 from vbon_lightning.functional.bon_regression import bon_regression_loss, pooled_reward_cdf
 from vbon_lightning.functional.bond import bond_target
+from vbon_lightning.functional.decoding import (
+    effective_samples,
+    implicit_reward,
+    particle_weights,
+    pessimistic_acceptance,
+    pessimistic_level,
+    realigned_logits,
+    realignment_strength,
+    soft_selection_probs,
+)
 from vbon_lightning.functional.distillation import (
     Candidates,
     Teacher,
@@ -160,6 +170,7 @@ __all__ = [
     "dpo_loss",
     "draw_candidates",
     "edge_log_cdf",
+    "effective_samples",
     "exponential_bin_log_weights",
     "filter_counts",
     "filter_probabilities",
@@ -169,6 +180,7 @@ __all__ = [
     "generalized_advantage_estimation",
     "group_extremes",
     "group_normalised_advantages",
+    "implicit_reward",
     "infalign_slope",
     "infalign_target",
     "j_bond_rewards",
@@ -186,6 +198,9 @@ __all__ = [
     "mixed_log_cdf",
     "normalise_advantages",
     "optimal_value",
+    "particle_weights",
+    "pessimistic_acceptance",
+    "pessimistic_level",
     "pooled_reward_cdf",
     "predicted_log_cdf",
     "prefix_log_values",
@@ -194,6 +209,8 @@ __all__ = [
     "qrpo_loss",
     "ranked_probability_score",
     "rao_blackwell_advantages",
+    "realigned_logits",
+    "realignment_strength",
     "reinforce_loss",
     "response_mask",
     "reverse_divergence",
@@ -202,6 +219,7 @@ __all__ = [
     "reward_quantiles",
     "sampled_kl_advantages",
     "sequence_log_prob",
+    "soft_selection_probs",
     "systematic_resampling",
     "teacher_probs",
     "token_log_probs",

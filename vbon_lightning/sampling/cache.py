@@ -91,7 +91,7 @@ class SamplingCache(DynamicCache):
             self.bias = blank.masked_fill_(~prompt_mask, -torch.inf)[:, None, None]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, in ascending order."""
+        """Keep some rows, or several copies of one, prompt by prompt."""
         super().batch_select_indices(indices)
         self.owners = self.owners[indices]
         counts = torch.bincount(self.owners, minlength=self.prompts)

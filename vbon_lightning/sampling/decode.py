@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend, can_share_prompts, shared_prompts
+from vbon_lightning.sampling.memory import note_cache
 from vbon_lightning.sampling.plain import prompts_with_room, refuse_plain, runs_plain
 from vbon_lightning.sampling.request import SamplingRequest, check_request
 from vbon_lightning.sharding import Lockstep
@@ -79,7 +81,9 @@ def sample_completions(model: PreTrainedModel, request: SamplingRequest) -> Comp
     """
     check_request(model, request)
     with torch.no_grad(), caching(model):
-        return (_decode_plain if runs_plain(model) else _decode)(model, request)
+        growing = Growing(reader_of(model, request), request)
+        growing.grow()
+        return growing.completions()
 
 
 def choose_tokens(
@@ -142,87 +146,178 @@ def prefill(model: PreTrainedModel, prompt_tokens: Tensor, prompt_mask: Tensor, 
     return output.past_key_values, output.logits[:, -1]
 
 
-def _decode(model: PreTrainedModel, request: SamplingRequest) -> Completions:
-    prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature = request
-    batch, samples, length = noise.shape
-    lengths = prompt_mask.sum(-1)
-    device = prompt_tokens.device
-    rows = batch * samples
-    noise = noise.to(device).reshape(rows, length)
-    ends = torch.as_tensor(list(end_ids), device=device)
+class Reader(ABC):
+    """What a model makes of the next token of N rows, each a token longer than it was."""
 
-    tokens, log_probs, mask, finished = _nothing_yet(rows, length, pad_id, device)
+    model: PreTrainedModel
+    logits: Tensor
+    """``[N, V]`` of the rows' first tokens, while there are none."""
+    compact_below: float
+    """Finished rows are to be dropped once the running ones are fewer than this share of all."""
 
-    padded = not bool(prompt_mask.all())
-    prompts, logits = prefill(model, prompt_tokens, prompt_mask, padded)
-    cache, context = _extend(model, prompts, prompt_mask if padded else None, samples, length)
-    logits = logits.repeat_interleave(samples, dim=0)
-    next_position = lengths.repeat_interleave(samples)
-    attention = prompt_mask.long().repeat_interleave(samples, dim=0) if padded else None
-    active = torch.arange(rows, device=device)
-    lockstep = Lockstep(model)
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows; a row may be kept several times, and those of a prompt stay together."""
 
-    for step in range(length):
-        chosen, log_p = choose_tokens(logits, noise[active, step, None], temperature)
-        running = ~finished[active]
-        log_probs[active, step] = torch.where(running, log_p.squeeze(-1), 0.0)
-        chosen = chosen.squeeze(-1)
-        tokens[active, step] = torch.where(running, chosen, pad_id)
-        mask[active, step] = running
-        finished[active] |= torch.isin(chosen, ends)
-        if step + 1 == length:
-            break
+    @abstractmethod
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Add a token ``[N]`` to each row and return the logits ``[N, V]`` of the next."""
 
-        keep = lockstep.rows_to_run((~finished[active]).nonzero().squeeze(-1))
-        if keep is None:
-            break
-        if keep.numel() < _COMPACT_BELOW * active.numel():
-            cache.batch_select_indices(keep)
-            active, chosen = active[keep], chosen[keep]
-            attention = attention[keep] if attention is not None else None
-        if attention is not None:
-            attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=-1)
-        with context():
-            output = model(
-                input_ids=chosen[:, None],
-                attention_mask=attention,
-                position_ids=(next_position[active] + step)[:, None],
-                past_key_values=cache,
+
+class _Cached(Reader):
+    """Runs each token once, behind a cache of what was before it."""
+
+    compact_below = _COMPACT_BELOW
+
+    def __init__(self, model: PreTrainedModel, request: SamplingRequest) -> None:
+        prompt_tokens, prompt_mask, noise, *_ = request
+        _, samples, length = noise.shape
+        self.model = model
+        padded = not bool(prompt_mask.all())
+        prompts, logits = prefill(model, prompt_tokens, prompt_mask, padded)
+        self.cache, self.context = _extend(model, prompts, prompt_mask if padded else None, samples, length)
+        self.logits = logits.repeat_interleave(samples, dim=0)
+        self.positions = prompt_mask.sum(-1).repeat_interleave(samples)
+        self.attention = prompt_mask.long().repeat_interleave(samples, dim=0) if padded else None
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.positions = self.positions[rows]
+        self.attention = None if self.attention is None else self.attention[rows]
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        if self.attention is not None:
+            self.attention = torch.nn.functional.pad(self.attention, (0, 1), value=1)
+        with self.context():
+            output = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=self.attention,
+                position_ids=self.positions[:, None],
+                past_key_values=self.cache,
                 use_cache=True,
             )
-        logits = output.logits[:, -1]
+        self.positions = self.positions + 1
+        note_cache(self.cache)
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
-    forget_casts(device)
-    return _completions((batch, samples, step + 1), tokens, log_probs, mask, finished)
+
+class _Plain(Reader):
+    """Runs the whole text again for every token, for models that have no cache to share."""
+
+    compact_below = 1.0
+
+    def __init__(self, model: PreTrainedModel, request: SamplingRequest) -> None:
+        _, samples, length = request.noise.shape
+        self.model = model
+        self.text, self.lengths = prompts_with_room(request.prompt_tokens, request.prompt_mask.bool(), samples, length)
+        self.logits = self._run()
+
+    def select(self, rows: Tensor) -> None:
+        self.text, self.lengths = self.text[rows], self.lengths[rows]
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        self.text[torch.arange(len(tokens), device=tokens.device), self.lengths] = tokens
+        self.lengths = self.lengths + 1
+        return self._run()
+
+    def _run(self) -> Tensor:
+        logits: Tensor = self.model(input_ids=self.text[:, : int(self.lengths.max())], use_cache=False).logits
+        return logits[torch.arange(len(logits), device=logits.device), self.lengths - 1]
 
 
-def _decode_plain(model: PreTrainedModel, request: SamplingRequest) -> Completions:
-    """Decode without a cache: every token takes a pass over the whole text."""
-    prompt_tokens, prompt_mask, noise, end_ids, pad_id, temperature = request
-    batch, samples, length = noise.shape
-    device, rows = prompt_tokens.device, batch * samples
-    uniforms = noise.to(device).reshape(rows, length)
-    ends = torch.as_tensor(list(end_ids), device=device)
-    text, lengths = prompts_with_room(prompt_tokens, prompt_mask.bool(), samples, length)
-    tokens, log_probs, mask, finished = _nothing_yet(rows, length, pad_id, device)
-    lockstep, active = Lockstep(model), torch.arange(rows, device=device)
-    for step in range(length):
-        seen = int(lengths[active].max()) + step
-        logits = model(input_ids=text[active, :seen], use_cache=False).logits
-        last = logits[torch.arange(len(active), device=device), lengths[active] + step - 1]
-        chosen, log_p = choose_tokens(last, uniforms[active, step, None], temperature)
-        chosen = chosen.squeeze(-1)
-        running = ~finished[active]
-        tokens[active, step] = torch.where(running, chosen, pad_id)
-        log_probs[active, step] = torch.where(running, log_p.squeeze(-1), 0.0)
-        mask[active, step] = running
-        text[active, lengths[active] + step] = chosen
-        finished[active] |= torch.isin(chosen, ends)
-        if step + 1 == length or (left := lockstep.rows_to_run((~finished).nonzero().squeeze(-1))) is None:
-            break
-        active = left
-    forget_casts(device)
-    return _completions((batch, samples, step + 1), tokens, log_probs, mask, finished)
+def reader_of(model: PreTrainedModel, request: SamplingRequest) -> Reader:
+    """Run a model on the prompts of a request, for each of which there are as many rows as it has noise."""
+    return _Plain(model, request) if runs_plain(model) else _Cached(model, request)
+
+
+class Growing:
+    """Responses in the making: rows that grow in step, and may be dropped or copied on the way.
+
+    What was decoded stays in the cache, whatever becomes of the rows. To be used without gradients, and under
+    :func:`caching`.
+
+    Args:
+        reader: What gives the logits.
+        request: The prompts, the noise, and how responses end.
+    """
+
+    def __init__(self, reader: Reader, request: SamplingRequest) -> None:
+        batch, samples, self.longest = request.noise.shape
+        device, self.rows = request.prompt_tokens.device, batch * samples
+        self.reader, self.prompts, self.temperature = reader, batch, request.temperature
+        self.noise = request.noise.to(device).reshape(self.rows, self.longest)
+        """``[N, T]``: a uniform for each token."""
+        self.ends, self.pad_id = torch.as_tensor(list(request.end_ids), device=device), request.pad_id
+        self.tokens, self.log_probs, self.mask, self.finished = _nothing_yet(
+            self.rows, self.longest, self.pad_id, device
+        )
+        self.length = 0
+        """Tokens that rows which have not finished have."""
+        self.generated = torch.zeros((), dtype=torch.long, device=device)
+        """Tokens that were chosen, those of rows that are gone included."""
+        self.lockstep = Lockstep(reader.model)
+        self.active = torch.arange(self.rows, device=device)
+        """The row that each of the reader's is."""
+
+    def grow(self, until: int | None = None) -> None:
+        """Choose tokens until the rows that have not finished have so many; the most there may be by default."""
+        while self.length < (self.longest if until is None else min(until, self.longest)):
+            logits = self._next_logits()
+            if logits is None:
+                break
+            self._choose(logits)
+        forget_casts(self.tokens.device)
+
+    def _next_logits(self) -> Tensor | None:
+        """Return the logits ``[N, V]`` of the active rows, or None where none goes on."""
+        if self.length == 0:
+            return self.reader.logits
+        keep = self.lockstep.rows_to_run((~self.finished[self.active]).nonzero().squeeze(-1))
+        if keep is None:
+            return None
+        if keep.numel() < self.reader.compact_below * self.active.numel():
+            self.reader.select(keep)
+            self.active = self.active[keep]
+        return self.reader.advance(self.tokens[self.active, self.length - 1])
+
+    def _choose(self, logits: Tensor) -> None:
+        active, place = self.active, self.length
+        chosen, log_p = choose_tokens(logits, self.noise[active, place, None], self.temperature)
+        chosen, running = chosen.squeeze(-1), ~self.finished[active]
+        self.log_probs[active, place] = torch.where(running, log_p.squeeze(-1), 0.0)
+        self.tokens[active, place] = torch.where(running, chosen, self.pad_id)
+        self.mask[active, place] = running
+        self.finished[active] |= torch.isin(chosen, self.ends)
+        self.length, self.generated = place + 1, self.generated + running.sum()
+
+    def select(self, rows: Tensor, *, own_noise: bool = True) -> None:
+        """Keep some rows, or several copies of one, once they have a token.
+
+        Args:
+            rows: ``[R]`` rows, as many for each prompt, prompt by prompt; as many as there are, where noise stays
+                in its place.
+            own_noise: Whether a row takes the noise of its later tokens with it, or finds that of its new place.
+        """
+        place = torch.full_like(self.finished, -1, dtype=torch.long)
+        place[self.active] = torch.arange(len(self.active), device=place.device)
+        found = place[rows].masked_fill(self.finished[rows], -1)
+        self.tokens, self.log_probs = self.tokens[rows], self.log_probs[rows]
+        self.mask, self.finished = self.mask[rows], self.finished[rows]
+        self.noise = self.noise[rows] if own_noise else self.noise
+        self.active = (found >= 0).nonzero().squeeze(-1)
+        if len(self.active):
+            self.reader.select(found[self.active])
+
+    def completions(self) -> Completions:
+        """Return the rows as they are."""
+        shape = (self.prompts, -1, self.length)
+        return Completions(
+            tokens=self.tokens[:, : self.length].reshape(shape),
+            mask=self.mask[:, : self.length].reshape(shape),
+            finished=self.finished.view(self.prompts, -1),
+            log_probs=self.log_probs[:, : self.length].reshape(shape),
+        )
 
 
 def _nothing_yet(rows: int, length: int, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -232,19 +327,6 @@ def _nothing_yet(rows: int, length: int, pad_id: int, device: torch.device) -> t
         torch.zeros(rows, length, dtype=torch.float32, device=device),
         torch.zeros(rows, length, dtype=torch.bool, device=device),
         torch.zeros(rows, dtype=torch.bool, device=device),
-    )
-
-
-def _completions(
-    shape: tuple[int, int, int], tokens: Tensor, log_probs: Tensor, mask: Tensor, finished: Tensor
-) -> Completions:
-    """Cut ``[N, T]`` to the longest response, ``shape`` being ``[B, G, longest]``."""
-    longest = shape[-1]
-    return Completions(
-        tokens=tokens[:, :longest].reshape(shape),
-        mask=mask[:, :longest].reshape(shape),
-        finished=finished.view(shape[:2]),
-        log_probs=log_probs[:, :longest].reshape(shape),
     )
 
 

@@ -1,0 +1,192 @@
+"""Sequential Monte Carlo against all that two particles may become, and where it is something simpler."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.decoding.setting import (
+    OPTIONS,
+    PROMPT,
+    Continuations,
+    Outcomes,
+    Told,
+    assert_distributed,
+    decode,
+    decode_apart,
+    load,
+    save_models,
+    statistic,
+)
+from tests.decoding.setting import score as reward_of
+from tests.models.setting import bins_after, new_model, scramble
+from tests.sampling.test_decode import batch_of
+from vbon_lightning.actors import Actors
+from vbon_lightning.decoding import BestOfN, SequentialMonteCarlo, SoftBestOfN
+from vbon_lightning.functional import bon_bin_log_weights, edge_log_cdf, predicted_log_cdf
+from vbon_lightning.prefix_scorer import PrefixScorer
+from vbon_lightning.rewards import RewardCalls
+
+LAMBDA = 0.4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def actors(files: Path) -> Actors:
+    found = load(files)
+    found.value = PrefixScorer(scramble(new_model(str(files / "other"), longest=2)))
+    return found
+
+
+def expected_of(actors: Actors, twist: Any, *, resampling: str, threshold: float) -> Outcomes:
+    """Two particles, which may be resampled after their first token."""
+    chances, expected = Continuations(actors.policy), Outcomes()
+    for begun, probability in chances.groups([()] * 2, 1):
+        weights = [math.exp(twist(response)) for response in begun]
+        share = weights[0] / sum(weights)
+        if 1 / (share**2 + (1 - share) ** 2) >= threshold * 2:
+            ways = [(begun, 1.0, weights)]
+        else:  # how often the first particle goes on: as independent draws, or by one place for two even steps
+            twice = share**2 if resampling == "multinomial" else max(0.0, 2 * share - 1)
+            never = (1 - share) ** 2 if resampling == "multinomial" else max(0.0, 1 - 2 * share)
+            first, second = begun
+            pairs = [([first, first], twice), ([second, second], never), ([first, second], 1 - twice - never)]
+            ways = [(pair, chance, [math.exp(twist(one)) for one in pair]) for pair, chance in pairs]
+        for pair, chance, before in ways:
+            resampled = len(ways) > 1
+            for (one, its), (two, others) in product(chances.after(pair[0], 1), chances.after(pair[1], 1)):
+                base = before if resampled else [1.0, 1.0]
+                final = [math.exp(twist(response)) / base[place] for place, response in enumerate((one, two))]
+                for response, weight in zip((one, two), final, strict=True):
+                    expected.add(response, probability * chance * its * others * weight / sum(final))
+    return expected
+
+
+@pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
+@pytest.mark.parametrize("threshold", [1.0, 0.75])
+def test_its_distribution(resampling: Any, threshold: float, actors: Actors) -> None:
+    decoder = SequentialMonteCarlo(2, temperature=LAMBDA, every=1, threshold=threshold, resampling=resampling)
+    found = decode(decoder, actors, 2500)
+
+    def twist(response: Any) -> float:
+        return reward_of(response) / LAMBDA
+
+    expected = expected_of(actors, twist, resampling=resampling, threshold=threshold)
+    assert_distributed(found, expected)
+    assert_distributed(decode_apart(decoder, actors, 2500), expected)
+    assert statistic(found, expected_of(actors, twist, resampling=resampling, threshold=0.0)) > 1.5
+
+
+@pytest.mark.parametrize("amortised", [False, True])
+def test_its_distribution_by_a_value_model(amortised: bool, actors: Actors) -> None:
+    scorer: Any = actors.value
+    rewards = torch.tensor([[-0.2, 0.3, 1.0, 2.2]])
+    at_start = bins_after(scorer.model, PROMPT, [])
+    log_cdf = predicted_log_cdf(at_start[None]) if amortised else edge_log_cdf(rewards, scorer.bins.edges)
+    weights = bon_bin_log_weights(log_cdf, n=16.0)[0]
+
+    @cache
+    def twist(response: Any) -> float:
+        return float((bins_after(scorer.model, PROMPT, list(response)) + weights).logsumexp(0))
+
+    decoder = SequentialMonteCarlo(2, twist="value", aim=16, every=1, threshold=1.0, amortised=amortised)
+    batch = batch_of([PROMPT])._replace(reference_rewards=rewards)
+    actors.reward.asked.clear()  # type: ignore[union-attr]
+    found = decoder(actors, batch, num_samples=3000, **OPTIONS)
+    assert actors.reward.asked == []  # type: ignore[union-attr]
+    expected = expected_of(actors, twist, resampling="systematic", threshold=1.0)
+    assert_distributed(found, expected)
+    assert statistic(found, dict(Continuations(actors.policy).after((), 2))) > 1.5
+    assert found.cost.reward_calls == 0
+    first = len(PROMPT) + 6000
+    assert first + len(PROMPT) + 6000 < found.cost.value_tokens <= first + len(PROMPT) + 12000
+
+
+def test_many_particles_come_to_the_tilted_reference(actors: Actors) -> None:
+    tilted = Outcomes()
+    for response, probability in Continuations(actors.policy).after((), 2):
+        tilted.add(response, probability * math.exp(reward_of(response)))
+    expected = {response: share / sum(tilted.values()) for response, share in tilted.items()}
+    assert_distributed(decode(SequentialMonteCarlo(24, every=1, threshold=1.0), actors, 800), expected)
+    assert statistic(decode(SequentialMonteCarlo(1), actors, 800), expected) > 1.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n": 1}, {"n": 4, "temperature": math.inf}, {"n": 5, "temperature": math.inf, "threshold": 1.0}],
+    ids=str,
+)
+def test_one_particle_or_no_twist_is_a_sample(options: dict[str, Any], files: Path) -> None:
+    actors = load(files, 4)
+    n = options["n"]
+    found = decode(
+        SequentialMonteCarlo(**({"threshold": 0.9} | options), every=1, resampling="multinomial"), actors, 60
+    )
+    drawn = actors.sample(actors.policy, batch_of([PROMPT]), num_samples=60 * n, **OPTIONS)
+    width = found.tokens.shape[-1]
+    groups = drawn.tokens[..., :width].view(60, n, width)
+    assert (groups == found.tokens[0, :, None]).all(-1).any(-1).all()
+    same = decode(SoftBestOfN(n, math.inf), actors, 60)
+    assert torch.equal(same.tokens, found.tokens)
+
+
+def test_without_resampling_it_is_soft_best_of_n(files: Path) -> None:
+    actors = load(files, 4)
+    ours = decode(SequentialMonteCarlo(4, temperature=LAMBDA, every=1, threshold=0.0), actors, 60)
+    theirs = decode(SoftBestOfN(4, LAMBDA), actors, 60)
+    for name in ("tokens", "mask", "finished", "rewards"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert ours.cost[:3] == theirs.cost[:3] and ours.kl_bound == theirs.kl_bound
+    assert not torch.equal(ours.tokens, decode(BestOfN(4), actors, 60).tokens)
+
+
+def test_what_it_costs(files: Path) -> None:
+    """Each token once, and a reward for every particle that has changed at each resampling."""
+    actors: Any = load(files, 5)
+    found = decode(SequentialMonteCarlo(3, every=2, threshold=0.0001), actors, 8)  # never less than one particle
+    drawn = actors.sample(actors.policy, batch_of([PROMPT]), num_samples=24, **OPTIONS)
+    lengths = drawn.mask.sum(-1).flatten()
+    assert found.cost.generated_tokens == int(lengths.sum())
+    ended = drawn.finished.flatten()
+    again = [24 - int((ended & (lengths <= length)).sum()) for length in (2, 4)]
+    assert found.cost.reward_calls == len(actors.reward.asked) == 24 + sum(again)
+    assert found.kl_bound == pytest.approx(3 * math.log(3))
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_a_particle_without_a_reward_does_not_go_on(files: Path) -> None:
+    actors = load(files, 3, reward=Told(silent=[3, 4]), reward_calls=RewardCalls(on_missing="skip"))
+    found = decode(SequentialMonteCarlo(2, every=1, threshold=1.0), actors, 200)
+    drawn = actors.sample(actors.policy, batch_of([PROMPT]), num_samples=400, **OPTIONS)
+    hopeless = (drawn.tokens[0, :, 0] >= 3).view(200, 2).all(-1)
+    assert 0 < int(hopeless.sum()) < 200
+    assert torch.equal(found.tokens[0, :, 0] >= 3, hopeless)
+    assert found.rewards is not None and torch.equal(found.rewards.isnan()[0], hopeless)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n must be an integer >= 1, got 0"),
+        ({"every": 0}, "every must be an integer >= 1, got 0"),
+        ({"twist": "luck"}, "twist must be reward or value, got 'luck'"),
+        ({"resampling": "none"}, "resampling must be systematic or multinomial, got 'none'"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
+        ({"aim": 1}, "aim must be greater than 1, got 1"),
+        ({"threshold": 1.5}, "threshold must be at most 1, got 1.5"),
+        ({"threshold": -1}, "threshold must be at least 0, got -1"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        SequentialMonteCarlo(**options)

@@ -1,0 +1,143 @@
+"""TreeBoN against all trees, by both partial scores, and with one layer."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.decoding.setting import (
+    OPTIONS,
+    PROMPT,
+    Continuations,
+    Outcomes,
+    Tokens,
+    assert_distributed,
+    decode,
+    load,
+    next_probs,
+    save_models,
+    statistic,
+)
+from tests.decoding.setting import score as reward_of
+from tests.helpers import EOS
+from vbon_lightning.actors import Actors
+from vbon_lightning.decoding import BestOfN, TreeBoN
+from vbon_lightning.models import ModelError
+from vbon_lightning.sampling import prompt_noise
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def actors(files: Path) -> Actors:
+    return load(files, 3)
+
+
+def expected_of(actors: Actors, partial: Any, *, temperature: float = 1.0) -> Outcomes:
+    """Two nodes of a token (of the three there may be), the better one twice; the better of their ends."""
+    chances = Continuations(actors.policy, lambda response: next_probs(actors.policy, response, temperature))
+    expected = Outcomes()
+    for nodes, probability in chances.groups([()] * 2, 1):
+        best = max(nodes, key=partial)
+        for leaves in product(chances.after(best, 2), repeat=2):
+            chance = probability * math.prod(share for _, share in leaves)
+            expected.add(max((response for response, _ in leaves), key=reward_of), chance)
+    return expected
+
+
+def test_its_distribution_by_a_partial_reward(actors: Actors) -> None:
+    found = decode(TreeBoN(2, layers=2, branches=2), actors, 3000)
+    assert_distributed(found, expected_of(actors, reward_of))
+    assert statistic(found, expected_of(actors, lambda node: -reward_of(node))) > 3
+
+
+def test_its_distribution_by_an_implicit_reward(files: Path) -> None:
+    actors = load(files, 3, temperature=0.8)
+    decoder = TreeBoN(2, layers=2, branches=2, preference_policy=str(files / "other"))
+    found = decode(decoder, actors, 3000)
+    preferring: Any = decoder.models[0].load(actors)
+
+    def implicit(node: Tokens) -> float:
+        ours, theirs = (next_probs(model, (), 0.8)[node[0]] for model in (actors.policy, preferring))
+        return math.log(theirs / ours)
+
+    assert_distributed(found, expected_of(actors, implicit, temperature=0.8))
+    assert statistic(found, expected_of(actors, reward_of, temperature=0.8)) > 3
+
+
+def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
+    """Node by node with the noise that each place has: scores of longer prefixes, and what it costs."""
+    decoder, samples = TreeBoN(4, layers=3, branches=2, preference_policy=str(files / "other")), 5
+    actors: Any = load(files, 6)
+    found = decode(decoder, actors, samples)
+    preferring: Any = decoder.models[0].load(actors)
+
+    def ratio(prefix: Tokens, token: int) -> float:
+        return math.log(next_probs(preferring, prefix)[token] / next_probs(actors.policy, prefix)[token])
+
+    noise = prompt_noise([0], num_samples=4 * samples, length=6, **OPTIONS)[0].view(samples, 4, 6).tolist()
+    tokens, read, chosen = 0, 0, []
+    for group in noise:
+        nodes: list[Tokens] = [()] * 4
+        for layer in range(3):
+            for place in range(4):
+                for at in (2 * layer, 2 * layer + 1):
+                    if EOS not in nodes[place]:
+                        probs = next_probs(actors.policy, nodes[place])
+                        token = sum(sum(probs[: count + 1]) <= group[place][at] for count in range(4))
+                        nodes[place], tokens = (*nodes[place], token), tokens + 1
+            if layer < 2:
+                read += sum(map(len, nodes))
+                scores = [sum(ratio(node[:k], node[k]) / (k + 1) for k in range(len(node))) for node in nodes]
+                kept = sorted(sorted(range(4), key=lambda place: -scores[place])[:2])
+                nodes = [nodes[place] for place in kept for _ in range(2)]
+        chosen.append(max(nodes, key=reward_of))
+    assert [tuple(ids) for ids in actors.token_ids(found)[0]] == chosen
+    assert found.cost[:3] == (tokens, read + 2 * len(PROMPT), 4 * samples)
+    assert len(actors.reward.asked) == 4 * samples, "the reward judges whole responses alone"
+    assert found.kl_bound == pytest.approx(math.log(4 * 2 * 2))
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_with_one_layer_it_is_best_of_n(branches: int, actors: Actors) -> None:
+    ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, layers=1, branches=branches), BestOfN(4)))
+    for name in ("tokens", "mask", "finished", "rewards"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert ours.cost[:3] == theirs.cost[:3] and ours.kl_bound is None
+
+
+def test_without_branches_it_is_best_of_n(actors: Actors) -> None:
+    ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, layers=3, branches=1), BestOfN(4)))
+    assert torch.equal(ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n must be an integer >= 1, got 0"),
+        ({"layers": 0}, "layers must be an integer >= 1, got 0"),
+        ({"branches": 1.5}, "branches must be an integer >= 1, got 1.5"),
+        ({"n": 9, "branches": 2}, "n must be a multiple of branches, which 9 is not of 2"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TreeBoN(**options)
+
+
+def test_more_layers_than_tokens(actors: Actors) -> None:
+    with pytest.raises(ValueError, match="^layers is 4, and a response has at most 3 tokens: ask for fewer$"):
+        decode(TreeBoN(4, layers=4), actors, 1)
+
+
+def test_a_preference_policy_of_other_tokens(files: Path, actors: Actors) -> None:
+    with pytest.raises(ModelError, match="^the decoder's preference_policy '.*strange': it and the model that is dec"):
+        decode(TreeBoN(4, layers=2, preference_policy=str(files / "strange")), actors, 1)

@@ -1,0 +1,108 @@
+"""Inference-time pessimism: rejection sampling that trusts the reward only so far."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.actors import Actors
+from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
+from vbon_lightning.decoding.candidates import draw_candidates
+from vbon_lightning.decoding.options import check_counts
+from vbon_lightning.functional import pessimistic_acceptance, pessimistic_level
+from vbon_lightning.functional._validate import check_real
+from vbon_lightning.sampling import prompt_noise
+from vbon_lightning.types import PromptBatch, select_prompts
+
+
+class InferenceTimePessimism(Decoder):
+    r"""Accept the first fresh response whose reward stands out, as far as a chi-squared penalty lets it.
+
+    A. Huang et al., "Is Best-of-N the Best of Them? Coverage, Scaling, and Optimality in Inference-Time Alignment"
+    (2025). Of n responses it finds the level :math:`\lambda` at which the mean of :math:`\max((r - \lambda)/\beta, 0)`
+    is 1. It then goes through up to n fresh responses, accepts each with the probability
+    :math:`\min(\max(r - \lambda, 0) / (R_{max} - \lambda), 1)`, and returns the first that is accepted, or after n the
+    next one. As beta grows it is a sample of the policy; as it vanishes only rewards near the highest are accepted.
+
+    Args:
+        n: Responses that the level is found by, and the most that are gone through.
+        beta: The penalty's weight, in the reward's units, > 0.
+        reward_max: R_max, which no reward exceeds; by default the highest reward of the n.
+        at_once: Fresh responses that are drawn at a time: more take fewer passes and waste more.
+    """
+
+    needs_reward = True
+
+    def __init__(self, n: int = 8, beta: float = 0.5, reward_max: float | None = None, at_once: int = 4) -> None:
+        check_counts(n=n, at_once=at_once)
+        check_real("beta", beta, above=0)
+        if reward_max is not None:
+            check_real("reward_max", reward_max)
+        self.n: int = n
+        self.beta, self.reward_max, self.at_once = beta, reward_max, at_once
+
+    def decode(
+        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+    ) -> Decoded:
+        """Choose G responses a prompt."""
+        identities, how = prompts.index.tolist(), {"seed": seed, "step": step}
+        first, known = draw_candidates(
+            actors, prompts, n=self.n, num_samples=num_samples, stream=f"{stream}/level", **how
+        )
+        level = pessimistic_level(known, beta=self.beta).flatten()
+        best = self._bound(known).flatten()
+        # For each that is to be chosen, what its fresh responses are made of, and what accepts them.
+        longest = actors.max_new_tokens
+        noise = prompt_noise(
+            identities, num_samples=num_samples * (self.n + 1), length=longest, stream=stream, **how
+        ).view(-1, self.n + 1, longest)
+        luck = prompt_noise(
+            identities, num_samples=num_samples, length=self.n + 1, stream=f"{stream}/acceptance", **how
+        ).flatten(0, 1)
+        luck[:, -1] = -1.0  # whatever comes after n is taken
+        device, count = level.device, len(level)
+        tokens = torch.full((count, longest), actors.end_ids[0], dtype=torch.long, device=device)
+        mask = torch.zeros(count, longest, dtype=torch.bool, device=device)
+        finished = torch.zeros(count, dtype=torch.bool, device=device)
+        rewards = torch.full((count,), math.nan, device=device)
+        generated, calls = int(first.mask.sum()), known.numel()
+        waiting, start = torch.arange(count, device=device), 0
+        while len(waiting):
+            stop = min(start + self.at_once, self.n if start < self.n else self.n + 1)
+            places = waiting.tolist()
+            some = select_prompts(prompts, [place // num_samples for place in places])
+            drawn = actors.sampler(actors.policy, actors.request(some, noise[places, start:stop]))
+            ids = actors.token_ids(drawn)
+            scores = actors.score(some, actors.decode(ids, some), ids, drawn.finished)
+            generated, calls = generated + int(drawn.mask.sum()), calls + scores.numel()
+            probs = pessimistic_acceptance(scores, level[waiting], best[waiting], beta=self.beta)
+            accepted = luck[places, start:stop].to(device) < probs
+            done, which = accepted.any(-1).nonzero().squeeze(-1), accepted.int().argmax(-1)
+            rows, which, width = waiting[done], which[done], drawn.tokens.shape[-1]
+            tokens[rows, :width], mask[rows, :width] = drawn.tokens[done, which], drawn.mask[done, which]
+            finished[rows], rewards[rows] = drawn.finished[done, which], scores[done, which]
+            waiting, start = waiting[~accepted.any(-1)], stop
+        shape = (len(identities), num_samples)
+        return Decoded(
+            tokens=tokens.view(*shape, -1),
+            mask=mask.view(*shape, -1),
+            finished=finished.view(shape),
+            token_kl=None,
+            cost=DecodingCost(generated, 0, calls),
+            rewards=rewards.view(shape),
+            kl_bound=math.log(self.n + 1),  # it is one of n + 1 samples, whichever
+        )
+
+    def _bound(self, rewards: Tensor) -> Tensor:
+        """Return R_max ``[B, G]``."""
+        highest = rewards.nan_to_num(nan=-math.inf).amax(-1)
+        if self.reward_max is None:
+            return highest
+        if bool((highest > self.reward_max).any()):
+            raise ValueError(
+                f"reward_max is {self.reward_max:g}, and a response has the reward {float(highest.max()):g}: give a "
+                "number that no reward exceeds, or leave it out"
+            )
+        return torch.full_like(highest, self.reward_max)

@@ -1,0 +1,48 @@
+"""Soft Best-of-N: draw n, keep one at random, better ones more often."""
+
+from __future__ import annotations
+
+import math
+
+from vbon_lightning.actors import Actors
+from vbon_lightning.decoding.base import Decoded, Decoder
+from vbon_lightning.decoding.candidates import draw_candidates, keep
+from vbon_lightning.decoding.options import check_counts
+from vbon_lightning.functional import soft_selection_probs
+from vbon_lightning.functional._validate import check_real
+from vbon_lightning.sampling import prompt_noise
+from vbon_lightning.sampling.decode import choose_tokens
+from vbon_lightning.types import PromptBatch
+
+
+class SoftBestOfN(Decoder):
+    r"""Draw n responses from the policy and keep one, each with probability :math:`\propto \exp(r / \lambda)`.
+
+    C. M. Verdun et al., "Soft Best-of-n Sampling for Model Alignment" (2025). As n grows it comes to the optimum of
+    KL-regularised RL at ``beta = temperature``; at temperature 0 it is Best-of-N, at infinity a sample of the policy.
+
+    Args:
+        n: Responses drawn for each that is kept, an integer >= 1.
+        temperature: lambda, in the reward's units, from 0 to ``.inf``.
+    """
+
+    needs_reward = True
+
+    def __init__(self, n: int = 4, temperature: float = 1.0) -> None:
+        check_counts(n=n)
+        if temperature != math.inf:
+            check_real("temperature", temperature, at_least=0)
+        self.n: int = n
+        self.temperature = temperature
+
+    def decode(
+        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+    ) -> Decoded:
+        """Choose G responses a prompt."""
+        found = draw_candidates(actors, prompts, n=self.n, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        probs = soft_selection_probs(found.rewards, temperature=self.temperature).flatten(0, 1)
+        noise = prompt_noise(
+            prompts.index.tolist(), num_samples=num_samples, length=1, seed=seed, stream=f"{stream}/choice", step=step
+        )
+        chosen, _ = choose_tokens(probs.log(), noise.to(probs.device).flatten(0, 1), 1.0)
+        return keep(found, chosen.view(found.rewards.shape[:2]), kl_bound=math.log(self.n))

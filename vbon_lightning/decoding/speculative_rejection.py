@@ -1,0 +1,54 @@
+"""Speculative Rejection: begin many, drop those that look bad on the way."""
+
+from __future__ import annotations
+
+import math
+
+from vbon_lightning.actors import Actors
+from vbon_lightning.decoding.base import Decoded, Decoder
+from vbon_lightning.decoding.candidates import best_of
+from vbon_lightning.decoding.growing import checkpoints, grove
+from vbon_lightning.decoding.options import check_counts
+from vbon_lightning.functional._validate import check_real
+from vbon_lightning.types import PromptBatch
+
+
+class SpeculativeRejection(Decoder):
+    """Begin n responses, score them every few tokens, go on with the better ones, and return the best of the last.
+
+    H. Sun et al., "Fast Best-of-N Decoding via Speculative Rejection" (2024): of m responses ``round((1 - alpha) m)``
+    are kept, one at the least; those that have finished stay in the ranking. The paper scores when the memory is full,
+    here it is every so many tokens, so that what is decoded does not depend on the machine. With alpha 0 it is
+    Best-of-N, of the same responses.
+
+    Args:
+        n: Responses begun for each that is kept, an integer >= 1.
+        alpha: Share that is rejected each time, in [0, 1).
+        every: Tokens from one time to the next.
+    """
+
+    needs_reward = True
+
+    def __init__(self, n: int = 16, alpha: float = 0.5, every: int = 16) -> None:
+        check_counts(n=n, every=every)
+        check_real("alpha", alpha, at_least=0, below=1)
+        self.n: int = n
+        self.alpha, self.every, self.rows = alpha, every, n
+
+    def decode(
+        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+    ) -> Decoded:
+        """Choose G responses a prompt."""
+        how = {"num_samples": num_samples, "seed": seed, "step": step}
+        with grove(actors, prompts, n=self.n, stream=stream, **how) as rows:
+            left = self.n
+            for length in checkpoints(actors.max_new_tokens, self.every):
+                rows.growing.grow(length)
+                kept = max(1, round((1 - self.alpha) * left))
+                if kept < left:
+                    ranked = rows.rewards().nan_to_num(nan=-math.inf).argsort(dim=-1, descending=True, stable=True)
+                    rows.select(ranked[..., :kept].sort(dim=-1).values)
+                    left = kept
+            rows.growing.grow()
+            # One of n samples, whichever: no response is more than n times as likely as before.
+            return rows.chosen(best_of(rows.rewards()), kl_bound=math.log(self.n))

@@ -1,0 +1,80 @@
+"""TreeBoN: a tree of responses, grown from its better nodes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vbon_lightning.actors import Actors
+from vbon_lightning.decoding.base import Decoded, Decoder
+from vbon_lightning.decoding.candidates import best_of
+from vbon_lightning.decoding.further_models import FurtherModel
+from vbon_lightning.decoding.growing import Grove, grove
+from vbon_lightning.decoding.options import check_counts
+from vbon_lightning.functional import implicit_reward
+from vbon_lightning.models import ModelSpec
+from vbon_lightning.sampling import response_log_probs
+from vbon_lightning.types import PromptBatch
+
+
+class TreeBoN(Decoder):
+    """Grow n responses in layers; after each, branch the better of them; return the best of the last.
+
+    J. Qiu et al., "TreeBoN: Enhancing Inference-Time Alignment with Speculative Tree-Search and Best-of-N Sampling"
+    (2024): after each layer of ``longest / layers`` tokens the ``n / branches`` nodes with the highest partial score go
+    on, each as several. The partial score is the implicit reward of a policy trained on preferences
+    (:func:`~vbon_lightning.functional.implicit_reward`), or, where none is named, the reward of the response so far;
+    the reward alone judges the whole responses. With one layer it is Best-of-N, of the same responses.
+
+    Args:
+        n: Nodes a layer, a multiple of ``branches``.
+        layers: Layers, no more than there are tokens.
+        branches: Copies of a node that goes on.
+        preference_policy: A policy trained on preferences, such as a ``DPO`` export, whose implicit reward is the
+            partial score.
+    """
+
+    needs_reward = True
+
+    def __init__(
+        self, n: int = 8, layers: int = 4, branches: int = 2, preference_policy: str | ModelSpec | None = None
+    ) -> None:
+        check_counts(n=n, layers=layers, branches=branches)
+        if n % branches:
+            raise ValueError(f"n must be a multiple of branches, which {n} is not of {branches}")
+        self.n: int = n
+        self.layers, self.branches, self.rows = layers, branches, n
+        if preference_policy is not None:
+            self.models = (FurtherModel(preference_policy, "preference_policy"),)
+
+    def decode(
+        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+    ) -> Decoded:
+        """Choose G responses a prompt."""
+        longest = actors.max_new_tokens
+        if self.layers > longest:
+            raise ValueError(f"layers is {self.layers}, and a response has at most {longest} tokens: ask for fewer")
+        how = {"num_samples": num_samples, "seed": seed, "step": step}
+        with grove(actors, prompts, n=self.n, stream=stream, **how) as nodes:
+            for layer in range(1, self.layers):
+                nodes.growing.grow(longest * layer // self.layers)
+                scores = self._partial_scores(actors, nodes).nan_to_num(nan=-math.inf)
+                ranked = scores.argsort(dim=-1, descending=True, stable=True)
+                best = ranked[..., : self.n // self.branches].sort(dim=-1).values
+                nodes.select(best.repeat_interleave(self.branches, dim=-1), own_noise=False)
+            nodes.growing.grow()
+            # Each branching makes a prefix stand in so many more places, and one of the last n is returned.
+            bound = math.log(self.n) + (self.layers - 1) * math.log(self.branches)
+            return nodes.chosen(best_of(nodes.rewards()), kl_bound=bound if self.layers > 1 else None)
+
+    def _partial_scores(self, actors: Actors, nodes: Grove) -> Tensor:
+        """Return ``[B, G, n]``."""
+        if not self.models:
+            return nodes.rewards()
+        responses, ours = nodes.responses(), nodes.growing.completions().log_probs
+        preferring = self.models[0].load(actors)
+        theirs = response_log_probs(preferring, nodes.prompts, responses, temperature=actors.temperature)
+        nodes.value_tokens += int(nodes.prompts.mask.sum()) + int(responses.mask.sum())
+        return implicit_reward((theirs - ours).to(torch.float64), responses.mask).view(nodes.shape)
