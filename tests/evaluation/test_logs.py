@@ -39,6 +39,13 @@ def test_picture_table_and_texts(tmp_path: Path, reports: list[PolicyReport]) ->
     assert events.Tensors("samples/text_summary")
 
 
+def test_the_picture_of_costs(tmp_path: Path, reports: list[PolicyReport]) -> None:
+    for report in reports:
+        report.cost = {"generated_tokens": 8.0}
+    write_comparison(reports, tmp_path, title="A title")
+    assert read(tmp_path).Tags()["images"] == ["vs_cost/pareto", "vs_kl/pareto"]
+
+
 def test_curves_are_over_kl_a_run_a_method(tmp_path: Path, reports: list[PolicyReport]) -> None:
     write_comparison(reports, tmp_path, title="A title")
     assert {name for name in runs(tmp_path) if "table" not in name} == {".", "Best-of-N", "vBoN", "KL-RL"}

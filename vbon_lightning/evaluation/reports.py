@@ -76,8 +76,8 @@ class PolicyReport:
     n: int | None = None
     """N, for Best-of-N itself."""
     cost: dict[str, float] | None = None
-    """What a response takes to make, for decoders: tokens generated, tokens the value model reads, reward calls, and
-    seconds, of a batch shared by its responses."""
+    """What a response takes to make: tokens generated, discarded ones included, tokens the value model reads, reward
+    calls, and seconds, of a batch shared by its responses."""
     missing: int = 0
     """Responses that have no reward and are left out of all of the above."""
 
