@@ -49,8 +49,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a method of nobody": ({"policies": {"mine": "x"}, "methods": {"yours": "A"}}, "methods: 'yours' is no policy or"),
     "a blank method": ({"policies": {"mine": "x"}, "methods": {"mine": " "}}, "methods: 'mine' has the method ' '"),
     "the reference's method": (
-        {"decoders": {"mine": BestOfN(2)}, "methods": {"mine": "Best-of-N"}},
-        "methods: 'mine' has the method 'Best-of-N'",
+        {"decoders": {"drawn": BestOfN(2)}, "methods": {"drawn": "Best-of-N"}},
+        "methods: 'drawn' has the method 'Best-of-N'",
     ),
     "one name twice": (
         {"policies": {"mine": "x"}, "decoders": {" mine": BestOfN(2)}},

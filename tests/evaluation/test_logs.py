@@ -43,7 +43,7 @@ def test_the_picture_of_costs(tmp_path: Path, reports: list[PolicyReport]) -> No
     for report in reports:
         report.cost = {"generated_tokens": 8.0}
     write_comparison(reports, tmp_path, title="A title")
-    assert read(tmp_path).Tags()["images"] == ["vs_cost/pareto", "vs_kl/pareto"]
+    assert read(tmp_path).Tags()["images"] == ["vs_kl/pareto", "vs_cost/pareto"]
 
 
 def test_curves_are_over_kl_a_run_a_method(tmp_path: Path, reports: list[PolicyReport]) -> None:
