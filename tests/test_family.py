@@ -189,7 +189,7 @@ def test_configs_that_are_not_there_are_left_out(plan: Plan, here: Path) -> None
     (here / "configs/demo/compare_decoders.yaml").unlink(missing_ok=True)
     less = Plan.read(METHODS)
     assert "configs/demo/dpo.yaml" in less.absent and "dpo" not in {method.name for method in less.methods}
-    assert less.decoding() is None
+    assert less.decoding([]) == (None, {})
     with pytest.raises(ValueError, match=r"methods.yaml has no method vbom: it has vbon, "):
         Plan.read(METHODS, ["vbom"])
     assert [method.name for method in Plan.read(METHODS, ["vbon"]).methods] == ["vbon"]
@@ -234,18 +234,34 @@ def test_a_comparison_names_policies_as_methods_yaml_does(plan: Plan) -> None:
 
 def test_decoders_are_compared_without_policies(plan: Plan, here: Path) -> None:
     own = {
-        "decoders": {"Drawn, n = 2": {"class_path": "vbon_lightning.decoding.BestOfN", "init_args": {"n": 2}}},
+        "decoders": {
+            "Drawn, n = 2": {"class_path": "vbon_lightning.decoding.BestOfN", "init_args": {"n": 2}},
+            "Mixed": {"class_path": "DeRa", "init_args": {"strength": 0.5, "policy": "runs/demo/vbon/export"}},
+            "Tree": {"class_path": "TreeBoN", "init_args": {"preference_policy": "runs/demo/other/export"}},
+        },
+        "methods": {"Mixed": "two models"},
         "policies": {"x": "runs/demo/x/export"},
         "output": "elsewhere",
         "samples": 4,
         "data": {"value_model": "runs/demo/value/export"},
     }
     (here / "configs/demo/compare_decoders.yaml").write_text(yaml.safe_dump(own))
-    found = Plan.read(METHODS).decoding()
-    assert found is not None
+    plan = Plan.read(METHODS)
+    trained = [(method, plan.training(method, 0)) for method in plan.methods if method.name == "vbon"]
+    found, lost = plan.decoding(trained)
+    assert found is not None and lost == {"Tree": "needs runs/demo/other/export"}
     settings = yaml.safe_load(found.configs[1].read_text())
-    assert (settings["policies"], settings["samples"]) == ({}, 4) and settings["decoders"] == own["decoders"]
-    assert settings["methods"] == {"Drawn, n = 2": "decoding"} and settings["output"] == "runs/family/compare-decoders"
+    assert (settings["policies"], settings["samples"]) == ({}, 4) and "judge" not in settings
+    drawn, mixed = settings["decoders"].values()
+    assert drawn == own["decoders"]["Drawn, n = 2"]
+    assert mixed["init_args"] == {"policy": "runs/family/vbon-s0/export", "strength": 0.5}, (
+        "the one that was trained here"
+    )
+    assert Path("runs/family/vbon-s0/export") in found.inputs
+    assert (
+        settings["methods"] == {"Drawn, n = 2": "decoding", "Mixed": "two models"}
+        and settings["output"] == "runs/family/compare-decoders"
+    )
     assert Path("runs/demo/value/export") in found.inputs
 
 

@@ -20,6 +20,8 @@ RUNS = Path("runs/family")
 MADE = ("*.safetensors", "*.json", "*.model", "*.txt", "*.parquet")
 """Files of an export or a table that others read; model cards and event files change without them."""
 
+_EXPORT = re.compile(r"runs/demo/([\w.-]+)/export")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -205,16 +207,39 @@ class Plan:
         }
         return self._compare(f"compare-s{seed}", settings, [job.output for _, job in trained], self.compare)
 
-    def decoding(self) -> Job | None:
-        """Write the config that compares the decoders, and return the job; None where there are none."""
+    def decoding(self, trained: Sequence[tuple[Method, Job]]) -> tuple[Job | None, dict[str, str]]:
+        """Write the config that compares the decoders, and return the job; None where there are none.
+
+        A decoder that names the export of a method gets the one that was trained here.
+
+        Args:
+            trained: The trainings that are done.
+
+        Returns:
+            The job, and what decoders are left out for lack of, by their names.
+        """
         if self.decoders is None:
-            return None
+            return None, {}
         own = yaml.safe_load(self.decoders.read_text(encoding="utf-8"))
+        exports = {str(method.config.stem): job.output for method, job in trained}
+        known, lost, used = {}, {}, list[Path]()
+        for name, decoder in own["decoders"].items():
+            text = yaml.safe_dump(decoder, allow_unicode=True)
+            for place in sorted(set(_EXPORT.findall(text))):
+                if place in exports:
+                    text = text.replace(f"runs/demo/{place}/export", str(exports[place]))
+                    used.append(exports[place])
+                elif not any(str(stage.output) == f"runs/demo/{place}/export" for stage in self.stages):
+                    lost[name] = f"needs runs/demo/{place}/export"
+            known[name] = yaml.safe_load(text)
         settings = yaml.safe_load(self.compare.read_text(encoding="utf-8")) | own
         settings["policies"] = {}
-        settings["methods"] = dict.fromkeys(own["decoders"], "decoding") | own.get("methods", {})
+        settings["decoders"] = {name: decoder for name, decoder in known.items() if name not in lost}
+        methods = dict.fromkeys(known, "decoding") | own.get("methods", {})
+        settings["methods"] = {name: methods[name] for name in settings["decoders"]}
         settings.pop("judge", None)  # it says nothing of decoders
-        return self._compare("compare-decoders", settings, [], self.decoders)
+        job = self._compare("compare-decoders", settings, used, self.decoders)
+        return (job if settings["decoders"] else None), lost
 
     def _compare(self, name: str, settings: dict[str, Any], exports: list[Path], base: Path) -> Job:
         output = RUNS / name

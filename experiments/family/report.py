@@ -49,7 +49,8 @@ def measured(result: Mapping[str, Any] | None) -> str:
         "![Win rate and reward against tokens and seconds a response](family/cost.png)\n\n"
         f"{_table(result, reports, shares, bounded)}\n"
         f"Made by `make family`: {prompts} held-out prompts, {counted}, means ± half of the 95% interval over "
-        f"prompts{also}. *Gain kept* is the share of Best-of-N's gain in win rate at the row's own KL. Seconds and milliseconds are of one thread, with another run beside it.\n"
+        f"prompts{also}. *Gain kept* is the share of Best-of-N's gain in win rate at the row's own KL. Seconds and "
+        "milliseconds are of one thread, with another run beside it.\n"
     )
 
 

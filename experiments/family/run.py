@@ -138,7 +138,8 @@ def make_family(plan: Plan, seeds: Sequence[int], **how: object) -> list[Failure
             comparisons[seed] = plan.comparison(seed, trained)
     if not comparisons:
         return failures
-    decoding = plan.decoding()
+    first = [(method, job) for own, method, job in trainings if own == seeds[0] and job.name not in failed]
+    decoding, lost = plan.decoding(first)
     last = [*comparisons.values(), *([] if decoding is None else [decoding])]
     failures += run_jobs(last, **how)  # type: ignore[arg-type]
     failed = {failure.job.name for failure in failures}
@@ -152,7 +153,7 @@ def make_family(plan: Plan, seeds: Sequence[int], **how: object) -> list[Failure
                 method.title: [job.recorded() for _, own, job in trainings if own == method and job.name not in failed]
                 for method in plan.methods
             },
-            failed={failure.job.name: failure.why for failure in failures},
+            failed={failure.job.name: failure.why for failure in failures} | lost,
         )
     return failures
 
