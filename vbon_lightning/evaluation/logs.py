@@ -59,8 +59,12 @@ def log_comparison(
     if isinstance(logger, TensorBoardLogger):
         for path in Path(logger.log_dir).rglob(f"events.out.tfevents.*{_OURS}"):
             path.unlink()
-    rows = [[report.name, report.method, *_means(report).values()] for report in reports]
-    log_table(logger, "comparison", ["policy", "method", *_NUMBERS], rows, markdown=table, step=0)
+    costs = dict.fromkeys(field for report in reports for field in report.cost or {})
+    rows = [
+        [report.name, report.method, *_means(report).values(), *((report.cost or {}).get(field) for field in costs)]
+        for report in reports
+    ]
+    log_table(logger, "comparison", ["policy", "method", *_NUMBERS, *costs], rows, markdown=table, step=0)
     if samples:
         texts = [
             [sample.prompt, name, response.text, response.reward]
