@@ -88,8 +88,6 @@ def finish_figure(figure: Figure, panels: Sequence[Axes], marks: Marks) -> None:
     if marks.numbered:
         draw_key(figure, list(marks.tags), [marks.styles[method] for method in marks.methods.values()])
     handles = _legend_handles(panels)
-    if marks.numbered:  # the key has the methods
-        handles = {label: handle for label, handle in handles.items() if label in (BEST_OF_N, _LIMIT)}
     if handles:
         figure.legend(
             list(handles.values()),
