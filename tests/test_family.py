@@ -116,6 +116,7 @@ def test_other_words_another_version_or_a_lost_output_are_reasons_too(monkeypatc
     Path("made/table/config.json").write_text("somebody made another")
     assert names(chain()) == ["vbon", "dpo"]
     Path("made/table/README.md").write_text("a card that changes with every comparison")
+    Path("made/table/config.json").rename("made/table/part-of-another-time.json")
     assert names(chain()) == []
     monkeypatch.setattr("vbon_lightning.__version__", "x")
     assert len(names(chain())) == len(CHAIN)

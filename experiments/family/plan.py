@@ -90,11 +90,12 @@ def _of_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _of_tree(path: Path) -> dict[str, str]:
+def _of_tree(path: Path) -> list[str]:
+    """Return what stands for a file's or a directory's contents; a table's parts have other names each time."""
     if path.is_file():
-        return {path.name: _of_file(path)}
+        return [_of_file(path)]
     files = {file for pattern in MADE for file in path.glob(pattern) if not file.name.startswith(".")}
-    return {file.name: _of_file(file) for file in sorted(files)}
+    return sorted(map(_of_file, files))
 
 
 @dataclass(frozen=True)
