@@ -126,7 +126,7 @@ def test_a_failure_stops_what_needs_it_and_nothing_else() -> None:
     said: list[str] = []
     jobs = [*chain(), job("other"), job("after", ("other",))]
     failures = run_jobs(jobs, say=said.append, starter=Starter(failing=("table",), empty=("other",)))
-    assert {failure.job.name: failure.why for failure in failures} == {
+    assert {failure.name: failure.why for failure in failures} == {
         "table": "ended with status 3: runs/family/logs/table.log",
         "other": "left no made/other: runs/family/logs/other.log",
         "vbon": "needs table",
@@ -288,18 +288,20 @@ class Comparing(Starter):
 
 
 def test_the_sheet_has_what_was_trained_and_says_what_was_not(here: Path, plan: Plan) -> None:
-    own = {"decoders": {"Drawn": {"class_path": "vbon_lightning.decoding.BestOfN", "init_args": {"n": 2}}}}
+    drawn = {"class_path": "vbon_lightning.decoding.BestOfN", "init_args": {"n": 2}}
+    mixed = {"class_path": "DeRa", "init_args": {"policy": "runs/demo/kl_rl/export"}}
+    own = {"decoders": {"Drawn": drawn, "Mixed": mixed}}
     (here / "configs/demo/compare_decoders.yaml").write_text(yaml.safe_dump(own))
     plan = Plan.read(METHODS, ["vbon", "dpo", "kl_rl"])
     starter = Comparing(failing=("dpo-s0", "kl_rl-s0", "kl_rl-s1"))
     failures = make_family(plan, [0, 1], say=lambda text: None, starter=starter)
-    assert {failure.job.name for failure in failures} == {"dpo-s0", "kl_rl-s0", "kl_rl-s1"}
+    assert {failure.name for failure in failures} == {"dpo-s0", "kl_rl-s0", "kl_rl-s1", "Mixed"}
     plain = json.loads((SHEET / "family.json").read_text())
     reports = {report["name"]: report for report in plain["reports"]}
     assert list(reports)[5:] == ["vBoN", "DPO", "Drawn"]
     assert reports["vBoN"]["win_rate"]["mean"] == pytest.approx(0.65)
     assert reports["DPO"]["win_rate"]["mean"] == pytest.approx(0.7)
-    assert plain["seeds"] == [0, 1] and set(plain["failed"]) == {"dpo-s0", "kl_rl-s0", "kl_rl-s1"}
+    assert plain["seeds"] == [0, 1] and set(plain["failed"]) == {"dpo-s0", "kl_rl-s0", "kl_rl-s1", "Mixed"}
     assert [len(plain["trainings"][title]) for title in ("vBoN", "DPO")] == [2, 1] and "KL-RL" not in plain["trainings"]
     assert "--seed_everything 1" in plain["trainings"]["vBoN"][1]["command"]
     for name in ("comparison.md", "pareto.png", "cost.png"):

@@ -28,9 +28,9 @@ SHEET = RUNS / "sheet"
 
 
 class Failure(NamedTuple):
-    """A job that was not done."""
+    """A job that was not done, or a decoder that was left out."""
 
-    job: Job
+    name: str
     why: str
 
 
@@ -80,10 +80,10 @@ def run_jobs(
     try:
         while waiting or running:
             for job in list(waiting):
-                lost = [failure.job.name for failure in failures if failure.job.name in job.needs]
+                lost = [failure.name for failure in failures if failure.name in job.needs]
                 if lost:
                     waiting.remove(job)
-                    failures.append(Failure(job, f"needs {', '.join(lost)}"))
+                    failures.append(Failure(job.name, f"needs {', '.join(lost)}"))
                 elif set(job.needs) <= done and len(running) < workers:
                     waiting.remove(job)
                     if job.name not in again and job.is_done():
@@ -106,7 +106,7 @@ def run_jobs(
                     say(f"{one.job.name} took {seconds:.0f} s")
                 else:
                     why = f"ended with status {status}" if status else f"left no {one.job.output}"
-                    failures.append(Failure(one.job, f"{why}: {one.job.log}"))
+                    failures.append(Failure(one.job.name, f"{why}: {one.job.log}"))
                     say(f"{one.job.name} FAILED, {failures[-1].why}")
             if running:
                 time.sleep(0.05)
@@ -130,7 +130,7 @@ def make_family(plan: Plan, seeds: Sequence[int], **how: object) -> list[Failure
     """
     trainings = [(seed, method, plan.training(method, seed)) for seed in seeds for method in plan.methods]
     failures = run_jobs([*plan.stages, *(job for _, _, job in trainings)], **how)  # type: ignore[arg-type]
-    failed = {failure.job.name for failure in failures}
+    failed = {failure.name for failure in failures}
     comparisons: dict[int, Job] = {}
     for seed in seeds:
         trained = [(method, job) for own, method, job in trainings if own == seed and job.name not in failed]
@@ -140,9 +140,10 @@ def make_family(plan: Plan, seeds: Sequence[int], **how: object) -> list[Failure
         return failures
     first = [(method, job) for own, method, job in trainings if own == seeds[0] and job.name not in failed]
     decoding, lost = plan.decoding(first)
+    failures += [Failure(name, why) for name, why in lost.items()]
     last = [*comparisons.values(), *([] if decoding is None else [decoding])]
     failures += run_jobs(last, **how)  # type: ignore[arg-type]
-    failed = {failure.job.name for failure in failures}
+    failed = {failure.name for failure in failures}
     by_seed = {seed: job.output for seed, job in comparisons.items() if job.name not in failed}
     if by_seed:
         write_sheet(
@@ -153,7 +154,7 @@ def make_family(plan: Plan, seeds: Sequence[int], **how: object) -> list[Failure
                 method.title: [job.recorded() for _, own, job in trainings if own == method and job.name not in failed]
                 for method in plan.methods
             },
-            failed={failure.job.name: failure.why for failure in failures} | lost,
+            failed={failure.name: failure.why for failure in failures},
         )
     return failures
 
@@ -190,7 +191,7 @@ def main(args: Sequence[str] | None = None) -> int:
     again = [*given.again, *(f"{name}-s{seed}" for name in given.again for seed in seeds)]
     failures = make_family(plan, seeds, workers=given.workers, again=again, say=say)
     for failure in failures:
-        say(f"NOT DONE: {failure.job.name}, {failure.why}")
+        say(f"NOT DONE: {failure.name}, {failure.why}")
     if (SHEET / "family.json").is_file():
         say(f"The sheet: {SHEET}/comparison.md, pareto.png and cost.png. For docs/family.md: "
             "python -m experiments.family.report")  # fmt: skip
