@@ -70,3 +70,12 @@ def test_what_is_not_known_is_left_out(reports: list[PolicyReport]) -> None:
     for report in reports:
         report.cost = {}
     assert cost_figure(reports) is None and cost_figure([]) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_costs_that_are_all_the_same_have_room(reports: list[PolicyReport]) -> None:
+    for report in reports:
+        report.cost = {"generated_tokens": 8.0}
+    figure = cost_figure(reports)
+    assert figure is not None
+    assert figure.axes[0].get_xlim() == (4.0, 16.0)

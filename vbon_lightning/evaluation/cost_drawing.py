@@ -46,6 +46,9 @@ def cost_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure |
             places = [(report, _place(report, cost, known), getattr(report, height)) for report in known]
             points = [(report, x, y) for report, x, y in places if x is not None and y is not None]
             axes.set_xscale("log")
+            middles = [x.mean for _, x, _ in points]
+            if middles and max(middles) < 1.01 * min(middles):  # one place has no width of its own
+                axes.set_xlim(min(middles) / 2, 2 * max(middles))
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
