@@ -1,4 +1,5 @@
 # make demo: SFT -> reference table -> value model, one policy for every N, vBoN, KL-RL -> comparison, on film reviews.
+# make family: every method and decoder, trained at one budget and compared on one sheet; SEEDS="0 1 2" for several seeds.
 # make test: the whole test suite.   make lint: ruff, mypy, and the documentation.   make docs: the documentation, in site/.
 # make notebooks: run notebooks/ again, in place.
 # All make the environment first, in .venv.
@@ -7,12 +8,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+SEEDS ?= 0
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs notebooks clean
+.PHONY: demo family test lint docs notebooks clean
 
 demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" bash configs/demo/run.sh
+
+family: $(STAMP)
+	$(BIN)/python -m experiments.family.run --seeds "$(SEEDS)"
 
 # A file stays in one process: its fixtures are made once.
 test: $(STAMP)

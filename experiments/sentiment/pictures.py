@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from results import SYMBOLS, Baseline, Result, grouped
 
 from vbon_lightning.evaluation import Estimate, PolicyReport
-from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, STYLES, draw_limit, style_axes
+from vbon_lightning.evaluation.drawing import BON_COLOUR, STYLES, draw_limit, style_axes
+from vbon_lightning.evaluation.labels import GREY
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE
 
 Height = Callable[[PolicyReport], Estimate | None]

@@ -91,7 +91,10 @@ def decoded(tmp_path: Path) -> AlignmentDataModule:
 
 def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: Path) -> None:
     decoders = {"Best-of-2 drawn": BestOfN(2), "Guided n=4": ValueGuided(4, top=3, draws=2)}
-    reports = compare(decoded, {}, decoders, output=str(tmp_path / "out"), n=[2], samples=5, device="cpu")
+    methods = {"Guided n=4": "value model"}
+    reports = compare(
+        decoded, {}, decoders, methods=methods, output=str(tmp_path / "out"), n=[2], samples=5, device="cpu"
+    )
     assert [report.name for report in reports] == ["reference", "Best-of-2", *decoders]
     best, guided = reports[2:]
     assert best.cost is not None
@@ -103,9 +106,18 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     assert best.cost["generated_tokens"] > guided.cost["generated_tokens"]
     assert guided.cost["reward_calls"] == 0 < guided.cost["value_tokens"]
     assert guided.kl.mean > 0
-    assert [report.method for report in reports[2:]] == ["Best-of-2", "Guided"]
+    assert [report.method for report in reports[2:]] == ["Best-of-2", "value model"], "the first word, or as it is said"
     assert [(report.prompts, report.samples) for report in reports[2:]] == [(3, 5), (3, 5)]
-    assert reports[0].cost is reports[1].cost is None
+    sample, best_of_2 = reports[0].cost, reports[1].cost
+    assert sample is not None and best_of_2 is not None and reports[0].length is not None
+    assert sample["generated_tokens"] == reports[0].length.mean, "the table's responses"
+    assert best_of_2 == {
+        "generated_tokens": 2 * sample["generated_tokens"],
+        "value_tokens": 0,
+        "reward_calls": 2,
+        "seconds": 2 * sample["seconds"],
+    }
+    assert sample["reward_calls"] == 0 < sample["seconds"] < 60
 
     # By hand: the best of each two of ten responses, and what the decoder itself returns.
     spec = decoded.actors
@@ -144,13 +156,21 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
     head, costs = (tmp_path / "out" / "comparison.md").read_text().split("| a response |")
     assert "| **Guided n=4** |" in head
     assert costs.startswith(" generated tokens | value tokens | reward calls | seconds | peak cache of a batch |")
-    rows = {cells[0]: cells[1:] for cells in map(cells_of, costs.splitlines()[2:])}
+    rows = {cells[0]: cells[1:] for cells in map(cells_of, costs.splitlines()[2:6])}
+
+    def peak(cost: dict[str, float]) -> str:
+        return f"{cost['peak_cache_bytes'] / 2**20:.2f} MiB" if "peak_cache_bytes" in cost else "-"
+
     assert rows == {
-        report.name: [f"{report.cost[field]:,.1f}" for field in ("generated_tokens", "value_tokens", "reward_calls")]
-        + [f"{report.cost['seconds']:.2g}", f"{report.cost['peak_cache_bytes'] / 2**20:.2f} MiB"]
-        for report in (best, guided)
+        report.name if report.n else f"**{report.name}**": [
+            *(f"{report.cost[field]:,.1f}" for field in ("generated_tokens", "value_tokens", "reward_calls")),
+            f"{report.cost['seconds']:.2g}",
+            peak(report.cost),
+        ]
+        for report in reports
         if report.cost is not None
     }
+    assert (tmp_path / "out" / "cost.png").stat().st_size > 10_000
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     found = [report for report in json_reports(written) if report["name"] in decoders]
     assert [PolicyReport.from_dict(report) for report in found] == [best, guided]
@@ -255,7 +275,10 @@ def test_decoders_come_before_policies_and_need_no_value_model_unless_they_say(
     drawn = {"drawn": BestOfN(3)}
     reports = compare(decoded, policies, drawn, output=str(tmp_path / "out"), n=[2], samples=2, device="cpu")
     assert [report.name for report in reports] == ["reference", "Best-of-2", "drawn", "mine"]
-    assert [report.cost is not None for report in reports] == [False, False, True, False]
+    mine = reports[-1]
+    assert mine.cost is not None and mine.length is not None
+    assert mine.cost["generated_tokens"] == mine.length.mean, "one sample"
+    assert (mine.cost["reward_calls"], mine.cost["value_tokens"]) == (0, 0) and 0 < mine.cost["seconds"] < 60
 
 
 def test_a_decoders_own_model_and_a_kl_that_is_bounded(decoded: AlignmentDataModule, tmp_path: Path) -> None:

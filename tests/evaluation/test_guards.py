@@ -46,6 +46,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "the reference": ({"policies": {"Reference": "x"}}, "policies: 'Reference' is what the comparison calls"),
     "Best-of-N": ({"policies": {"Best-of-16": "x"}}, "policies: 'Best-of-16' is what the comparison calls"),
     "a method of ours": ({"decoders": {"Best-of-N drawn": BestOfN(2)}}, "decoders: 'Best-of-N drawn' is what the"),
+    "a method of nobody": ({"policies": {"mine": "x"}, "methods": {"yours": "A"}}, "methods: 'yours' is no policy or"),
+    "a blank method": ({"policies": {"mine": "x"}, "methods": {"mine": " "}}, "methods: 'mine' has the method ' '"),
+    "the reference's method": (
+        {"decoders": {"drawn": BestOfN(2)}, "methods": {"drawn": "Best-of-N"}},
+        "methods: 'drawn' has the method 'Best-of-N'",
+    ),
     "one name twice": (
         {"policies": {"mine": "x"}, "decoders": {" mine": BestOfN(2)}},
         "decoders: ' mine' names a second thing, after one of policies",

@@ -39,6 +39,13 @@ def test_picture_table_and_texts(tmp_path: Path, reports: list[PolicyReport]) ->
     assert events.Tensors("samples/text_summary")
 
 
+def test_the_picture_of_costs(tmp_path: Path, reports: list[PolicyReport]) -> None:
+    for report in reports:
+        report.cost = {"generated_tokens": 8.0}
+    write_comparison(reports, tmp_path, title="A title")
+    assert read(tmp_path).Tags()["images"] == ["vs_kl/pareto", "vs_cost/pareto"]
+
+
 def test_curves_are_over_kl_a_run_a_method(tmp_path: Path, reports: list[PolicyReport]) -> None:
     write_comparison(reports, tmp_path, title="A title")
     assert {name for name in runs(tmp_path) if "table" not in name} == {".", "Best-of-N", "vBoN", "KL-RL"}
@@ -102,13 +109,16 @@ def test_a_later_comparison_takes_an_earlier_ones_place(tmp_path: Path, reports:
 
 def test_other_loggers_get_tables_and_the_picture(tmp_path: Path, reports: list[PolicyReport]) -> None:
     logger: Any = create_autospec(WandbLogger, instance=True)
+    reports[2].cost = {"generated_tokens": 8.5}
     write_comparison(reports, tmp_path, title="A title", samples=SAMPLES, logger=[logger, CSVLogger(tmp_path / "csv")])
     assert not runs(tmp_path)
     table, samples = (call.kwargs for call in logger.log_table.call_args_list)
     assert [row[0] for row in table["data"]] == [report.name for report in reports]
     assert table["data"][2][table["columns"].index("kl")] == pytest.approx(reports[2].kl.mean)
+    costs = [row[table["columns"].index("generated_tokens")] for row in table["data"]]
+    assert costs[2] == 8.5 and set(costs) == {8.5, None}
     assert samples["data"] == [["Once", "reference", "a", -0.25], ["Once", "vBoN", "c", 1.0]]
-    assert logger.log_image.call_args.args[0] == "vs_kl/pareto"
+    assert [call.args[0] for call in logger.log_image.call_args_list] == ["vs_kl/pareto", "vs_cost/pareto"]
     assert logger.finalize.called
 
 

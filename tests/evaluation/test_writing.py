@@ -62,6 +62,28 @@ def test_a_comparison_is_written_over(tmp_path: Path, reports: list[PolicyReport
     ]
 
 
+def test_costs_have_a_picture_and_rows_of_their_own(tmp_path: Path, reports: list[PolicyReport]) -> None:
+    for place, report in enumerate(reports):
+        report.cost = {"generated_tokens": 10.25 + place, "seconds": 0.5}
+    reports[-1].cost = {"generated_tokens": 2000.0, "peak_memory_mib": 3.0}
+    reports[-2].cost = None
+    samples = [TextSample("Once", {"reference": [ScoredText("a", 0.5)]})]
+    written = write_comparison(reports, tmp_path, title="x", samples=samples, logger=False)
+    assert set(written) == {"comparison.json", "comparison.md", "pareto.png", "cost.png", "samples.md"}
+    assert imread(written["cost.png"]).shape[0] > 500
+    costs = written["comparison.md"].read_text().split("| a response |")[1]
+    assert costs.startswith(" generated tokens | seconds | peak memory mib |")
+    assert "| reference | 10.2 | 0.5 | - |" in costs
+    assert f"| **{reports[-1].name}** | 2,000.0 | - | 3.0 |" in costs
+    assert reports[-2].name not in costs and "N samples of the reference" in costs
+
+    for report in reports:
+        report.cost = None
+    assert "cost.png" not in write_comparison(reports, tmp_path, title="y", logger=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"comparison.json", "comparison.md", "pareto.png"}, "no picture nor texts of another comparison"
+
+
 def test_numbers_that_are_not_are_refused_before_anything_is_written(
     tmp_path: Path, reports: list[PolicyReport]
 ) -> None:
@@ -120,7 +142,7 @@ class _Work:
         """Each file is whole, and those that belong together are of the same comparison, or not all there."""
         found = {path.name: path.read_bytes() for path in self.out.glob("[!.]*") if path.is_file()}
         for first, others in (
-            ("comparison.json", ("comparison.md", "samples.md", "pareto.png")),
+            ("comparison.json", ("comparison.md", "samples.md", "pareto.png", "cost.png")),
             ("temperatures.json", ("temperatures.md", "temperatures.png")),
         ):
             said = {json.loads(found[first])["title"]} if first in found else titles
@@ -145,8 +167,8 @@ class _Drawn(Figure):
 def work(tmp_path: Path, reports: list[PolicyReport], monkeypatch: pytest.MonkeyPatch) -> _Work:
     small = _Drawn(figsize=(1, 1))  # to draw takes its time, and has tests of its own
     FigureCanvasAgg(small)
-    for module in ("writing", "logs"):
-        monkeypatch.setattr(f"vbon_lightning.evaluation.{module}.pareto_figure", lambda *_, made=small, **__: made)
+    for drawn in ("pareto", "cost"):
+        monkeypatch.setattr(f"vbon_lightning.evaluation.writing.{drawn}_figure", lambda *_, made=small, **__: made)
     monkeypatch.setattr("vbon_lightning.evaluation.temperatures.temperature_figure", lambda *_, made=small, **__: made)
     out, export = tmp_path / "here" / "out", tmp_path / "here" / "run" / "export"
     export.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vbon_lightning.evaluation.cost_drawing import cost_figure
 from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
 from vbon_lightning.evaluation.reports import PolicyReport, bon_reports, evaluate_policy
@@ -14,6 +15,7 @@ __all__ = [
     "ScoredText",
     "TextSample",
     "bon_reports",
+    "cost_figure",
     "estimate_mean",
     "evaluate_policy",
     "pareto_figure",

@@ -24,7 +24,15 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
-from vbon_lightning.evaluation.guards import check_decoder, check_names, check_numbers, check_policy, make_directory
+from vbon_lightning.evaluation.costs import sample_cost, timed_sampling
+from vbon_lightning.evaluation.guards import (
+    check_decoder,
+    check_methods,
+    check_names,
+    check_numbers,
+    check_policy,
+    make_directory,
+)
 from vbon_lightning.evaluation.predicted import predicted_bon_reports
 from vbon_lightning.evaluation.reports import (
     REFERENCE,
@@ -59,6 +67,7 @@ def compare(
     data: AlignmentDataModule,
     policies: dict[str, str | ModelSpec] = {},  # noqa: B006 (never mutated)
     decoders: dict[str, Decoder] = {},  # noqa: B006 (never mutated)
+    methods: dict[str, str] = {},  # noqa: B006 (never mutated)
     output: str = "runs/comparison",
     n: list[int] = [2, 4, 8],  # noqa: B006 (never mutated)
     samples: int = 16,
@@ -77,7 +86,8 @@ def compare(
 ) -> list[PolicyReport]:
     """Evaluate exported policies, the reference and Best-of-N on held-out prompts.
 
-    Writes ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md`` into ``output`` and logs them.
+    Writes ``comparison.json``, ``comparison.md``, ``pareto.png``, ``cost.png`` and ``samples.md`` into ``output`` and
+    logs them.
     Policies are sampled afresh; Best-of-N and all win rates come from the reference table, or, where none is named,
     from the distribution of the reward that a value model predicts from each prompt. The reference is then sampled as
     well: its win rate, 1/2 were the prediction right, says how far to trust the others.
@@ -85,9 +95,10 @@ def compare(
     Args:
         data: The prompts, the reference, the reward, and the table that holds the prompts' reference responses or the
             value model that stands in for it.
-        policies: Directory (or hub name) of each policy, or a mapping as for ``data.policy``, by the name to show. The
-            first word of a name is its method: policies of one method look alike in the picture.
+        policies: Directory (or hub name) of each policy, or a mapping as for ``data.policy``, by the name to show.
         decoders: Ways to decode from the reference to compare with, by the name to show.
+        methods: Method of policies and decoders by their names; the first word of a name where nothing is said. Those
+            of one method look alike in the pictures.
         output: Directory to write to.
         n: Which Best-of-N to show and to compare with.
         samples: Responses sampled a prompt and policy.
@@ -110,6 +121,8 @@ def compare(
     if not policies and not decoders:
         raise ValueError("name at least one policy to compare: --policies.NAME DIRECTORY")
     check_names(policies, decoders)
+    check_methods(methods, [*policies, *decoders])
+    method_of = {name: methods.get(name, name.split()[0]) for name in (*policies, *decoders)}
     check_numbers(n=n, samples=samples, shown_prompts=shown_prompts, shown_samples=shown_samples)
     if any(not 0 < temperature < math.inf for temperature in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
@@ -173,42 +186,49 @@ def compare(
     at_temperatures("reference")
     if rewards is not None:
         reports = _best_of_n(data, prompts, rewards, n, judge if judge_table else None)
+        with timed_sampling(actors) as watch:  # as policies are sampled, for what that takes alone
+            for batch in batches("reference"):
+                actors.sample(actors.policy, batch, num_samples=samples, **noise)
     else:
         assert scorer is not None
         predicted: list[Tensor] = []
-        reports = [
-            evaluate_policy(
-                _keep_predictions(rollouts("reference", samples), predicted),
-                name="reference",
-                method=REFERENCE,
-                n_values=n,
-                judge=judged,
-                scorer=scorer,
-                n=1,
-            )
-        ]
+        with timed_sampling(actors) as watch:
+            reports = [
+                evaluate_policy(
+                    _keep_predictions(rollouts("reference", samples), predicted),
+                    name="reference",
+                    method=REFERENCE,
+                    n_values=n,
+                    judge=judged,
+                    scorer=scorer,
+                    n=1,
+                )
+            ]
         reports += predicted_bon_reports(torch.cat(predicted), scorer.bins, n_values=n)
+    for report in reports:
+        report.cost = sample_cost(reports[0].length, watch.seconds_a_response, n=report.n or 1)
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=visible(name), leave=False):
             found.append(_decode(actors, decoder, on_device(batch, place), samples=samples, seed=seed))
         decoder.release()  # the next one's models take its place
         reports.append(
-            evaluate_decoder(found, name=name, method=name.split()[0], n=decoder.n, n_values=n, scorer=scorer)
+            evaluate_decoder(found, name=name, method=method_of[name], n=decoder.n, n_values=n, scorer=scorer)
         )
     for name, path in policies.items():
         actors.policy = _move(load_causal_lm(as_spec(path), trainable=False), place)
         kept: list[Rollout] = []
-        reports.append(
-            evaluate_policy(
+        with timed_sampling(actors) as watch:
+            report = evaluate_policy(
                 _keep(rollouts(name, samples), kept, shown_prompts),
                 name=name,
-                method=name.split()[0],
+                method=method_of[name],
                 n_values=n,
                 judge=judged,
                 scorer=scorer,
             )
-        )
+        report.cost = sample_cost(report.length, watch.seconds_a_response)
+        reports.append(report)
         shown[name] = kept
         at_temperatures(name)
     files = write_comparison(

@@ -56,6 +56,27 @@ def check_names(policies: Mapping[str, Any], decoders: Mapping[str, Any]) -> Non
             files[file] = name
 
 
+def check_methods(methods: Mapping[str, str], names: Sequence[str]) -> None:
+    """Refuse methods of what is not compared, and those that say nothing or that rows of the comparison's own have.
+
+    Args:
+        methods: Methods by the names that they belong to.
+        names: What the policies and decoders are called.
+
+    Raises:
+        ValueError: Naming the option and the name.
+    """
+    for name, method in methods.items():
+        if name not in names:
+            listed = ", ".join(map(repr, names))
+            raise ValueError(f"methods: {name!r} is no policy or decoder of this comparison: name one of {listed}")
+        if not method.strip() or method in (REFERENCE, BEST_OF_N):
+            raise ValueError(
+                f"methods: {name!r} has the method {method!r}, which is blank or that of the comparison's own rows: "
+                "give another"
+            )
+
+
 def check_numbers(*, n: Sequence[int], samples: int, shown_prompts: int, shown_samples: int) -> None:
     """Refuse numbers of responses that make no comparison.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.figure import Figure
 
-from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE, PolicyReport
 from vbon_lightning.evaluation.texts import TextSample, samples_markdown
@@ -39,28 +39,32 @@ def log_comparison(
     logger: Logger,
     reports: Sequence[PolicyReport],
     *,
-    title: str,
+    figures: Mapping[str, Figure],
     table: str,
     samples: Sequence[TextSample] = (),
 ) -> None:
-    """Log the picture, the table and the texts; to TensorBoard also curves over KL and a row of HPARAMS a policy.
+    """Log the pictures, the table and the texts; to TensorBoard also curves over KL and a row of HPARAMS a policy.
 
-    Picture and curves are named ``vs_kl/...``, behind ``train/`` and ``val/`` in the alphabet. Each method has a run
+    Curves are named ``vs_kl/...``, behind ``train/`` and ``val/`` in the alphabet. Each method has a run
     and each policy a point on it, at the step :data:`MILLINATS` times its KL. What an earlier comparison wrote to the
     same place is removed.
 
     Args:
         logger: Where to.
         reports: Policies and Best-of-N.
-        title: Title of the picture.
+        figures: The pictures by the names to log them under.
         table: The reports as Markdown.
         samples: Responses to read.
     """
     if isinstance(logger, TensorBoardLogger):
         for path in Path(logger.log_dir).rglob(f"events.out.tfevents.*{_OURS}"):
             path.unlink()
-    rows = [[report.name, report.method, *_means(report).values()] for report in reports]
-    log_table(logger, "comparison", ["policy", "method", *_NUMBERS], rows, markdown=table, step=0)
+    costs = dict.fromkeys(field for report in reports for field in report.cost or {})
+    rows = [
+        [report.name, report.method, *_means(report).values(), *((report.cost or {}).get(field) for field in costs)]
+        for report in reports
+    ]
+    log_table(logger, "comparison", ["policy", "method", *_NUMBERS, *costs], rows, markdown=table, step=0)
     if samples:
         texts = [
             [sample.prompt, name, response.text, response.reward]
@@ -70,7 +74,8 @@ def log_comparison(
         ]
         columns = ["prompt", "policy", "response", "reward"]
         log_table(logger, "samples", columns, texts, markdown=samples_markdown(samples), step=0)
-    log_figure(logger, "vs_kl/pareto", pareto_figure(reports, title=title), step=0)
+    for name, figure in figures.items():
+        log_figure(logger, name, figure, step=0)
     if isinstance(logger, TensorBoardLogger):
         _log_curves(reports, Path(logger.log_dir))
         _log_rows(reports, Path(logger.log_dir))

@@ -78,8 +78,8 @@ class PolicyReport:
     n: int | None = None
     """N, for Best-of-N itself."""
     cost: dict[str, float] | None = None
-    """What a response takes to make, for decoders: tokens generated, tokens the value model reads, reward calls, and
-    seconds, of a batch shared by its responses; and the most memory that a batch of them took."""
+    """What a response takes to make: tokens generated, discarded ones included, tokens the value model reads, reward
+    calls, and seconds, of a batch shared by its responses; of a decoder also the most memory that a batch took."""
     missing: int = 0
     """Responses that have no reward and are left out of all of the above."""
 

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vbon_lightning._markdown import markdown_cell, markdown_table
-from vbon_lightning.evaluation.drawing import BON_COLOUR, GREY, label_of, policy_styles, style_axes
+from vbon_lightning.evaluation.drawing import BON_COLOUR, policy_styles, style_axes
 from vbon_lightning.evaluation.intervals import Estimate, estimate_mean
+from vbon_lightning.evaluation.labels import GREY, label_of
 from vbon_lightning.evaluation.reports import REFERENCE, mean_of, win_rates
 from vbon_lightning.evaluation.writing import write_together
 from vbon_lightning.prefix_scorer import PrefixScorer

@@ -5,20 +5,25 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
+from matplotlib.figure import Figure
 
 from vbon_lightning._markdown import markdown_block, markdown_cell, markdown_table
 from vbon_lightning.decoding.cost import PEAKS, cost_amount, cost_heading
+from vbon_lightning.evaluation.cost_drawing import cost_figure
 from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.evaluation.logs import log_comparison, loggers_of
-from vbon_lightning.evaluation.reports import PolicyReport
+from vbon_lightning.evaluation.reports import BEST_OF_N, PolicyReport
 from vbon_lightning.evaluation.texts import TextSample, samples_markdown
 from vbon_lightning.whole_files import atomic_file
+
+_LOGGED = {"pareto": "vs_kl", "cost": "vs_cost"}
+"""Under which names the pictures are logged, behind those of training in the alphabet."""
 
 
 def write_comparison(
@@ -30,9 +35,10 @@ def write_comparison(
     samples: Sequence[TextSample] = (),
     logger: bool | Logger | Sequence[Logger] = True,
 ) -> dict[str, Path]:
-    """Write ``comparison.json``, ``comparison.md``, ``pareto.png`` and ``samples.md``, all of them or none.
+    """Write ``comparison.json``, ``comparison.md``, ``pareto.png``, ``cost.png`` and ``samples.md``, all or none.
 
-    Where ``comparison.json`` is there the others are of the same comparison: it goes first and comes last.
+    Where ``comparison.json`` is there the others are of the same comparison: it goes first and comes last. Where no
+    report says what its responses take there is no ``cost.png``.
 
     Args:
         reports: Policies and Best-of-N, in the order the table should have.
@@ -47,31 +53,43 @@ def write_comparison(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    figure = pareto_figure(reports, title=title)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
     table = comparison_markdown(reports, title=title, command=command)
     plain = {"title": title, "command": command, "reports": [report.to_dict() for report in reports]}
     contents = {
         "comparison.json": (json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
         "comparison.md": table.encode(),
-        "pareto.png": image.getvalue(),
     }
+    costs = cost_figure(reports, title=title)
+    figures = {"pareto": pareto_figure(reports, title=title)} | ({} if costs is None else {"cost": costs})
+    contents |= {f"{name}.png": _png(figure) for name, figure in figures.items()}
     if samples:
         contents["samples.md"] = f"# {markdown_cell(title)}: samples\n\n{samples_markdown(samples)}".encode()
-    written = write_together(directory, contents)
+    written = write_together(directory, contents, gone={"cost.png", "samples.md"} - contents.keys())
     for one in loggers_of(logger, directory):
-        log_comparison(one, reports, title=title, table=table, samples=samples)
+        log_comparison(
+            one,
+            reports,
+            figures={f"{_LOGGED[name]}/pareto": figure for name, figure in figures.items()},
+            table=table,
+            samples=samples,
+        )
     return written
 
 
-def write_together(directory: Path, contents: Mapping[str, bytes]) -> dict[str, Path]:
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def write_together(directory: Path, contents: Mapping[str, bytes], *, gone: Collection[str] = ()) -> dict[str, Path]:
     """Write files that belong together: nothing changes before all are on the disk.
 
     Args:
         directory: Where to.
         contents: What each file is to hold, by its name. The first one is removed before the others are replaced, and
             there again when all of them are.
+        gone: Names of files of an earlier time that these have no place for.
 
     Returns:
         The files, by name.
@@ -83,7 +101,8 @@ def write_together(directory: Path, contents: Mapping[str, bytes]) -> dict[str, 
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        next(iter(written.values())).unlink(missing_ok=True)
+        for path in (next(iter(written.values())), *(directory / name for name in gone)):
+            path.unlink(missing_ok=True)
     return written
 
 
@@ -123,24 +142,23 @@ def _bold(report: PolicyReport) -> str:
 
 
 def _costs(reports: Sequence[PolicyReport]) -> str:
-    """Format what decoders take to make a response, beside a policy's one sample."""
-    decoders = [report for report in reports if report.cost]
-    if not decoders:
+    """Format what a response takes to make: a policy's one sample, Best-of-N's N, and whatever decoders say."""
+    known = [report for report in reports if report.cost]
+    if not known:
         return ""
-    known = dict.fromkeys(field for report in decoders for field in report.cost or {})
-    fields = [field for field in known if field not in PEAKS or any(_cost(one, field) for one in decoders)]
-    rows = [
-        [markdown_cell(report.name), *(cost_amount(field, _cost(report, field)) for field in fields)]
-        for report in decoders
-    ]
+    fields = dict.fromkeys(field for report in known for field in report.cost or {})
+    shown = [field for field in fields if field not in PEAKS or any((one.cost or {}).get(field) for one in known)]
+    rows = [[_bold(report), *(_amount(field, (report.cost or {}).get(field)) for field in shown)] for report in known]
     table = markdown_table(
-        ["a response", *(cost_heading(field) for field in fields)], rows, align="l" + "r" * len(fields)
+        ["a response", *(cost_heading(field) for field in shown)], rows, align="l" + "r" * len(shown)
     )
-    return f"\n{table}"
+    tabled = any(report.method == BEST_OF_N for report in known)
+    note = "- Best-of-N takes N samples of the reference; its seconds are those of sampling, without the reward's.\n"
+    return f"\n{table}" + (f"\n{note}" if tabled else "")
 
 
-def _cost(report: PolicyReport, field: str) -> float:
-    return (report.cost or {}).get(field, 0.0)
+def _amount(field: str, value: float | None) -> str:
+    return "-" if value is None else cost_amount(field, value)
 
 
 def _cell(value: Estimate | None) -> str:

@@ -167,7 +167,7 @@ class AlignmentModule(LightningModule):
                     check_context(model, longest(), response_tokens)
 
     def on_fit_start(self) -> None:
-        """Check that texts and responses fit the model's context, cached ones too, which are no longer; say what ends."""
+        """Check that texts and responses fit the model's context, and say what ends a response."""
         self.check_lengths(self.response_room)
         self.check_ends()
 

@@ -1,0 +1,1 @@
+"""All methods and decoders of the package on the demo, at one budget, on one sheet."""

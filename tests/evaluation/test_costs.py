@@ -1,0 +1,74 @@
+"""What a response takes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from tests.helpers import tiny_llama, tiny_tokenizer
+from vbon_lightning.actors import Actors
+from vbon_lightning.evaluation import Estimate
+from vbon_lightning.evaluation.costs import TimedSampler, sample_cost, timed_sampling
+from vbon_lightning.sampling import SamplingRequest, sample_completions
+from vbon_lightning.sampling.passes import InPasses
+from vbon_lightning.types import Completions
+
+
+def test_best_of_n_takes_n_samples_and_scores_each() -> None:
+    length = Estimate(11.0, 0.5)
+    assert sample_cost(length, 0.25) == {
+        "generated_tokens": 11.0, "value_tokens": 0, "reward_calls": 0, "seconds": 0.25
+    }  # fmt: skip
+    assert sample_cost(length, 0.25, n=4) == {
+        "generated_tokens": 44.0, "value_tokens": 0, "reward_calls": 4, "seconds": 1.0
+    }  # fmt: skip
+    assert sample_cost(None, 0.25, n=2) == {"seconds": 0.5}
+    assert "seconds" not in sample_cost(length, None)
+
+
+class Slow:
+    """Takes a while, and knows how far its log-probabilities are off."""
+
+    mismatch = 0.125
+
+    def __call__(self, model: object, request: SamplingRequest) -> Completions:
+        time.sleep(0.02)
+        batch, samples, length = request.noise.shape
+        shape = (batch, samples, length)
+        return Completions(
+            torch.zeros(shape, dtype=torch.long),
+            torch.ones(shape, dtype=torch.bool),
+            torch.ones(batch, samples, dtype=torch.bool),
+            torch.zeros(shape),
+        )
+
+
+def request(rows: int = 4) -> SamplingRequest:
+    tokens = torch.ones(rows, 3, dtype=torch.long)
+    return SamplingRequest(tokens, tokens.bool(), torch.rand(rows, 2, 5), (2,), 0, 1.0)
+
+
+@pytest.mark.parametrize("max_rows", [None, 4])
+def test_sampling_is_timed_alone_and_for_a_while(max_rows: int | None) -> None:
+    sampler = Slow() if max_rows is None else InPasses(Slow(), max_rows)
+    actors = Actors(tiny_llama(), None, None, tiny_tokenizer(), (2,), 5, 1.0, sampler=sampler)
+    with timed_sampling(actors) as watch:
+        assert watch.seconds_a_response is None
+        assert isinstance(actors.sampler, InPasses) is (max_rows is not None)
+        actors.sampler(actors.policy, request())
+        time.sleep(0.1)  # what else is done does not count
+        assert getattr(actors.sampler, "mismatch", None) == pytest.approx(0.125)
+    assert actors.sampler is sampler
+    passes = 1 if max_rows is None else 2
+    assert watch.responses == 8 and 0.02 * passes <= watch.seconds < 0.02 * passes + 0.08
+    assert watch.seconds_a_response == watch.seconds / 8
+
+
+def test_it_samples_what_the_sampler_samples() -> None:
+    model, asked = tiny_llama(), request(2)
+    timed = TimedSampler(sample_completions)(model, asked)
+    for one, other in zip(timed, sample_completions(model, asked), strict=True):
+        assert torch.equal(one, other)
+    assert TimedSampler(sample_completions).mismatch is None

@@ -1,0 +1,81 @@
+"""What a response takes to make: tokens, reward calls and seconds, of one sample and of Best-of-N from the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from vbon_lightning.actors import Actors
+from vbon_lightning.evaluation.intervals import Estimate
+from vbon_lightning.sampling import Sampler, SamplingRequest
+from vbon_lightning.sampling.passes import InPasses
+from vbon_lightning.types import Completions
+
+
+class TimedSampler:
+    """Samples as another sampler does, and knows how long that took.
+
+    Args:
+        sampler: What samples.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.seconds, self.responses = sampler, 0.0, 0
+
+    @property
+    def mismatch(self) -> float | None:
+        """Return what the sampler says of its own log-probabilities."""
+        return getattr(self.sampler, "mismatch", None)
+
+    def __call__(self, model: PreTrainedModel, request: SamplingRequest) -> Completions:
+        """Sample responses."""
+        began = time.perf_counter()
+        found = self.sampler(model, request)
+        found.tokens.cpu()  # waits for a GPU
+        self.seconds += time.perf_counter() - began
+        self.responses += found.finished.numel()
+        return found
+
+    @property
+    def seconds_a_response(self) -> float | None:
+        """Return the seconds of a response, of a batch shared by its responses; None before any was sampled."""
+        return self.seconds / self.responses if self.responses else None
+
+
+@contextmanager
+def timed_sampling(actors: Actors) -> Iterator[TimedSampler]:
+    """Time what actors sample, for a while: generation alone, neither rewards nor log-probabilities.
+
+    Args:
+        actors: Loaded models.
+    """
+    before = actors.sampler
+    # Passes stay in sight: rewards may be asked for between them.
+    inner = before.sampler if isinstance(before, InPasses) else before
+    watch = TimedSampler(inner)
+    actors.sampler = InPasses(watch, before.max_rows) if isinstance(before, InPasses) else watch
+    try:
+        yield watch
+    finally:
+        actors.sampler = before
+
+
+def sample_cost(length: Estimate | None, seconds: float | None, *, n: int = 1) -> dict[str, float]:
+    """Return what a response of a policy takes, or one of Best-of-N from a table: N times a reference sample.
+
+    Best-of-N scores each of its samples; the seconds are those of sampling them alone.
+
+    Args:
+        length: Tokens of a sample; of Best-of-N, of a reference sample.
+        seconds: Seconds of a sample; None where they are not known.
+        n: N, 1 for a policy's one sample.
+
+    Returns:
+        What is known, by the names of :class:`~vbon_lightning.decoding.DecodingCost` and ``seconds``.
+    """
+    calls = float(n) if n > 1 else 0.0
+    known = {} if length is None else {"generated_tokens": n * length.mean, "value_tokens": 0.0, "reward_calls": calls}
+    return known if seconds is None else known | {"seconds": n * seconds}
