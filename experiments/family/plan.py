@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 import vbon_lightning
-from vbon_lightning.reference_table.shards import atomic_file
+from vbon_lightning.whole_files import atomic_file
 
 RUNS = Path("runs/family")
 MADE = ("*.safetensors", "*.json", "*.model", "*.txt", "*.parquet")

@@ -17,7 +17,7 @@ from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.evaluation import PolicyReport
 from vbon_lightning.evaluation.fronts import gain_at, gain_share
 from vbon_lightning.evaluation.reports import BEST_OF_N, REFERENCE
-from vbon_lightning.reference_table.shards import atomic_file
+from vbon_lightning.whole_files import atomic_file
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "family.json"

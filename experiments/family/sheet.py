@@ -10,7 +10,7 @@ from typing import Any
 
 from vbon_lightning.evaluation import Estimate, PolicyReport, write_comparison
 from vbon_lightning.evaluation.intervals import estimate_over_seeds
-from vbon_lightning.reference_table.shards import atomic_file
+from vbon_lightning.whole_files import atomic_file
 
 TITLE = "All methods of the package, on film reviews"
 
