@@ -56,12 +56,18 @@ def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (output / "pareto.png").stat().st_size > 10_000
     assert "reference" in (output / "samples.md").read_text()
 
+    command.main([*data, "--config", f"{configs}/compare_decoders.yaml", *small, "--samples", "1"])
+    decoded = json.loads((tmp_path / "runs/demo/decoders/comparison.json").read_text())["reports"]
+    costs = {report["name"]: report["cost"] for report in decoded if report["cost"]}
+    assert json_names(configs / "compare_decoders.yaml", "decoders") <= costs.keys()
+    assert all(cost["generated_tokens"] >= 1 and cost["peak_cache_bytes"] > 0 for cost in costs.values())
 
-def json_names(path: Path) -> set[str]:
-    """Return the policies a comparison names."""
+
+def json_names(path: Path, option: str = "policies") -> set[str]:
+    """Return the policies, or the decoders, that a comparison names."""
     import yaml
 
-    return set(yaml.safe_load(path.read_text())["policies"])
+    return set(yaml.safe_load(path.read_text())[option])
 
 
 def test_the_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

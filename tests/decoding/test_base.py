@@ -33,7 +33,7 @@ from vbon_lightning.decoding import (
     ValueGuided,
 )
 from vbon_lightning.functional import reinforce_loss, sequence_log_prob
-from vbon_lightning.models import ModelError
+from vbon_lightning.models import ModelError, load_causal_lm, new_tilted_lm
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.rewards import ClassifierReward, RewardCalls, RewardModel
 from vbon_lightning.sampling import cache as cache_module
@@ -232,7 +232,7 @@ def test_a_classifier_as_the_reward(name: str, files: Path, actors: Actors, tmp_
     assert found.rewards is not None and bool(found.rewards.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", ["windows", "recurrent", "shared prompts"])
+@pytest.mark.parametrize("kind", ["windows", "recurrent", "tilted", "shared prompts"])
 @pytest.mark.parametrize("name", ["speculative", "tree", "particles", "dera"])
 def test_any_policy(
     kind: str, name: str, files: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -244,6 +244,10 @@ def test_any_policy(
     if kind == "windows":
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
         policy = MistralForCausalLM(MistralConfig(**small, **heads, sliding_window=4)).eval()
+    elif kind == "tilted":
+        tower: Any = load_causal_lm(str(files / "other"), trainable=False)
+        policy = new_tilted_lm(load_causal_lm(str(files / "policy"), trainable=False), tower.base_model).eval()
+        torch.nn.init.normal_(policy.heads[0].weight, generator=torch.Generator().manual_seed(0))
     elif kind == "recurrent":
         policy = MambaForCausalLM(MambaConfig(**small, state_size=4)).eval()
     else:
