@@ -300,7 +300,9 @@ def test_a_value_model_that_is_on_must_be_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "cls", [VBoN, KLRL, BoNSFT, DPO, BoNDistillation, ValueModelling], ids=lambda cls: cls.__name__
+    "cls",
+    [VBoN, KLRL, InfAlignCTRL, MaxAtK, GRPO, RLOO, PFPPO, BoNSFT, DPO, BoNDistillation, ValueModelling],
+    ids=lambda cls: cls.__name__,
 )
 def test_a_module_without_its_reward_says_so(cls: Any, tmp_path: Path) -> None:
     module = cls(spec(reward=None))
