@@ -323,7 +323,7 @@ def test_an_export_names_its_place_on_the_hub(
         ({"model__init_args__n": 17}, "M = 16 reference rewards a prompt, fewer than n = 17"),
         ({"model__init_args__bound": "upper"}, "upper"),
         ({"model__init_args__estimator": "a2c"}, "a2c"),
-        ({"model__init_args__kl_estimator": "k3"}, "k3"),
+        ({"model__init_args__kl_estimator": "k4"}, "k4"),
         ({"model__init_args__epochs_per_rollout": 2}, "REINFORCE is unbiased for one update"),
         ({"model__init_args__samples_per_prompt": 1}, "needs model.samples_per_prompt >= 2, got 1"),
         (

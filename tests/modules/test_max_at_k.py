@@ -97,10 +97,10 @@ def test_without_the_kl_nothing_pulls_to_the_reference(files: Path) -> None:
 def test_a_group_needs_as_many_as_the_form(files: Path) -> None:
     data = make_data(files)
     needed = {
-        form: make_module("maxatk", data, k=3, form=form).samples_needed for form in ("plain", "marginal", "centred")
+        form: make_module("maxatk", data, k=3, form=form).fewest_judged for form in ("plain", "marginal", "centred")
     }
     assert needed == {"plain": 3, "marginal": 3, "centred": 4}
-    assert make_module("maxatk", data, k=1, form="plain").samples_needed == 2, "for the baseline of the KL"
+    assert make_module("maxatk", data, k=1, form="plain").fewest_judged == 2, "for the baseline of the KL"
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,3 @@ def test_an_imported_table_trains_with_a_warning(files: Path, tmp_path: Path) ->
     data = imported(files, tmp_path, lambda text: [3] * len(text))
     with pytest.warns(UserWarning, match="does not tell finished from truncated responses"):
         make_trainer(tmp_path, steps=1).fit(make_module("dpo", data, pairs_per_prompt=1), data)
-
-
-def test_cached_responses_must_fit_the_context(files: Path, tmp_path: Path) -> None:
-    data = imported(files, tmp_path, lambda text: [3] * 62)
-    with pytest.raises(ValueError, match="exceed the model's context of 64 tokens"):
-        make_trainer(tmp_path).fit(make_module("bonsft", data), data)

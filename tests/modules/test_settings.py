@@ -367,6 +367,7 @@ def test_a_module_is_made_again_from_what_its_checkpoint_says(kind: str) -> None
     "cls",
     [
         *(VBoN, KLRL, BOND, JBOND, WIND, BoNSFT, DPO, BoNDistillation, ValueModelling, QRPO, AStarPO, BoNRegression),
+        *(InfAlignCTRL, MaxAtK, GRPO, RLOO, PFPPO),
     ],
     ids=lambda cls: cls.__name__,
 )

@@ -49,9 +49,8 @@ class VBoN(ForwardTerm):
         prior_samples: How many reference rewards of a prompt the value model's prediction counts for, beside the M
             that are known: few responses a prompt then do as well as many. 0 leaves the prediction to prompts of which
             none is known.
-        n_schedule: Let N go to ``n`` over the first updates, :class:`~vbon_lightning.modules.n_schedule.NSchedule`:
-            a small N is soon learnt, and gives the larger ones responses worth telling apart. Logged as ``n``. None
-            keeps N at ``n``. For the backward KL alone.
+        n_schedule: Let N go to ``n`` over the first updates, :class:`~vbon_lightning.modules.n_schedule.NSchedule`, for
+            the backward KL alone. Logged as ``n``. None keeps N at ``n``.
         **kwargs: What :class:`~vbon_lightning.modules.forward_term.ForwardTerm` takes: the divergence, and what every
             policy gradient does.
     """
