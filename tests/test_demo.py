@@ -60,7 +60,10 @@ def test_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     decoded = json.loads((tmp_path / "runs/demo/decoders/comparison.json").read_text())["reports"]
     costs = {report["name"]: report["cost"] for report in decoded if report["cost"]}
     assert json_names(configs / "compare_decoders.yaml", "decoders") <= costs.keys()
-    assert all(cost["generated_tokens"] >= 1 and cost["peak_cache_bytes"] > 0 for cost in costs.values())
+    assert all(cost["generated_tokens"] >= 1 for cost in costs.values())
+    assert all(
+        costs[name]["peak_cache_bytes"] > 0 for name in json_names(configs / "compare_decoders.yaml", "decoders")
+    )
 
 
 def json_names(path: Path, option: str = "policies") -> set[str]:

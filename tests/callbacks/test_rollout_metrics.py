@@ -90,6 +90,23 @@ def test_supervised_fine_tuning_is_left_alone(tmp_path: Path) -> None:
     assert not [w for w in caught if "compute" in str(w.message) or "BestOfN" in str(w.message)]
 
 
+def test_one_response_a_prompt_ties_with_nothing(tmp_path: Path) -> None:
+    """And nobody is warned of a mean of nothing."""
+    one = make_rollout(3, seed=4)
+    alone = one._replace(
+        **{name: getattr(one, name)[:, :1] for name in ("rewards", "log_probs", "reference_log_probs", "token_kl")},
+        completions=type(one.completions)(*(part[:, :1] for part in one.completions)),
+        responses=[texts[:1] for texts in one.responses],
+    )
+    trainer = make_trainer(tmp_path, *all_monitors(), limit_train_batches=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.validate(Replay([], val=[alone]))
+    assert not [w for w in caught if "compute" in str(w.message)]
+    assert "val/tied_groups" not in trainer.callback_metrics
+    assert trainer.callback_metrics["val/reward"] == pytest.approx(float(alone.rewards.mean()), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_log_over_all_of_their_prompts(tmp_path: Path) -> None:
     train, val = stream(6), stream(4, seed=30)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.crashes import count_calls, killed_at, with_files_of
 from tests.reference_table.setting import FINGERPRINT, content, make_row, shards
+from vbon_lightning.actors import ActorSpec
 from vbon_lightning.callbacks.reference_table_writer import ReferenceTableWriter as Writer
 from vbon_lightning.reference_table import PromptLeases, ReferenceTable, ReferenceTableWriter
 from vbon_lightning.reference_table import leases as leases_module
@@ -36,6 +37,7 @@ class _Trainer:
     def __init__(self, table: Path) -> None:
         class Data:
             reference_table = str(table)
+            actors = ActorSpec("nowhere")
 
             @staticmethod
             def fingerprint() -> dict[str, Any]:

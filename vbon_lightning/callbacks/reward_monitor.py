@@ -35,11 +35,10 @@ class RewardMonitor(RolloutMetrics):
             rollout.rewards, rollout.completions.mask, rollout.completions.finished, rollout.prompts.valid
         )
         valid, rewards = rollout.prompts.valid, rollout.rewards
-        if rewards.shape[1] > 1:
-            # Of those that are left: the least equals the largest.
-            kept, nothing = rollout.judged, float("inf")
-            tied = rewards.masked_fill(~kept, nothing).amin(1) == rewards.masked_fill(~kept, -nothing).amax(1)
-            metrics["tied"].update(tied[valid & (kept.sum(1) > 1)].float())
+        # Of those that are left: the least equals the largest. One response alone ties with nothing.
+        kept, nothing = rollout.judged, float("inf")
+        tied = rewards.masked_fill(~kept, nothing).amin(1) == rewards.masked_fill(~kept, -nothing).amax(1)
+        metrics["tied"].update(tied[valid & (kept.sum(1) > 1)].float())
         for name, part in (rollout.reward_parts or {}).items():
             metrics[_PART + name].update(part[valid].float())
 
