@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -112,7 +112,7 @@ def test_fine_tuning_does_without_a_reward(monkeypatch: pytest.MonkeyPatch) -> N
     assert Path("runs/sft/export/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("method", ["vbon", "kl_rl", "sft", "bon_sft", "dpo"])
+@pytest.mark.parametrize("method", get_args(command.Method))
 def test_it_prints_as_a_whole_config(method: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     written(method=method, output="mine/first try.yaml")
     text = Path("mine/first try.yaml").read_text()

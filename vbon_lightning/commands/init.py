@@ -21,7 +21,7 @@ from vbon_lightning.models import locate
 from vbon_lightning.rewards import CallableReward, RewardError, RewardModel
 from vbon_lightning.whole_files import atomic_file
 
-Method = Literal["vbon", "kl_rl", "sft", "bon_sft", "dpo"]
+Method = Literal["vbon", "kl_rl", "rloo", "grpo", "sft", "bon_sft", "dpo"]
 
 LOOKED_AT = 10_000
 """Rows that are read to see what the data is."""
@@ -51,7 +51,7 @@ def init(
         data: A file of any format that `data.train` reads, or a data set of the hub.
         reward: What scores responses: a class of `vbon_lightning.rewards` such as `VaderReward`, a function or class
             as `package.module.name`, or a sequence classifier as a hub name or directory. Only `sft` does without.
-        method: How to train: `vbon`, `kl_rl`, `sft`, `bon_sft` or `dpo`.
+        method: How to train: `vbon`, `kl_rl`, `rloo`, `grpo`, `sft`, `bon_sft` or `dpo`.
         output: The file to write.
         prompt_column: The column that holds prompts, texts or messages; told from the data by default.
         response_column: The column that holds responses (for `sft`) or right answers; told from the data by default.

@@ -54,6 +54,22 @@ _MODELS = {
     # Responses a prompt and step. More make a less noisy gradient.
     samples_per_prompt: 8
 """,
+    "rloo": """  class_path: RLOO
+  init_args:
+    # Weight of the KL to the reference, in units of reward a nat: depends on the reward's scale. Smaller goes further.
+    beta: 0.5
+    # Responses a prompt and step, each with the mean of the others as its baseline.
+    samples_per_prompt: 8
+""",
+    "grpo": """  class_path: GRPO
+  init_args:
+    # Weight of the KL to the reference, in standard deviations of a prompt's rewards a nat; 0 for none.
+    beta: 0.04
+    # Responses a prompt and step, which are compared with each other.
+    samples_per_prompt: 8
+    # What a response counts: grpo (the mean over its tokens), dr_grpo (their sum) or dapo (the mean over all tokens).
+    length_norm: grpo
+""",
     "sft": """  class_path: SFT
   init_args:
 """,
@@ -80,7 +96,10 @@ _OPTIMIZER = """    optimizer:
       init_args: {{lr: 1.0e-5, betas: [0.9, 0.95], weight_decay: 0.0}}
 """
 
-_SMALL_RATES = {"vbon": "6.0e-4", "kl_rl": "6.0e-4", "sft": "1.0e-3", "bon_sft": "3.0e-4", "dpo": "3.0e-4"}
+_SMALL_RATES = {
+    **dict.fromkeys(("vbon", "kl_rl", "rloo", "grpo"), "6.0e-4"),
+    **{"sft": "1.0e-3", "bon_sft": "3.0e-4", "dpo": "3.0e-4"},
+}
 """The learning rates of configs/demo and configs/sentiment."""
 
 
@@ -100,7 +119,7 @@ def starting_config(
         policy: The model's name.
         source: What reads the data, all of its rows.
         reward: The reward's class and arguments; None without one.
-        method: One of ``vbon``, ``kl_rl``, ``sft``, ``bon_sft`` and ``dpo``.
+        method: One of ``vbon``, ``kl_rl``, ``rloo``, ``grpo``, ``sft``, ``bon_sft`` and ``dpo``.
         output: The name of the file that it will be, for the commands in its head.
         found: What looking at the data brought.
         chat: How conversations are rendered, where the tokenizer does not say.
