@@ -98,7 +98,9 @@ _OPTIMIZER = """    optimizer:
 
 _SMALL_RATES = {
     **dict.fromkeys(("vbon", "kl_rl", "rloo", "grpo"), "6.0e-4"),
-    **{"sft": "1.0e-3", "bon_sft": "3.0e-4", "dpo": "3.0e-4"},
+    "sft": "1.0e-3",
+    "bon_sft": "3.0e-4",
+    "dpo": "3.0e-4",
 }
 """The learning rates of configs/demo and configs/sentiment."""
 
