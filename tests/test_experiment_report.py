@@ -106,6 +106,9 @@ def made_up() -> dict[str, dict[str, Any]]:
         found.append(result(method, method, 4, 0, 0.5, gain, group="ties", setting="binary"))
     found.append(result("long", "vBoN-long", 4, 0, bon_kl(4), 0.77, group="long"))
     found.append(result("floor", "vBoN-floor", 8, 0, bon_kl(8), 0.75, group="floor"))
+    for method, gain, kl in (("family_bond", 0.71, bon_kl(4)), ("family_far", 0.9, 9.0)):
+        found.append(result(method, method, 2, 0, kl, gain, group="family"))
+        found[-1]["training"] |= {"table_responses": 12288}
     found.append(result("few", "vBoN-few", 4, 0, 2 * bon_kl(4), 0.65, group="few", setting="few"))
     baselines = {"bon": baseline(), "bon-binary": baseline("binary"), "bon-few": baseline("few")}
     return {run["run"]: run for run in found} | baselines
@@ -144,6 +147,7 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
         "long",
         "few",
         "floor",
+        "family",
     )
     tables = {name: output / "tables" / f"{name}.md" for name in names}
     assert set(written) == {
@@ -166,6 +170,10 @@ def test_the_report(results: Path, tmp_path: Path) -> None:
     assert cells[5:8] == ["0.80 (0.80 to 0.80)", "1.00 (1.00 to 1.00)", "2"]
     assert rows(tables["long"])["vBoN-long"] == ["4", "0.770", "0.800", "0.90", "1.00", "1"]
     assert rows(tables["few"])["vBoN-few"] == ["4", "0.650", "0.800", "0.50", "2.00", "1"]
+
+    # Best-of-4 wins 0.8 at that KL; how far another is than any Best-of-N is not compared.
+    assert rows(tables["family"])["family_bond"][3:] == ["70%", "2,000", "12,288"]
+    assert rows(tables["family"])["family_far"][3] == "-"
 
     assert rows(tables["bounds"])["8"] == ["0.020", "0.040", "-0.100", "1 of 1"]
     assert rows(tables["ties"])["4"] == ["0.050", "0.100", "0.000", "1 of 1"]

@@ -54,6 +54,29 @@ def _percent(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.0f}{half}%"
 
 
+def family_table(runs: Sequence[Result], bon: Baseline) -> str:
+    """What share of Best-of-N's gain single runs keep, each at its own KL."""
+    curve = [(bon.kls[n], rate) for n, rate in bon.win_rates.items()]
+    rows = []
+    for run in sorted(runs, key=lambda run: -_share_at_its_kl(run, curve)):
+        share, report = _share_at_its_kl(run, curve), run.report
+        assert report.win_rate is not None
+        cost = training_cost(run, bon)
+        cells = [str(report.kl), str(report.win_rate), "-" if math.isnan(share) else f"{100 * share:.0f}%"]
+        rows.append([run.title, run.strength, *cells, f"{cost.sampled:,}", f"{cost.cached:,}"])
+    note = (
+        "Seed 0, 96 held-out prompts x 32 responses; *gain kept* is the share of the gain in win rate that Best-of-N has\n"
+        "at the row's own KL; intervals are over prompts. Sampled responses are the policy's, and those of its anchor."
+    )
+    header = ["method", "strength", "KL (nats)", "win rate", "gain kept", "sampled", "of the table"]
+    return table(header, rows, note, words=2)
+
+
+def _share_at_its_kl(run: Result, curve: Sequence[tuple[float, float]]) -> float:
+    best = gain_at(curve, max(run.kl, 0.0))
+    return gain_share(run.win_rate, best) if best > 0.5 else math.nan
+
+
 def corners_table(runs: Sequence[Result], bon: Baseline) -> str:
     """Area that each method's runs dominate, up to several KLs, as a share of Best-of-N's."""
     corners = {n: bon.kls[n] for n in (4, 8, 16, 32) if n in bon.kls}

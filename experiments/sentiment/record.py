@@ -84,8 +84,7 @@ def record_training(training: Training) -> None:
         "seconds": checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"],
         "optimizer_steps": steps,
         "prompts": prompts,
-        # A method that learns from the table samples nothing.
-        "sampled_responses": prompts * module.get("samples_per_prompt", 0),
+        "sampled_responses": prompts * _samples(state["module"]),
         "table_responses": _table_responses(data) if training.table else 0,
         "settings": {
             "module": module,
@@ -98,6 +97,15 @@ def record_training(training: Training) -> None:
     }
     _write(training.record, plain)
     shutil.rmtree(folder)
+
+
+def _samples(module: dict[str, Any]) -> int:
+    """Return how many responses a prompt and step a training samples, of the policy and of its anchor or reference."""
+    if module["class"] == "AStarPO" or module.get("responses") == "policy":
+        return int(module["responses_per_prompt"])
+    # The forward KL alone, and what learns from the table otherwise, sample nothing of the policy.
+    own = 0 if module.get("divergence") == "forward" else module.get("samples_per_prompt", 0)
+    return int(own + (0 if module["class"] == "WIND" else module.get("reference_samples", 0)))
 
 
 def _table_responses(data: dict[str, Any]) -> int:

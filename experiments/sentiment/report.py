@@ -20,6 +20,8 @@ from pictures import fronts_figure, judge_figure, samples_figure
 from results import Result, read_results
 
 ROOT = Path(__file__).parents[2]
+_BESIDE = {("equal_tilted", 4), ("equal_vbon", 4), ("kl_rl", 0.7), ("equal_bon_sft", 4), ("equal_dpo", 0.5)}
+"""Methods and strengths of the first table that stand beside the rest of the family."""
 
 
 def write_report(results: str | Path, output: str | Path, documents: Sequence[str | Path] = ()) -> list[Path]:
@@ -64,6 +66,9 @@ def write_report(results: str | Path, output: str | Path, documents: Sequence[st
         write("fronts", tables.front_table(main))
         write("costs", budgets.costs_table(main, bon))
         write("break_even", tables.break_even_table(main, bon))
+        if family := _group(runs, "family"):
+            known = [run for run in main if run.seed == 0 and (run.method, run.value) in _BESIDE]
+            write("family", budgets.family_table([*family, *known], bon))
     for name, one, other in (("bounds", "vbon", "vbon_lower"), ("ties", "ties_exact", "ties_untied")):
         pair = [[run for run in runs if run.method == method] for method in (one, other)]
         if all(pair):
@@ -112,7 +117,11 @@ def main() -> None:
     parser.add_argument("--results", default=Path(__file__).with_name("results"))
     parser.add_argument("--output", default=ROOT / "docs" / "experiments")
     args = parser.parse_args()
-    documents = [ROOT / "README.md"] if Path(args.output).resolve() == ROOT / "docs" / "experiments" else []
+    documents = (
+        [ROOT / "README.md", ROOT / "docs" / "family.md"]
+        if Path(args.output).resolve() == ROOT / "docs" / "experiments"
+        else []
+    )
     for path in write_report(args.results, args.output, documents):
         print(f"wrote {path}")
 

@@ -13,7 +13,7 @@ from vbon_lightning.evaluation.reports import BEST_OF_N
 
 ORDER = ("equal_tilted", "equal_vbon", "vbon", "vbon_lower", "kl_rl", "kl_rl_ppo", "bon_sft", "dpo")
 """How methods are listed; others follow by name."""
-SYMBOLS = {"n": "N", "b": "β", "m": "M"}
+SYMBOLS = {"n": "N", "b": "β", "m": "M", "r": "rate"}
 
 
 @dataclass(frozen=True)
