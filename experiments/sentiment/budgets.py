@@ -65,8 +65,8 @@ def family_table(runs: Sequence[Result], bon: Baseline) -> str:
         cells = [str(report.kl), str(report.win_rate), "-" if math.isnan(share) else f"{100 * share:.0f}%"]
         rows.append([run.title, run.strength, *cells, f"{cost.sampled:,}", f"{cost.cached:,}"])
     note = (
-        "Seed 0, 96 held-out prompts x 32 responses; *gain kept* is the share of the gain in win rate that Best-of-N has\n"
-        "at the row's own KL; intervals are over prompts. Sampled responses are the policy's, and those of its anchor."
+        "Seed 0, 96 held-out prompts x 32 responses; *gain kept* is the share of the gain in win rate that Best-of-N\n"
+        "has at the row's own KL; intervals are over prompts. Sampled responses are the policy's, and those of its anchor."
     )
     header = ["method", "strength", "KL (nats)", "win rate", "gain kept", "sampled", "of the table"]
     return table(header, rows, note, words=2)
