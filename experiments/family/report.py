@@ -44,13 +44,14 @@ def measured(result: Mapping[str, Any] | None) -> str:
     seeds, prompts = result["seeds"], reports[0].prompts
     counted, also = ("one seed", "") if len(seeds) == 1 else (f"{len(seeds)} seeds", " and seeds")
     return (
-        f"{_failures(result, reports, shares)}\n"
+        f"{_failures(result, reports, shares, bounded)}\n"
         "![Win rate and reward against KL](family/pareto.png)\n\n"
         "![Win rate and reward against tokens and seconds a response](family/cost.png)\n\n"
         f"{_table(result, reports, shares, bounded)}\n"
         f"Made by `make family`: {prompts} held-out prompts, {counted}, means ± half of the 95% interval over "
         f"prompts{also}. *Gain kept* is the share of Best-of-N's gain in win rate at the row's own KL. Seconds and "
-        "milliseconds are of one thread, with another run beside it.\n"
+        "milliseconds are of one thread, with another run beside it. Where a KL is only known to be at most so large, "
+        "nothing is said of the gain kept, and the row is not in the first picture.\n"
     )
 
 
@@ -65,7 +66,9 @@ def _share(report: PolicyReport, reports: Sequence[PolicyReport]) -> float:
     return gain_share(report.win_rate.mean, best) if best > HALF else math.nan
 
 
-def _failures(result: Mapping[str, Any], reports: Sequence[PolicyReport], shares: Mapping[str, float]) -> str:
+def _failures(
+    result: Mapping[str, Any], reports: Sequence[PolicyReport], shares: Mapping[str, float], bounded: set[str]
+) -> str:
     lines = []
     rows = [report for report in reports if report.n is None and report.win_rate is not None]
     if gained_nothing := [
@@ -82,7 +85,7 @@ def _failures(result: Mapping[str, Any], reports: Sequence[PolicyReport], shares
             + "."
         )
     furthest = max((report.kl.mean for report in reports if report.method == BEST_OF_N), default=math.inf)
-    if beyond := [report.name for report in rows if report.kl.mean > furthest]:
+    if beyond := [report.name for report in rows if report.kl.mean > furthest and report.name not in bounded]:
         lines.append(f"Further from the reference than any Best-of-N here, so not compared with it: {_listed(beyond)}.")
     lines += [f"Not done: {name}, {why.split(':')[0]}." for name, why in result["failed"].items()]
     lines = lines or ["All rows are better than the reference, and keep at least half of Best-of-N's gain."]

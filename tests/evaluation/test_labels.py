@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 from matplotlib import rc_context
@@ -106,3 +107,19 @@ def test_names_stand_at_their_points_until_they_are_many() -> None:
     names = [f"a ${place}$" for place in range(MOST_NAMES)]
     assert tags_of(names)[3] == r"a \$3\$"
     assert tags_of([*names, "b"]) == [str(number) for number in range(1, MOST_NAMES + 2)]
+
+
+def test_a_row_has_one_number_in_both_pictures() -> None:
+    """Also where one of them leaves a row out."""
+    reports = crowd(25)
+    policies = [report for report in reports if report.method not in ("Best-of-N", "reference")]
+    left_out = policies[3].name
+    reports = [replace(report, kl_is_bound=report.name == left_out) for report in reports]
+    costs = cost_figure(reports)
+    assert costs is not None
+    keys = [
+        {name: number for number, name in (text.get_text().split(maxsplit=1) for text in figure.legends[0].get_texts())}
+        for figure in (pareto_figure(reports), costs)
+    ]
+    assert keys[1].keys() - keys[0].keys() == {left_out}
+    assert keys[0].items() < keys[1].items()

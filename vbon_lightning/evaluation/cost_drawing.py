@@ -40,7 +40,7 @@ def cost_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure |
     up = [key for key in _UP if any(getattr(report, key) is not None for report in known)]
     figure = new_figure((5.5 * len(across), 0.6 + 4.0 * len(up)), title)
     panels = figure.subplots(len(up), len(across), squeeze=False)
-    marks = marks_of(known)
+    marks = marks_of(reports, known)
     for row, height in zip(panels, up, strict=True):
         for axes, cost in zip(row, across, strict=True):
             places = [(report, _place(report, cost, known), getattr(report, height)) for report in known]

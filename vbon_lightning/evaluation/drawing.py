@@ -44,10 +44,10 @@ def pareto_figure(reports: Sequence[PolicyReport], *, title: str = "") -> Figure
     Raises:
         ValueError: If there is nothing to draw.
     """
-    reports = [report for report in reports if not report.kl_is_bound]  # their place is not known
+    every, reports = reports, [report for report in reports if not report.kl_is_bound]  # their place is not known
     if not reports:
         raise ValueError("a figure needs at least one report, got none")
-    marks = marks_of(reports)
+    marks = marks_of(every, reports)
     figure = new_figure((11.0, 6.2 if marks.numbered else 4.8), title)
     left, right = figure.subplots(1, 2)
     kl = "KL(policy || reference) per response (nats)"
@@ -87,7 +87,7 @@ def finish_figure(figure: Figure, panels: Sequence[Axes], marks: Marks) -> None:
         marks: How reports look.
     """
     if marks.numbered:
-        draw_key(figure, list(marks.tags), [marks.styles[method] for method in marks.methods.values()])
+        draw_key(figure, marks.tags, [marks.styles[method] for method in marks.methods.values()])
     handles = _legend_handles(panels)
     if handles:
         figure.legend(
@@ -119,27 +119,27 @@ class Marks(NamedTuple):
     """What stands beside the point of each report by its name; Best-of-N's have their N."""
     methods: dict[str, str]
     """The method of each of these."""
-
-    @property
-    def numbered(self) -> bool:
-        """Return whether the labels are numbers."""
-        return len(self.tags) > MOST_NAMES
+    numbered: bool
+    """Whether the labels are numbers."""
 
 
-def marks_of(reports: Sequence[PolicyReport]) -> Marks:
-    """Settle how reports look, which is the same in all panels.
+def marks_of(reports: Sequence[PolicyReport], shown: Sequence[PolicyReport]) -> Marks:
+    """Settle how reports look, which is the same in all panels and pictures.
 
     Args:
-        reports: Policies and Best-of-N.
+        reports: Policies and Best-of-N, all of a comparison.
+        shown: Those that a picture has.
     """
     own = (BEST_OF_N, REFERENCE)
     methods = dict.fromkeys(report.method for report in reports if report.method not in own)
     styles = dict(zip(methods, policy_styles(len(methods)), strict=True))
     named = {report.name: report.method for report in reports if report.method != BEST_OF_N}
+    tags, there = dict(zip(named, tags_of(list(named)), strict=True)), {report.name for report in shown}
     return Marks(
         styles=styles | {BEST_OF_N: (BON_COLOUR, "o"), REFERENCE: (BON_COLOUR, "*")},
-        tags=dict(zip(named, tags_of(list(named)), strict=True)),
-        methods=named,
+        tags={name: tag for name, tag in tags.items() if name in there},
+        methods={name: method for name, method in named.items() if name in there},
+        numbered=len(named) > MOST_NAMES,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -46,12 +46,12 @@ def tags_of(names: Sequence[str]) -> list[str]:
     return [label_of(name) if len(names) <= MOST_NAMES else str(number) for number, name in enumerate(names, 1)]
 
 
-def draw_key(figure: Figure, names: Sequence[str], looks: Sequence[tuple[str, str]]) -> None:
+def draw_key(figure: Figure, tags: Mapping[str, str], looks: Sequence[tuple[str, str]]) -> None:
     """List numbered names to the right of the panels, in a figure that is made so much wider.
 
     Args:
         figure: A figure with a constrained layout.
-        names: The names, of which the first has the number 1.
+        tags: The number of each name.
         looks: Colour and marker of each.
     """
     handles = [
@@ -60,7 +60,7 @@ def draw_key(figure: Figure, names: Sequence[str], looks: Sequence[tuple[str, st
     ]
     listed = [
         label_of(f"{number}  {name if len(name) <= _LONGEST else name[: _LONGEST - 1] + '…'}")
-        for number, name in enumerate(names, 1)
+        for name, number in tags.items()
     ]
     width, height = figure.get_size_inches()
     a_column = max(1, int((72 * height - 60) / (1.6 * _KEY_FONT)))
@@ -68,7 +68,7 @@ def draw_key(figure: Figure, names: Sequence[str], looks: Sequence[tuple[str, st
         handles,
         listed,
         loc="outside right upper",
-        ncols=math.ceil(len(names) / a_column),
+        ncols=math.ceil(len(tags) / a_column),
         fontsize=_KEY_FONT,
         frameon=False,
     )
