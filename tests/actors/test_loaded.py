@@ -453,14 +453,14 @@ def test_missing_rewards_of_the_reference_are_drawn_again(models: dict[str, str]
     missing = (found != all_of_them).sum()
     assert some.record.missing > 0
     assert missing <= some.record.missing
-    noise, streams = Actors._noise, []
+    noise, streams = Actors.noise, []
 
     def noting(self: Actors, some: PromptBatch, **how: Any) -> Tensor:
         streams.append((int(some.index[0]), len(some.index), how["stream"]))
         return noise(self, some, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Actors, "_noise", noting)
+        patch.setattr(Actors, "noise", noting)
         load(models, reward=Texts(silent_on_a), reward_calls=some.reward_calls).reference_rewards(prompts(), **how)
     assert streams[:2] == [(0, 3, "train"), (0, 1, "train/further1")]
     assert len(set(streams)) == len(streams), "no noise twice"

@@ -207,10 +207,11 @@ class Actors:
         step: int,
     ) -> Completions:
         """Sample G responses a prompt; :func:`~vbon_lightning.sampling.prompt_noise` says how."""
-        noise = self._noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        noise = self.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         return self.sampler(model, self.request(prompts, noise))
 
-    def _noise(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
+    def noise(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
+        """Return the uniforms ``[B, G, T]`` that G responses a prompt are sampled by."""
         return prompt_noise(
             prompts.index.tolist(),
             num_samples=num_samples,
@@ -482,7 +483,7 @@ class Actors:
         step: int,
     ) -> _Drawn:
         """Sample responses and have them scored: with several workers, a pass while the next is sampled."""
-        noise = self._noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        noise = self.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         if caller.calls.workers > 1 and isinstance(self.sampler, InPasses):
             passes = self.sampler.by_prompts(model, self.request(prompts, noise))
         else:

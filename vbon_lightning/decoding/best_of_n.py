@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
-from vbon_lightning.decoding.candidates import best_of, draw_candidates, keep
+from vbon_lightning.decoding.candidates import best_of, draw_groups, keep
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.types import PromptBatch
 
@@ -28,5 +28,5 @@ class BestOfN(Decoder):
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
     ) -> Decoded:
         """Choose G responses a prompt, each the best of n."""
-        found = draw_candidates(actors, prompts, n=self.n, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        found = draw_groups(actors, prompts, n=self.n, num_samples=num_samples, seed=seed, stream=stream, step=step)
         return keep(found, best_of(found.rewards))

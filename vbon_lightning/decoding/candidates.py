@@ -22,7 +22,7 @@ class ScoredCandidates(NamedTuple):
     """``[B, G, n]``; NaN where a response has none."""
 
 
-def draw_candidates(
+def draw_groups(
     actors: Actors, prompts: PromptBatch, *, n: int, num_samples: int, seed: int, stream: str, step: int
 ) -> ScoredCandidates:
     """Draw n responses of the policy for each that is to be chosen, and score them.

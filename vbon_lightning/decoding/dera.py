@@ -13,7 +13,6 @@ from vbon_lightning.decoding.further_models import FurtherModel
 from vbon_lightning.functional import realigned_logits, realignment_strength, vocabulary_kl
 from vbon_lightning.functional._validate import check_real
 from vbon_lightning.models import ModelSpec
-from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.decode import Growing, Reader, caching, reader_of
 from vbon_lightning.sampling.request import check_request
 from vbon_lightning.types import PromptBatch
@@ -76,14 +75,7 @@ class DeRa(Decoder):
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
     ) -> Decoded:
         """Sample G responses a prompt."""
-        noise = prompt_noise(
-            prompts.index.tolist(),
-            num_samples=num_samples,
-            length=actors.max_new_tokens,
-            seed=seed,
-            stream=stream,
-            step=step,
-        )
+        noise = actors.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
         request, other = actors.request(prompts, noise), self.models[0].load(actors)
         pair = (other, actors.policy) if self._names_policy else (actors.policy, other)
         for model in pair:

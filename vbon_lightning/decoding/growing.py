@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, DecodingCost
-from vbon_lightning.sampling import prompt_noise
 from vbon_lightning.sampling.decode import Growing, caching, reader_of
 from vbon_lightning.sampling.request import check_request
 from vbon_lightning.types import PromptBatch, Responses, select_prompts
@@ -112,14 +111,7 @@ def grove(
         stream: The noise's stream.
         step: The call's number within the stream.
     """
-    noise = prompt_noise(
-        prompts.index.tolist(),
-        num_samples=num_samples * n,
-        length=actors.max_new_tokens,
-        seed=seed,
-        stream=stream,
-        step=step,
-    )
+    noise = actors.noise(prompts, num_samples=num_samples * n, seed=seed, stream=stream, step=step)
     request = actors.request(prompts, noise)
     check_request(actors.policy, request)
     with torch.no_grad(), caching(actors.policy):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
-from vbon_lightning.decoding.candidates import draw_candidates
+from vbon_lightning.decoding.candidates import draw_groups
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import pessimistic_acceptance, pessimistic_level
 from vbon_lightning.functional._validate import check_real
@@ -48,16 +48,13 @@ class InferenceTimePessimism(Decoder):
     ) -> Decoded:
         """Choose G responses a prompt."""
         identities, how = prompts.index.tolist(), {"seed": seed, "step": step}
-        first, known = draw_candidates(
-            actors, prompts, n=self.n, num_samples=num_samples, stream=f"{stream}/level", **how
-        )
+        first, known = draw_groups(actors, prompts, n=self.n, num_samples=num_samples, stream=f"{stream}/level", **how)
         level = pessimistic_level(known, beta=self.beta).flatten()
         best = self._bound(known).flatten()
         # For each that is to be chosen, what its fresh responses are made of, and what accepts them.
         longest = actors.max_new_tokens
-        noise = prompt_noise(
-            identities, num_samples=num_samples * (self.n + 1), length=longest, stream=stream, **how
-        ).view(-1, self.n + 1, longest)
+        noise = actors.noise(prompts, num_samples=num_samples * (self.n + 1), stream=stream, **how)
+        noise = noise.view(-1, self.n + 1, longest)
         luck = prompt_noise(
             identities, num_samples=num_samples, length=self.n + 1, stream=f"{stream}/acceptance", **how
         ).flatten(0, 1)

@@ -6,7 +6,7 @@ import math
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
-from vbon_lightning.decoding.candidates import draw_candidates, keep
+from vbon_lightning.decoding.candidates import draw_groups, keep
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import soft_selection_probs
 from vbon_lightning.functional._validate import check_real
@@ -39,7 +39,7 @@ class SoftBestOfN(Decoder):
         self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
     ) -> Decoded:
         """Choose G responses a prompt."""
-        found = draw_candidates(actors, prompts, n=self.n, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        found = draw_groups(actors, prompts, n=self.n, num_samples=num_samples, seed=seed, stream=stream, step=step)
         probs = soft_selection_probs(found.rewards, temperature=self.temperature).flatten(0, 1)
         noise = prompt_noise(
             prompts.index.tolist(), num_samples=num_samples, length=1, seed=seed, stream=f"{stream}/choice", step=step

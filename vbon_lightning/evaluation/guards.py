@@ -18,8 +18,8 @@ from vbon_lightning.models import ModelError, ModelSpec, as_spec, check_same_voc
 _RESERVED = re.compile(rf"{REFERENCE}|{BEST_OF_N}|Best-of-\d+", re.IGNORECASE)
 """Names of rows that every comparison has by itself."""
 
-
 _OF_A_MODEL = ("config.json", "model.safetensors", "adapter_config.json")
+"""Files by which a model's directory is known."""
 
 
 def check_names(policies: Mapping[str, Any], decoders: Mapping[str, Any]) -> None:

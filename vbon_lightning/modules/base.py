@@ -457,10 +457,16 @@ def check_log_ratio_floor(log_ratio_floor: float | None) -> None:
         raise ValueError(f"model.log_ratio_floor must be negative (nats), got {log_ratio_floor}")
 
 
-def check_prior_samples(prior_samples: float) -> None:
-    """Refuse a weight of the value model's prediction that is no number >= 0."""
-    if isinstance(prior_samples, bool) or not 0 <= prior_samples < math.inf:
-        raise ValueError(f"model.prior_samples must be a number >= 0, got {prior_samples!r}")
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is none of those there are."""
+    if value not in known:
+        raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Refuse a number that is not finite, or below zero."""
+    if isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"model.{name} must be a number >= 0, got {value!r}")
 
 
 def check_above_one(n: float) -> None:

@@ -12,7 +12,7 @@ from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
 from vbon_lightning.models import TiltedLM
-from vbon_lightning.modules.base import check_above_one, check_log_ratio_floor, check_prior_samples
+from vbon_lightning.modules.base import check_above_one, check_choice, check_log_ratio_floor, check_not_negative
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import noise_seed, pick_some, pick_weighted, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
@@ -74,17 +74,15 @@ class BoNDistillation(OfflineBestOfN):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, n=n, **kwargs)
-        check_prior_samples(prior_samples)
+        check_not_negative("prior_samples", prior_samples)
         if n_range is not None and not (len(n_range) == 2 and 1 < n_range[0] < n_range[1] < math.inf):
             raise ValueError(f"model.n_range must be two numbers, 1 < least < most, got {n_range}")
         check_at_least_one("dial_degree", dial_degree)
         check_at_least_one("responses_per_prompt", responses_per_prompt)
         if top < 0 or draws < 0 or top + draws < 2:
             raise ValueError(f"model.top and model.draws must together name at least 2 candidates, got {top}, {draws}")
-        if states not in (known := get_args(States)):
-            raise ValueError(f"model.states must be one of {', '.join(known)}; got {states!r}")
-        if divergence not in (known := get_args(Divergence)):
-            raise ValueError(f"model.divergence must be one of {', '.join(known)}; got {divergence!r}")
+        check_choice("states", states, get_args(States))
+        check_choice("divergence", divergence, get_args(Divergence))
         check_log_ratio_floor(log_ratio_floor)
         self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
         self.responses_per_prompt, self.states, self.divergence = responses_per_prompt, states, divergence

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import sequence_log_prob
+from vbon_lightning.modules.base import check_choice
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import pick_best, pick_groups, response_log_probs
 from vbon_lightning.types import TableBatch
@@ -42,8 +43,7 @@ class BoNSFT(OfflineBestOfN):
     ) -> None:
         super().__init__(actors, n=n, **kwargs)
         check_at_least_one("responses_per_prompt", responses_per_prompt)
-        if selection not in (known := get_args(Selection)):
-            raise ValueError(f"model.selection must be one of {', '.join(known)}; got {selection!r}")
+        check_choice("selection", selection, get_args(Selection))
         self.responses_per_prompt, self.selection = responses_per_prompt, selection
         self.record_settings(n=n, responses_per_prompt=responses_per_prompt, selection=selection)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, bon_cross_entropy, sequence_log_prob
+from vbon_lightning.modules.base import check_choice
 from vbon_lightning.modules.offline import check_at_least_one, select_responses
 from vbon_lightning.modules.policy_gradient import ExtraLoss, PolicyGradient
 from vbon_lightning.sampling import pick_best, response_log_probs
@@ -43,8 +44,7 @@ class ForwardTerm(PolicyGradient):
         forward_responses: int | None = 4,
         **kwargs: Any,
     ) -> None:
-        if divergence not in (known := get_args(Divergence)):
-            raise ValueError(f"model.divergence must be one of {', '.join(known)}; got {divergence!r}")
+        check_choice("divergence", divergence, get_args(Divergence))
         if divergence == "forward":  # which no critic has a part in
             kwargs["value_model"] = bool(kwargs.get("value_model"))
         super().__init__(actors, **kwargs)

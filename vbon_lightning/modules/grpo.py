@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from vbon_lightning.functional import (
     kl_rl_target,
     length_weights,
 )
+from vbon_lightning.modules.base import check_choice, check_not_negative
 from vbon_lightning.modules.policy_gradient import KLEstimator, PolicyGradient
 from vbon_lightning.types import Rollout
 
@@ -61,10 +61,8 @@ class GRPO(PolicyGradient):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, estimator=estimator, kl_estimator=kl_estimator, **kwargs)
-        if not 0 <= beta < math.inf:
-            raise ValueError(f"model.beta must be a number >= 0, got {beta}")
-        if length_norm not in (known := get_args(LengthNorm)):
-            raise ValueError(f"model.length_norm must be one of {', '.join(known)}; got {length_norm!r}")
+        check_not_negative("beta", beta)
+        check_choice("length_norm", length_norm, get_args(LengthNorm))
         self.beta, self.scale_rewards, self.length_norm = beta, scale_rewards, length_norm
         self.mean_over = "tokens" if length_norm == "dapo" else "responses"
         self.record_settings(beta=beta, scale_rewards=scale_rewards, length_norm=length_norm)

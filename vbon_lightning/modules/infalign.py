@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 from vbon_lightning.actors import ActorSpec
@@ -14,6 +13,7 @@ from vbon_lightning.functional import (
     infalign_target,
     reward_cdf,
 )
+from vbon_lightning.modules.base import check_above_one, check_choice, check_positive
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.modules.reference_rewards import CDFEstimator, check_cdf_estimator, check_reference_rewards
 from vbon_lightning.types import Rollout
@@ -66,21 +66,19 @@ class InfAlignCTRL(PolicyGradient):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, **kwargs)
-        if not 1 < n < math.inf:
-            raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n}")
+        check_above_one(n)
         for name, value, kind in (
             ("procedure", procedure, Procedure),
             ("transform", transform, InfAlignTransform),
             ("ties", ties, InfAlignTies),
         ):
-            if value not in (known := get_args(kind)):
-                raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {value!r}")
+            check_choice(name, value, get_args(kind))
         if transform == "log" and (procedure != "best_of_n" or slope is not None):
             raise ValueError("model.transform=log is for best_of_n and has no slope: set model.transform to exp")
-        if slope is not None and not 0 < slope < math.inf:
-            raise ValueError(f"model.slope must be a number > 0, got {slope}")
-        if beta is not None and not 0 < beta < math.inf:
-            raise ValueError(f"model.beta must be a number > 0, got {beta}")
+        if slope is not None:
+            check_positive("slope", slope)
+        if beta is not None:
+            check_positive("beta", beta)
         check_cdf_estimator(cdf_estimator)
         self.n, self.procedure, self.transform, self.ties = n, procedure, transform, ties
         self.slope = infalign_slope(n) if slope is None else slope

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, cost_to_go, j_bond_rewards, leave_one_out_of_all
+from vbon_lightning.modules.base import check_not_negative
 from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.types import Rollout
 
@@ -65,8 +65,7 @@ class JBOND(ForwardTerm):
             anchor_rate=anchor_rate,
             **kwargs,
         )
-        if not 0 <= regularisation < math.inf:
-            raise ValueError(f"model.regularisation must be a number >= 0, got {regularisation}")
+        check_not_negative("regularisation", regularisation)
         if reference_samples < 2:
             raise ValueError(
                 f"J-BOND compares with pairs of the anchor's responses: model.reference_samples must be >= 2, got "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RegressionLoss, sequence_log_prob
+from vbon_lightning.modules.base import check_choice
 from vbon_lightning.modules.offline import FromTable, check_at_least_one, select_responses
 from vbon_lightning.sampling import pick_some, response_statistics
 from vbon_lightning.types import PromptBatch, Rollout, TableBatch
@@ -33,8 +34,7 @@ class LogRatioRegression(FromTable):
         self, actors: ActorSpec, responses: Source = "table", responses_per_prompt: int = 8, **kwargs: Any
     ) -> None:
         super().__init__(actors, **kwargs)
-        if responses not in (known := get_args(Source)):
-            raise ValueError(f"model.responses must be one of {', '.join(known)}; got {responses!r}")
+        check_choice("responses", responses, get_args(Source))
         check_at_least_one("responses_per_prompt", responses_per_prompt)
         self.responses, self.responses_per_prompt = responses, responses_per_prompt
 

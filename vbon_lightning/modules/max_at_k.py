@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, get_args
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import MaxAtKForm, Target, kl_rl_target, max_at_k_advantages
 from vbon_lightning.functional.max_at_k import MIN_K, samples_for_max_at_k
+from vbon_lightning.modules.base import check_choice, check_not_negative
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.types import Rollout
 
@@ -41,10 +41,8 @@ class MaxAtK(PolicyGradient):
         self, actors: ActorSpec, k: int = 4, beta: float = 0.1, form: MaxAtKForm = "centred", **kwargs: Any
     ) -> None:
         super().__init__(actors, **kwargs)
-        if not 0 <= beta < math.inf:
-            raise ValueError(f"model.beta must be a number >= 0, got {beta}")
-        if form not in (known := get_args(MaxAtKForm)):
-            raise ValueError(f"model.form must be one of {', '.join(known)}; got {form!r}")
+        check_not_negative("beta", beta)
+        check_choice("form", form, get_args(MaxAtKForm))
         if isinstance(k, bool) or not isinstance(k, int) or k < MIN_K[form]:
             raise ValueError(f"model.k must be an integer >= {MIN_K[form]} for model.form={form}, got {k!r}")
         if self.samples_per_prompt < (needed := samples_for_max_at_k(form, k)):

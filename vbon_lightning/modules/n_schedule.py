@@ -10,6 +10,7 @@ from typing import Any, get_args
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vbon_lightning.functional import AnnealingShape, annealed_n
+from vbon_lightning.modules.base import check_choice
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class NSchedule:
             raise ValueError(f"model.n_schedule.start must be a number > 1, got {self.start!r}")
         if isinstance(self.updates, bool) or not isinstance(self.updates, int) or self.updates < 1:
             raise ValueError(f"model.n_schedule.updates must be an integer >= 1, got {self.updates!r}")
-        if self.shape not in (known := get_args(AnnealingShape)):
-            raise ValueError(f"model.n_schedule.shape must be one of {', '.join(known)}; got {self.shape!r}")
+        check_choice("n_schedule.shape", self.shape, get_args(AnnealingShape))
 
     @classmethod
     def of(cls, given: NSchedule | Mapping[str, Any] | None) -> NSchedule | None:

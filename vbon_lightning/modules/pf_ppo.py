@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import FilterStrategy, filter_counts, filter_probabilities
+from vbon_lightning.modules.base import check_choice
 from vbon_lightning.modules.kl_rl import KLRL
 from vbon_lightning.modules.policy_gradient import KLEstimator
 from vbon_lightning.sampling import prompt_noise
@@ -58,8 +59,7 @@ class PFPPO(KLRL):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, beta=beta, estimator=estimator, kl_estimator=kl_estimator, **kwargs)
-        if filter not in (known := get_args(FilterStrategy)):
-            raise ValueError(f"model.filter must be one of {', '.join(known)}; got {filter!r}")
+        check_choice("filter", filter, get_args(FilterStrategy))
         if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
             raise ValueError(f"model.draws must be an integer >= 1, got {draws!r}")
         self.filter = filter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vbon_lightning.modules.base import check_choice
+
 
 def check_estimator(
     estimator: str, kl_estimator: str, samples: int, epochs: int, minibatches: int, *, valued: bool, normalise: bool
@@ -15,8 +17,7 @@ def check_estimator(
         ("estimator", estimator, ("reinforce", "clipped", "ppo")),
         ("kl_estimator", kl_estimator, ("rao_blackwell", "sampled", "prefix_baseline", "k3")),
     ):
-        if value not in known:
-            raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {value!r}")
+        check_choice(name, value, known)
     if estimator == "ppo" and kl_estimator == "prefix_baseline":
         raise ValueError(
             "model.kl_estimator=prefix_baseline is a leave-one-out baseline, and ppo has a critic instead: "

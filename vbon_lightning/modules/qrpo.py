@@ -9,7 +9,7 @@ from torch import Tensor
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RegressionLoss, qrpo_loss, reward_quantiles
 from vbon_lightning.functional.qrpo import Ties
-from vbon_lightning.modules.base import check_positive
+from vbon_lightning.modules.base import check_choice, check_positive
 from vbon_lightning.modules.log_ratio_regression import LogRatioRegression, Source
 
 
@@ -44,8 +44,7 @@ class QRPO(LogRatioRegression):
     ) -> None:
         super().__init__(actors, responses=responses, responses_per_prompt=responses_per_prompt, **kwargs)
         check_positive("beta", beta)
-        if ties not in (known := get_args(Ties)):
-            raise ValueError(f"model.ties must be one of {', '.join(known)}; got {ties!r}")
+        check_choice("ties", ties, get_args(Ties))
         self.beta, self.ties = beta, ties
         self.record_settings(beta=beta, ties=ties)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vbon_lightning.modules.base import check_choice
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 
 CDFEstimator = Literal["jeffreys", "add_one", "laplace", "digamma"]
@@ -13,8 +14,7 @@ CDFEstimator = Literal["jeffreys", "add_one", "laplace", "digamma"]
 
 def check_cdf_estimator(cdf_estimator: str) -> None:
     """Refuse an estimator of the reward's distribution function that is none."""
-    if cdf_estimator not in (known := get_args(CDFEstimator)):
-        raise ValueError(f"model.cdf_estimator must be one of {', '.join(known)}; got {cdf_estimator!r}")
+    check_choice("cdf_estimator", cdf_estimator, get_args(CDFEstimator))
 
 
 def check_reference_rewards(module: PolicyGradient, *, n: float, none: str, prior_samples: float = 0.0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RewardCDF, Target, kl_weight, reward_cdf, sequence_log_prob, vbon_target
-from vbon_lightning.modules.base import check_log_ratio_floor, check_prior_samples
+from vbon_lightning.modules.base import check_above_one, check_choice, check_log_ratio_floor, check_not_negative
 from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.modules.n_schedule import NSchedule
 from vbon_lightning.modules.reference_rewards import CDFEstimator, check_cdf_estimator, check_reference_rewards
@@ -70,10 +69,8 @@ class VBoN(ForwardTerm):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, **kwargs)
-        if not 1 < n < math.inf:
-            raise ValueError(f"model.n must be a number > 1 (Best-of-1 is the reference itself), got {n}")
-        if bound not in (known := get_args(Bound)):
-            raise ValueError(f"model.bound must be one of {', '.join(known)}; got {bound!r}")
+        check_above_one(n)
+        check_choice("bound", bound, get_args(Bound))
         check_cdf_estimator(cdf_estimator)
         check_log_ratio_floor(log_ratio_floor)
         if log_ratio_floor is not None and bound != "exact":
@@ -81,7 +78,7 @@ class VBoN(ForwardTerm):
                 f"model.log_ratio_floor is for model.bound=exact, got {bound}: with the others the optimum may move by "
                 "far more than exp(floor)"
             )
-        check_prior_samples(prior_samples)
+        check_not_negative("prior_samples", prior_samples)
         if prior_samples and not self.uses_value_model:
             raise ValueError("model.prior_samples counts a value model's prediction: set data.value_model")
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import WIND_FITS, sequence_log_prob, wind_log_ratio, wind_loss
 from vbon_lightning.functional.wind import Fit
-from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable, check_choice, check_positive
 from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.types import PromptBatch, Rollout
 
@@ -57,11 +56,9 @@ class WIND(PolicyGradient):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        for name, value in (("beta", beta), ("step_size", step_size)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"model.{name} must be a number > 0, got {value}")
-        if fit not in WIND_FITS:
-            raise ValueError(f"model.fit must be one of {', '.join(WIND_FITS)}; got {fit!r}")
+        check_positive("beta", beta)
+        check_positive("step_size", step_size)
+        check_choice("fit", fit, WIND_FITS)
         if samples_per_prompt < 3:
             raise ValueError(
                 f"a pair of responses is judged by a third: model.samples_per_prompt must be >= 3, got "
