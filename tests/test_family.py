@@ -213,10 +213,16 @@ def test_a_training_has_its_seed_and_place_and_waits_for_what_its_config_names(p
 
 
 def test_all_trainings_have_the_budget_of_vbon(plan: Plan) -> None:
-    """As many prompts; the tilted policy, whose stage is the demo's own, has a little fewer."""
+    """As many updates; the tilted policy, whose stage is the demo's own, has a little fewer."""
     for method in plan.methods:
         config = yaml.safe_load(method.config.read_text())
         assert config["trainer"]["max_steps"] == (72 if method.name == "dial" else 80), method.config
+    by_name = {method.name: plan.settings(method) for method in plan.methods}
+    assert by_name["vbon"] == {
+        "updates": 80, "prompts": 8, "samples_per_prompt": 16, "learning_rate": 6.0e-4, "also": []
+    }  # fmt: skip
+    assert (by_name["a_star_po"]["prompts"], by_name["dial"]["updates"]) == (128, 72)
+    assert [name for name, own in by_name.items() if own["also"]] == ["distil", "dial"]
 
 
 def test_a_comparison_names_policies_as_methods_yaml_does(plan: Plan) -> None:
@@ -228,6 +234,7 @@ def test_a_comparison_names_policies_as_methods_yaml_does(plan: Plan) -> None:
         "Tilted, dialled to 4": {"name": "runs/family/dial-s0/export", "dial": 4},
     }
     assert settings["methods"] == {"vBoN": "vBoN", "Tilted, dialled to 4": "value model"}
+    assert settings["data"] == {"eval_batch_size": 6} and settings["samples"] == 32
     assert settings["n"] == [2, 4, 8, 16] and "judge" in settings and settings["cards"] is False
     assert Path("runs/family/vbon-s0/export") in found.inputs
     assert found.output == Path("runs/family/compare-s0/comparison.json")
@@ -264,6 +271,8 @@ def test_decoders_are_compared_without_policies(plan: Plan, here: Path) -> None:
         and settings["output"] == "runs/family/compare-decoders"
     )
     assert Path("runs/demo/value/export") in found.inputs
+    # As many responses in a batch as a comparison of policies has.
+    assert settings["data"] == {"value_model": "runs/demo/value/export", "eval_batch_size": 48}
 
 
 # -- the sheet --------------------------------------------------------------------------------------
@@ -303,6 +312,8 @@ def test_the_sheet_has_what_was_trained_and_says_what_was_not(here: Path, plan: 
     assert reports["DPO"]["win_rate"]["mean"] == pytest.approx(0.7)
     assert plain["seeds"] == [0, 1] and set(plain["failed"]) == {"dpo-s0", "kl_rl-s0", "kl_rl-s1", "Mixed"}
     assert [len(plain["trainings"][title]) for title in ("vBoN", "DPO")] == [2, 1] and "KL-RL" not in plain["trainings"]
+    assert set(plain["settings"]) == {"vBoN", "DPO"} and plain["settings"]["vBoN"]["updates"] == 80
+    assert plain["responses_at_once"] == 192
     assert "--seed_everything 1" in plain["trainings"]["vBoN"][1]["command"]
     for name in ("comparison.md", "pareto.png", "cost.png"):
         assert (SHEET / name).stat().st_size > 500

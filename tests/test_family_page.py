@@ -99,9 +99,19 @@ def test_the_page_has_the_committed_result() -> None:
 
 
 def result(*rows: PolicyReport, **more: Any) -> dict[str, Any]:
-    plain = {"title": "x", "seeds": [0], "trainings": {}, "failed": {}}
+    plain = {"title": "x", "seeds": [0], "trainings": {}, "settings": {}, "responses_at_once": 192, "failed": {}}
     reports = [report.to_dict() for report in (*crowd(0), *rows)]
     return json.loads(json.dumps(plain | {"reports": reports} | more))
+
+
+def test_the_page_says_what_each_training_took() -> None:
+    own: dict[str, Any] = {"updates": 72, "prompts": 8, "samples_per_prompt": 16, "reference_samples": 4,
+                           "learning_rate": 6.0e-4, "also": ["value"]}  # fmt: skip
+    two = {"updates": 80, "prompts": 128, "learning_rate": 2.0e-4, "also": []}
+    block = measured(result(settings={"mine": own, "pairs": two}, responses_at_once=7))
+    took = "| mine | 72 | 8 | `samples_per_prompt: 16`, `reference_samples: 4` | 0.0006 | value |\n"
+    assert took in block and "| pairs | 80 | 128 | two of the table's | 0.0002 | - |\n" in block
+    assert "batch of 7," in block
 
 
 def row(name: str, kl: float, win_rate: float) -> PolicyReport:
@@ -110,7 +120,7 @@ def row(name: str, kl: float, win_rate: float) -> PolicyReport:
 
 
 def cells(block: str) -> dict[str, list[str]]:
-    lines = [line for line in block.splitlines() if line.startswith("| ")]
+    lines = [line for line in block.split("What each training took")[0].splitlines() if line.startswith("| ")]
     found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     header, _, *rows = found
     return {"row": header[1:]} | {row[0]: row[1:] for row in rows}

@@ -20,6 +20,9 @@ RUNS = Path("runs/family")
 MADE = ("*.safetensors", "*.json", "*.model", "*.txt", "*.parquet")
 """Files of an export or a table that others read; model cards and event files change without them."""
 
+COUNTS = ("samples_per_prompt", "reference_samples", "forward_responses", "responses_per_prompt")
+"""Options that say how many responses a prompt a training step takes."""
+
 _EXPORT = re.compile(r"runs/demo/([\w.-]+)/export")
 
 
@@ -125,6 +128,8 @@ class Plan:
     """Configs of methods that are not there."""
     compare: Path
     decoders: Path | None
+    responses_at_once: int
+    """Of how many responses a batch is in the comparisons: seconds of a response are a batch's, shared by these."""
 
     @classmethod
     def read(cls, path: str | Path, only: Sequence[str] = ()) -> Plan:
@@ -171,6 +176,7 @@ class Plan:
             absent=tuple(str(method.config) for method in listed if not method.config.is_file()),
             compare=Path(plain["compare"]),
             decoders=decoders if decoders.is_file() else None,
+            responses_at_once=int(plain["responses_at_once"]),
         )
 
     def stages_of(self, *configs: Path) -> tuple[Job, ...]:
@@ -195,6 +201,18 @@ class Plan:
             output=root / "export",
             clear=root,
         )
+
+    def settings(self, method: Method) -> dict[str, Any]:
+        """Return what a method's training takes: its updates, their size, and the stages that it alone needs."""
+        data, own = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (self.data, method.config))
+        options = own["model"]["init_args"]
+        return {
+            "updates": own["trainer"]["max_steps"],
+            "prompts": own.get("data", {}).get("batch_size", data["data"]["batch_size"]),
+            **{name: options[name] for name in COUNTS if name in options},
+            "learning_rate": options["optimizer"]["init_args"]["lr"],
+            "also": [stage.name for stage in self.stages_of(method.config) if stage not in self.stages_of()],
+        }
 
     def comparison(self, seed: int, trained: Sequence[tuple[Method, Job]]) -> Job:
         """Write the config that compares a seed's policies, and return the job."""
@@ -245,6 +263,9 @@ class Plan:
     def _compare(self, name: str, settings: dict[str, Any], exports: list[Path], base: Path) -> Job:
         output = RUNS / name
         settings |= {"output": str(output), "title": "All methods of the package", "cards": False, "logger": False}
+        settings["data"] = settings.get("data", {}) | {
+            "eval_batch_size": max(1, self.responses_at_once // settings["samples"])
+        }
         config = RUNS / f"{name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(config) as stream:

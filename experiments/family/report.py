@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.family.plan import COUNTS
 from vbon_lightning._markdown import markdown_cell, markdown_table
 from vbon_lightning.evaluation import PolicyReport
 from vbon_lightning.evaluation.fronts import gain_at, gain_share
@@ -50,9 +51,27 @@ def measured(result: Mapping[str, Any] | None) -> str:
         f"{_table(result, reports, shares, bounded)}\n"
         f"Made by `make family`: {prompts} held-out prompts, {counted}, means ± half of the 95% interval over "
         f"prompts{also}. *Gain kept* is the share of Best-of-N's gain in win rate at the row's own KL. Seconds and "
-        "milliseconds are of one thread, with another run beside it. Where a KL is only known to be at most so large, "
-        "nothing is said of the gain kept, and the row is not in the first picture.\n"
+        "milliseconds are of one thread, with another run beside it; a response's are its share of a batch of "
+        f"{result['responses_at_once']}, rewards included where a reward chooses it. Seconds of training are without "
+        "the stages that it stands on. Where a KL is only known to be at most so large, nothing is said of the gain "
+        "kept, and the row is not in the first picture.\n\n"
+        "What each training took, of `configs/demo/NAME.yaml`. Settings were tried by hand in a few runs each, whose "
+        "validation prompts are 16 of these 48; none was searched for.\n\n"
+        f"{_settings(result)}"
     )
+
+
+def _settings(result: Mapping[str, Any]) -> str:
+    """Return the table of what each training took."""
+    rows = []
+    for title, own in result["settings"].items():
+        took = [f"`{name}: {own[name]}`" for name in COUNTS if name in own]
+        rows.append(
+            [markdown_cell(title), str(own["updates"]), str(own["prompts"]), ", ".join(took) or "two of the table's",
+             f"{float(own['learning_rate']):g}", ", ".join(own["also"]) or "-"]
+        )  # fmt: skip
+    header = ["training", "updates", "prompts", "responses a prompt", "learning rate", "also needs"]
+    return markdown_table(header, rows, align="lrrlrl")
 
 
 def _share(report: PolicyReport, reports: Sequence[PolicyReport]) -> float:

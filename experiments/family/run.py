@@ -154,6 +154,8 @@ def make_family(plan: Plan, seeds: Sequence[int], **how: object) -> list[Failure
                 method.title: [job.recorded() for _, own, job in trainings if own == method and job.name not in failed]
                 for method in plan.methods
             },
+            settings={method.title: plan.settings(method) for method in plan.methods},
+            responses_at_once=plan.responses_at_once,
             failed={failure.name: failure.why for failure in failures},
         )
     return failures

@@ -21,6 +21,8 @@ def write_sheet(
     *,
     decoders: Path | None,
     trainings: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, Mapping[str, Any]],
+    responses_at_once: int,
     failed: Mapping[str, str],
 ) -> None:
     """Write table and pictures of all, and ``family.json``, from which the documentation is made.
@@ -30,6 +32,8 @@ def write_sheet(
         by_seed: ``comparison.json`` of each seed's policies.
         decoders: That of the decoders.
         trainings: What each policy's trainings recorded, by its title.
+        settings: What each training takes (:meth:`~experiments.family.plan.Plan.settings`), by the same titles.
+        responses_at_once: Of how many responses a batch was.
         failed: Why jobs were not done, by name.
     """
     reports = joined([read_reports(path) for path in by_seed.values()])
@@ -46,6 +50,8 @@ def write_sheet(
             for title, runs in trainings.items()
             if runs
         },
+        "settings": {title: dict(own) for title, own in settings.items() if trainings.get(title)},
+        "responses_at_once": responses_at_once,
         "failed": dict(failed),
         "reports": [report.to_dict() for report in reports],
     }

@@ -22,7 +22,7 @@ from vbon_lightning.decoding import BestOfN, DeRa, SpeculativeRejection, TreeBoN
 from vbon_lightning.evaluation import PolicyReport, command, logs, pareto_figure
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
-from vbon_lightning.models import ModelError
+from vbon_lightning.models import ModelError, ModelSpec
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.rewards import RewardCalls
 
@@ -115,8 +115,9 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
         "generated_tokens": 2 * sample["generated_tokens"],
         "value_tokens": 0,
         "reward_calls": 2,
-        "seconds": 2 * sample["seconds"],
+        "seconds": best_of_2["seconds"],
     }
+    assert best_of_2["seconds"] > 2 * sample["seconds"], "each is scored"
     assert sample["reward_calls"] == 0 < sample["seconds"] < 60
 
     # By hand: the best of each two of ten responses, and what the decoder itself returns.
@@ -270,15 +271,19 @@ def json_reports(written: Any) -> list[dict[str, Any]]:
 def test_decoders_come_before_policies_and_need_no_value_model_unless_they_say(
     decoded: AlignmentDataModule, tmp_path: Path
 ) -> None:
-    policies: dict[str, Any] = {"mine": str(tmp_path / "model")}
+    tilted = ModelSpec(str(tmp_path / "model"), tilt=str(tmp_path / "value"))
+    policies: dict[str, Any] = {"mine": str(tmp_path / "model"), "tilted": tilted}
     decoded.actors.value_model = None
     drawn = {"drawn": BestOfN(3)}
     reports = compare(decoded, policies, drawn, output=str(tmp_path / "out"), n=[2], samples=2, device="cpu")
-    assert [report.name for report in reports] == ["reference", "Best-of-2", "drawn", "mine"]
-    mine = reports[-1]
+    assert [report.name for report in reports] == ["reference", "Best-of-2", "drawn", "mine", "tilted"]
+    mine, other = reports[-2:]
     assert mine.cost is not None and mine.length is not None
     assert mine.cost["generated_tokens"] == mine.length.mean, "one sample"
     assert (mine.cost["reward_calls"], mine.cost["value_tokens"]) == (0, 0) and 0 < mine.cost["seconds"] < 60
+    # A tower reads along: all but the last token of a response, and its share of the prompt, which two responses have.
+    assert other.cost is not None and other.length is not None and other.cost["reward_calls"] == 0
+    assert other.cost["value_tokens"] == pytest.approx(other.length.mean - 1 + 2 / 2)
 
 
 def test_a_decoders_own_model_and_a_kl_that_is_bounded(decoded: AlignmentDataModule, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from tests.helpers import tiny_llama, tiny_tokenizer
 from vbon_lightning.actors import Actors
 from vbon_lightning.evaluation import Estimate
-from vbon_lightning.evaluation.costs import TimedSampler, sample_cost, timed_sampling
+from vbon_lightning.evaluation.costs import TimedSampler, sample_cost, scoring_seconds, timed_sampling
 from vbon_lightning.sampling import SamplingRequest, sample_completions
 from vbon_lightning.sampling.passes import InPasses
-from vbon_lightning.types import Completions
+from vbon_lightning.types import Completions, PromptBatch
 
 
 def test_best_of_n_takes_n_samples_and_scores_each() -> None:
@@ -25,6 +25,10 @@ def test_best_of_n_takes_n_samples_and_scores_each() -> None:
         "generated_tokens": 44.0, "value_tokens": 0, "reward_calls": 4, "seconds": 1.0
     }  # fmt: skip
     assert sample_cost(None, 0.25, n=2) == {"seconds": 0.5}
+    # Each of its samples is scored; a policy's one sample is not. A tilted policy's tower reads what the model samples.
+    assert sample_cost(length, 0.25, n=4, scoring=0.5)["seconds"] == 3.0
+    assert sample_cost(length, 0.25, scoring=0.5)["seconds"] == 0.25
+    assert sample_cost(length, None, value_tokens=12.0)["value_tokens"] == 12
     assert "seconds" not in sample_cost(length, None)
 
 
@@ -64,6 +68,30 @@ def test_sampling_is_timed_alone_and_for_a_while(max_rows: int | None) -> None:
     passes = 1 if max_rows is None else 2
     assert watch.responses == 8 and 0.02 * passes <= watch.seconds < 0.02 * passes + 0.08
     assert watch.seconds_a_response == watch.seconds / 8
+    # Four prompts of three tokens, read once each, and all but the last of five tokens of eight responses.
+    assert watch.tokens_read == 4 * 3 + 8 * 4 and watch.tokens_read_a_response == 5.5
+    assert TimedSampler(Slow()).tokens_read_a_response == 0
+
+
+def prompt_batch(rows: int) -> PromptBatch:
+    tokens = torch.full((rows, 2), 3)
+    index = torch.arange(rows)
+    return PromptBatch(index, torch.ones(rows, dtype=torch.bool), tokens, tokens.bool(), ["ab"] * rows)
+
+
+def test_scoring_is_timed_for_a_response() -> None:
+    asked: list[list[str]] = []
+
+    def reward(prompts: list[str], responses: list[list[str]], ids: object) -> torch.Tensor:
+        asked.extend(responses)
+        time.sleep(0.06)
+        return torch.zeros(len(responses), len(responses[0]))
+
+    actors = Actors(tiny_llama(), None, reward, tiny_tokenizer(), (2,), 5, 1.0)
+    prompts = prompt_batch(2)
+    found = actors.sample(actors.policy, prompts, num_samples=3, seed=0, stream="x", step=0)
+    assert 0.01 <= scoring_seconds(actors, prompts, found) < 0.1
+    assert [len(group) for group in asked] == [3, 3]
 
 
 def test_it_samples_what_the_sampler_samples() -> None:

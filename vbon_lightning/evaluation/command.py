@@ -24,7 +24,7 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
-from vbon_lightning.evaluation.costs import sample_cost, timed_sampling
+from vbon_lightning.evaluation.costs import sample_cost, scoring_seconds, timed_sampling
 from vbon_lightning.evaluation.guards import (
     check_decoder,
     check_methods,
@@ -48,6 +48,7 @@ from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import (
     ModelSpec,
+    TiltedLM,
     as_spec,
     load_causal_lm,
     locate,
@@ -57,7 +58,7 @@ from vbon_lightning.paths import PACKAGE_PREFIX
 from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.rewards.calls import CallRecord, RewardCaller
-from vbon_lightning.types import PromptBatch, Rollout
+from vbon_lightning.types import Completions, PromptBatch, Rollout
 
 Split = Literal["train", "val", "test"]
 
@@ -184,18 +185,19 @@ def compare(
 
     shown: dict[str, list[Rollout]] = {"reference": list(rollouts("reference", shown_samples, shown_prompts))}
     at_temperatures("reference")
+    last: list[tuple[PromptBatch, Completions]] = []  # of the reference, to time what scoring takes
     if rewards is not None:
         reports = _best_of_n(data, prompts, rewards, n, judge if judge_table else None)
         with timed_sampling(actors) as watch:  # as policies are sampled, for what that takes alone
             for batch in batches("reference"):
-                actors.sample(actors.policy, batch, num_samples=samples, **noise)
+                last[:] = [(batch, actors.sample(actors.policy, batch, num_samples=samples, **noise))]
     else:
         assert scorer is not None
         predicted: list[Tensor] = []
         with timed_sampling(actors) as watch:
             reports = [
                 evaluate_policy(
-                    _keep_predictions(rollouts("reference", samples), predicted),
+                    _keep_predictions(rollouts("reference", samples), predicted, last),
                     name="reference",
                     method=REFERENCE,
                     n_values=n,
@@ -205,8 +207,9 @@ def compare(
                 )
             ]
         reports += predicted_bon_reports(torch.cat(predicted), scorer.bins, n_values=n)
+    scoring = scoring_seconds(actors, *last[0])
     for report in reports:
-        report.cost = sample_cost(reports[0].length, watch.seconds_a_response, n=report.n or 1)
+        report.cost = sample_cost(reports[0].length, watch.seconds_a_response, n=report.n or 1, scoring=scoring)
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=visible(name), leave=False):
@@ -227,7 +230,10 @@ def compare(
                 judge=judged,
                 scorer=scorer,
             )
-        report.cost = sample_cost(report.length, watch.seconds_a_response)
+        tilted = isinstance(actors.policy, TiltedLM)
+        report.cost = sample_cost(
+            report.length, watch.seconds_a_response, value_tokens=watch.tokens_read_a_response if tilted else 0.0
+        )
         reports.append(report)
         shown[name] = kept
         at_temperatures(name)
@@ -333,9 +339,12 @@ def _keep(rollouts: Iterator[Rollout], kept: list[Rollout], prompts: int) -> Ite
         yield rollout
 
 
-def _keep_predictions(rollouts: Iterator[Rollout], kept: list[Tensor]) -> Iterator[Rollout]:
-    """Pass rollouts on, keeping the predicted distribution of each prompt's reward."""
+def _keep_predictions(
+    rollouts: Iterator[Rollout], kept: list[Tensor], last: list[tuple[PromptBatch, Completions]]
+) -> Iterator[Rollout]:
+    """Pass rollouts on, keeping the predicted distribution of each prompt's reward, and the last responses."""
     for rollout in rollouts:
+        last[:] = [(rollout.prompts, rollout.completions)]
         assert rollout.reference_log_cdf is not None
         kept.append(rollout.reference_log_cdf[rollout.prompts.valid])
         yield rollout

@@ -12,7 +12,7 @@ from vbon_lightning.actors import Actors
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.sampling import Sampler, SamplingRequest
 from vbon_lightning.sampling.passes import InPasses
-from vbon_lightning.types import Completions
+from vbon_lightning.types import Completions, PromptBatch
 
 
 class TimedSampler:
@@ -23,7 +23,7 @@ class TimedSampler:
     """
 
     def __init__(self, sampler: Sampler) -> None:
-        self.sampler, self.seconds, self.responses = sampler, 0.0, 0
+        self.sampler, self.seconds, self.responses, self.tokens_read = sampler, 0.0, 0, 0
 
     @property
     def mismatch(self) -> float | None:
@@ -37,12 +37,19 @@ class TimedSampler:
         found.tokens.cpu()  # waits for a GPU
         self.seconds += time.perf_counter() - began
         self.responses += found.finished.numel()
+        # A prompt is read once for all its responses, and the last token of none.
+        self.tokens_read += int(request.prompt_mask.sum() + found.mask.sum()) - found.finished.numel()
         return found
 
     @property
     def seconds_a_response(self) -> float | None:
         """Return the seconds of a response, of a batch shared by its responses; None before any was sampled."""
         return self.seconds / self.responses if self.responses else None
+
+    @property
+    def tokens_read_a_response(self) -> float:
+        """Return how many tokens a model reads to sample a response: its share of the prompt, and its own."""
+        return self.tokens_read / self.responses if self.responses else 0.0
 
 
 @contextmanager
@@ -63,19 +70,45 @@ def timed_sampling(actors: Actors) -> Iterator[TimedSampler]:
         actors.sampler = before
 
 
-def sample_cost(length: Estimate | None, seconds: float | None, *, n: int = 1) -> dict[str, float]:
+def scoring_seconds(actors: Actors, prompts: PromptBatch, found: Completions) -> float:
+    """Return the seconds that it takes to decode and score a response, of a batch shared by its responses.
+
+    Args:
+        actors: Loaded models.
+        prompts: B prompts.
+        found: Their responses ``[B, G, T]``.
+    """
+    found.tokens.cpu()  # waits for a GPU
+    began = time.perf_counter()
+    ids = actors.token_ids(found)
+    actors.score(prompts, actors.decode(ids, prompts), ids, found.finished).cpu()
+    return (time.perf_counter() - began) / found.finished.numel()
+
+
+def sample_cost(
+    length: Estimate | None,
+    seconds: float | None,
+    *,
+    n: int = 1,
+    scoring: float = 0.0,
+    value_tokens: float = 0.0,
+) -> dict[str, float]:
     """Return what a response of a policy takes, or one of Best-of-N from a table: N times a reference sample.
 
-    Best-of-N scores each of its samples; the seconds are those of sampling them alone.
+    Best-of-N scores each of its samples; a policy's one sample needs no reward.
 
     Args:
         length: Tokens of a sample; of Best-of-N, of a reference sample.
         seconds: Seconds of a sample; None where they are not known.
         n: N, 1 for a policy's one sample.
+        scoring: Seconds that decoding and scoring a sample takes.
+        value_tokens: Tokens of a sample that the tower of a tilted policy reads, beside the language model.
 
     Returns:
         What is known, by the names of :class:`~vbon_lightning.decoding.DecodingCost` and ``seconds``.
     """
     calls = float(n) if n > 1 else 0.0
-    known = {} if length is None else {"generated_tokens": n * length.mean, "value_tokens": 0.0, "reward_calls": calls}
-    return known if seconds is None else known | {"seconds": n * seconds}
+    known = {}
+    if length is not None:
+        known = {"generated_tokens": n * length.mean, "value_tokens": n * value_tokens, "reward_calls": calls}
+    return known if seconds is None else known | {"seconds": n * seconds + calls * scoring}

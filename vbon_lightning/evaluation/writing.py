@@ -153,7 +153,7 @@ def _costs(reports: Sequence[PolicyReport]) -> str:
         ["a response", *(cost_heading(field) for field in shown)], rows, align="l" + "r" * len(shown)
     )
     tabled = any(report.method == BEST_OF_N for report in known)
-    note = "- Best-of-N takes N samples of the reference; its seconds are those of sampling, without the reward's.\n"
+    note = "- Best-of-N takes N samples of the reference, and their rewards.\n"
     return f"\n{table}" + (f"\n{note}" if tabled else "")
 
 
