@@ -78,8 +78,8 @@ class PolicyReport:
     n: int | None = None
     """N, for Best-of-N itself."""
     cost: dict[str, float] | None = None
-    """What a response takes to make: tokens generated, discarded ones included, tokens that the value model or the tower
-    of a tilted policy reads, reward calls, and seconds, rewards included, of a batch shared by its responses; of a decoder
+    """What a response takes to make: tokens generated, discarded ones included, tokens that the value model or a tilted
+    policy's tower reads, reward calls, and seconds, rewards included, of a batch shared by its responses; of a decoder
     also the most memory that a batch took."""
     missing: int = 0
     """Responses that have no reward and are left out of all of the above."""
