@@ -18,8 +18,9 @@ from vbon_lightning.types import PromptBatch
 class SoftBestOfN(Decoder):
     r"""Draw n responses from the policy and keep one, each with probability :math:`\propto \exp(r / \lambda)`.
 
-    C. M. Verdun et al., "Soft Best-of-n Sampling for Model Alignment" (2025). As n grows it comes to the optimum of
-    KL-regularised RL at ``beta = temperature``; at temperature 0 it is Best-of-N, at infinity a sample of the policy.
+    C. Mayrink Verdun et al., "Soft Best-of-n Sampling for Model Alignment" (2025). As n grows it comes to the optimum
+    of KL-regularised RL at ``beta = temperature``; at temperature 0 it is Best-of-N, at infinity a sample of the
+    policy.
 
     Args:
         n: Responses drawn for each that is kept, an integer >= 1.

@@ -16,8 +16,8 @@ def soft_selection_probs(rewards: Tensor, *, temperature: float) -> Tensor:
 
     .. math:: P(i) = \frac{\exp(r_i / \lambda)}{\sum_j \exp(r_j / \lambda)}
 
-    C. M. Verdun, A. Oesterling, H. Lakkaraju and F. P. Calmon, "Soft Best-of-n Sampling for Model Alignment" (2025).
-    At temperature 0 it is Best-of-N, the first of those that tie; at infinity it is a sample of the policy.
+    C. Mayrink Verdun, A. Oesterling, H. Lakkaraju and F. P. Calmon, "Soft Best-of-n Sampling for Model Alignment"
+    (2025). At temperature 0 it is Best-of-N, the first of those that tie; at infinity it is a sample of the policy.
 
     Args:
         rewards: ``[..., n]``; one that is NaN is never picked, unless all are: then each as often as another.

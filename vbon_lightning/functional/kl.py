@@ -93,7 +93,7 @@ def vocabulary_kl(logits: Tensor, reference_logits: Tensor, *, temperature: floa
     """Compute the exact KL(policy || reference) of the next token, ``sum_v pi_v (log pi_v - log ref_v)``.
 
     Summed over the positions of sampled responses it estimates the sequence KL with lower variance than k1 or
-    k3; Better Estimation of the KL Divergence Between Language Models, https://arxiv.org/abs/2504.10637.
+    k3; Better Estimation of the Kullback-Leibler Divergence Between Language Models, https://arxiv.org/abs/2504.10637.
 
     Args:
         logits: ``[..., V]`` of the policy; entries that are ``-inf`` in both have no part in it.

@@ -19,8 +19,9 @@ def filter_probabilities(rewards: Tensor, *, strategy: FilterStrategy, kept: Ten
 
     ``best``: 1 for the best. ``best_random``: 1/2 for the best, the rest in equal shares of 1/2. ``best_worst``: 1/2
     each for the best and the worst. Where rewards tie their order is random, and these are the probabilities over it:
-    tied responses have the same, and where all tie all have ``1 / G``. Shen and Zhang, "Policy Filtration for RLHF to
-    Mitigate Noise in Reward Models", 2024, https://arxiv.org/abs/2409.06957; the weights are the authors' code's.
+    tied responses have the same, and where all tie all have ``1 / G``. Zhang, Shen, Zhao, Zhang, Xu, Dou and Bian,
+    "Policy Filtration for RLHF to Mitigate Noise in Reward Models", 2024, https://arxiv.org/abs/2409.06957; the weights
+    are the authors' code's.
 
     Args:
         rewards: ``[B, G]``.

@@ -185,7 +185,8 @@ def rao_blackwell_advantages(
     Less the mean of the siblings' at the same position (:func:`leave_one_out`). The KL of token t itself is
     missing here: add ``kl_coef *`` :func:`kl_penalty` to :func:`reinforce_loss`, which carries its exact
     gradient. Together the expected gradient is that of the target, and no KL is estimated from the sampled
-    token; Better Estimation of the KL Divergence Between Language Models, https://arxiv.org/abs/2504.10637.
+    token; Better Estimation of the Kullback-Leibler Divergence Between Language Models,
+    https://arxiv.org/abs/2504.10637.
 
     With ``log_ratio`` the baseline becomes the value that the prefix has at the optimum: there
     ``score - kl_coef log(pi / ref)`` is the same for all responses, so the score to expect is that constant,

@@ -20,10 +20,10 @@ class PFPPO(KLRL):
 
     The G responses to a prompt are ranked, and a number of them drawn before the update: ``best`` draws the best alone,
     ``best_random`` the best half of the time and one of the others else, ``best_worst`` the best and the worst in equal
-    parts. Shen and Zhang, "Policy Filtration for RLHF to Mitigate Noise in Reward Models", 2024. The clipped estimator
-    follows, the KL being paid for in the reward. The baseline is the mean reward of all the other responses, drawn or
-    not, in place of the paper's critic: that of the drawn ones alone would leave nothing to learn where the best is
-    drawn alone.
+    parts. Zhang, Shen, Zhao, Zhang, Xu, Dou and Bian, "Policy Filtration for RLHF to Mitigate Noise in Reward Models",
+    2024. The clipped estimator follows, the KL being paid for in the reward. The baseline is the mean reward of all the
+    other responses, drawn or not, in place of the paper's critic: that of the drawn ones alone would leave nothing to
+    learn where the best is drawn alone.
 
     What is biased about it: responses are weighted by their rank, so the expected gradient is
     :math:`E[\sum_i w_{rank(i)} A_i \nabla \log \pi(y_i)]`, which is the gradient of no expected reward. Where the

@@ -12,8 +12,8 @@ from vbon_lightning.modules.policy_gradient import KLEstimator
 class RLOO(KLRL):
     r"""Maximise the reward under a KL penalty by leave-one-out REINFORCE, with the KL as a k3 term in the loss.
 
-    :math:`A_i = r_i - \frac{1}{G-1} \sum_{j \neq i} r_j`: Ahmadian and others, "Back to Basics: Revisiting REINFORCE
-    Style Optimization for Learning from Human Feedback in LLMs", 2024. A preset of
+    :math:`A_i = r_i - \frac{1}{G-1} \sum_{j \neq i} r_j`: Ahmadian and others, "Back to Basics: Revisiting
+    REINFORCE-Style Optimization for Learning from Human Feedback in LLMs", 2024. A preset of
     :class:`~vbon_lightning.modules.kl_rl.KLRL`, with whose default, the exact KL, only ``kl_estimator`` differs. With
     ``k3`` the KL is what GRPO has, so that the two differ in their advantages alone; its gradient is that of
     KL(reference || policy) at the sampled prefixes, so its optimum is another. ``kl_estimator: sampled`` takes the
