@@ -161,7 +161,7 @@ def updated(kind: str, files: Path, options: dict[str, Any]) -> Tensor:
     module = prepared(kind, data, **(online | options))
     batch = data._collate_prompts([(i, True, row) for i, row in enumerate(data.prompts("train")[:4])])
     if module.updates_per_rollout == 1:
-        module.batches_seen = 2
+        module.batches_seen = module.updates = 2
         loss = module._on_policy_update(module._sample(batch, 1))[0]
     else:
         experience = module._collect(module._sample(batch, 0))[0]

@@ -84,6 +84,8 @@ class AlignmentModule(LightningModule):
         self.policy: PreTrainedModel | None = None
         self.batches_seen = 0
         """Training batches dealt to this rank since the start of training, earlier runs included."""
+        self.updates = 0
+        """Steps of the optimizer since the start of training, earlier runs included."""
         self.last_rollout: Rollout | None = None
         """What the last training step sampled, to name a response where the loss is not finite."""
         self._weights: list[Tensor | float] = []
@@ -222,6 +224,8 @@ class AlignmentModule(LightningModule):
             settings["lr_scheduler"] = {"class": type(scheduler).__name__, **plain(scheduler.state_dict())}
         self._optimizer_settings = settings
         self._check_optimizer()
+        # Not a quotient of the batches: an epoch's end makes an update of what it leaves.
+        optimizer.register_step_post_hook(lambda *_: self.after_update())
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -235,6 +239,10 @@ class AlignmentModule(LightningModule):
             watched = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "reduce_on_plateau": True}
             return {"optimizer": optimizer, "lr_scheduler": watched}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def after_update(self) -> None:
+        """Count a step of the optimizer."""
+        self.updates += 1
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count a batch for the update that it belongs to: all weigh the same, unless a step says otherwise."""
@@ -356,6 +364,7 @@ class AlignmentModule(LightningModule):
             "trainer": self._trainer_settings(),
             "optimizer": self._optimizer_settings,
             "batches_seen": self.batches_seen,
+            "updates": self.updates,
             "random_state": torch.get_rng_state(),
         }
 
@@ -403,6 +412,7 @@ class AlignmentModule(LightningModule):
         self._resumed_optimizer_settings = state["optimizer"]
         self._check_optimizer()
         self.batches_seen = state["batches_seen"]
+        self.updates = state.get("updates", checkpoint["global_step"])  # which older ones leave to Lightning
         torch.set_rng_state(state["random_state"].cpu())
 
     def _checkpoint_name(self) -> str:
