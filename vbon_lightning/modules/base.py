@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -412,7 +413,8 @@ class AlignmentModule(LightningModule):
         self._resumed_optimizer_settings = state["optimizer"]
         self._check_optimizer()
         self.batches_seen = state["batches_seen"]
-        self.updates = state.get("updates", checkpoint["global_step"])  # which older ones leave to Lightning
+        # Older checkpoints leave the count to Lightning.
+        self.updates = state["updates"] if "updates" in state else checkpoint["global_step"]
         torch.set_rng_state(state["random_state"].cpu())
 
     def _checkpoint_name(self) -> str:
@@ -471,6 +473,24 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     """Refuse a value that is none of those there are."""
     if value not in known:
         raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def check_unused(method: type, why: str, **options: Any) -> None:
+    """Refuse options that are not what they are by default where nothing reads them.
+
+    Args:
+        method: The module's class, whose defaults count, its own and those it inherits.
+        why: The options that leave them without effect, as ``model.NAME=VALUE``.
+        **options: Their values, by name.
+
+    Raises:
+        ValueError: Naming the option and those that leave it without effect.
+    """
+    taken = [inspect.signature(cls.__init__).parameters for cls in method.__mro__ if "__init__" in vars(cls)]
+    for name, value in options.items():
+        default = next(parameters[name].default for parameters in taken if name in parameters)
+        if value != default:
+            raise ValueError(f"model.{name}={value} has no effect with {why}: leave it out, or set that otherwise")
 
 
 def check_not_negative(name: str, value: float) -> None:

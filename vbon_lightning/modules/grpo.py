@@ -14,7 +14,7 @@ from vbon_lightning.functional import (
     kl_rl_target,
     length_weights,
 )
-from vbon_lightning.modules.base import check_choice, check_not_negative
+from vbon_lightning.modules.base import check_choice, check_not_negative, check_unused
 from vbon_lightning.modules.policy_gradient import KLEstimator, PolicyGradient
 from vbon_lightning.types import Rollout
 
@@ -62,6 +62,8 @@ class GRPO(PolicyGradient):
     ) -> None:
         super().__init__(actors, estimator=estimator, kl_estimator=kl_estimator, **kwargs)
         check_not_negative("beta", beta)
+        if beta == 0 and not self.normalise:  # which needs one of them
+            check_unused(type(self), "model.beta=0", kl_estimator=self.kl_estimator)
         check_choice("length_norm", length_norm, get_args(LengthNorm))
         self.beta, self.scale_rewards, self.length_norm = beta, scale_rewards, length_norm
         self.mean_over = "tokens" if length_norm == "dapo" else "responses"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, cost_to_go, j_bond_rewards, leave_one_out_of_all
-from vbon_lightning.modules.base import check_not_negative
+from vbon_lightning.modules.base import check_not_negative, check_unused
 from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.types import Rollout
 
@@ -58,6 +58,8 @@ class JBOND(ForwardTerm):
     ) -> None:
         if not 0 < jeffreys_weight <= 1:
             raise ValueError(f"model.jeffreys_weight must be in (0, 1], got {jeffreys_weight}")
+        if jeffreys_weight == 1:
+            check_unused(type(self), "model.jeffreys_weight=1", forward_responses=forward_responses)
         super().__init__(
             actors,
             divergence="jeffreys" if jeffreys_weight < 1 else "backward",

@@ -24,7 +24,7 @@ from vbon_lightning.functional import (
 )
 from vbon_lightning.functional.sequences import masked
 from vbon_lightning.modules.anchored import Anchored
-from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable, check_unused
 from vbon_lightning.modules.experience import Experience, from_plain, to_plain
 from vbon_lightning.modules.policy_gradient_options import (
     check_estimator,
@@ -67,8 +67,8 @@ class PolicyGradient(Anchored):
             policy went, not where this one would go, and is biased the more, the further the policy has moved.
         minibatches: Updates a pass, each on its share of the prompts; must divide the batch of prompts. The shares
             stay the same in every pass, their order does not.
-        clip: Clip range of the probability ratio.
-        value_clip: Clip range of the value.
+        clip: Clip range of the probability ratio, for several updates a rollout: at the first the ratio is 1.
+        value_clip: Clip range of the value, likewise.
         value_coef: Weight of the value loss.
         gae_lambda: Lambda of generalised advantage estimation (gamma is 1: responses are episodes).
         normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on all ranks,
@@ -129,6 +129,14 @@ class PolicyGradient(Anchored):
         fits = self.reads_value_model and estimator != "ppo" and kl_estimator == "rao_blackwell"
         fits = fits and not self.anchor_moves
         self.uses_value_model = named and fits if value_model is None else value_model
+        check_group_estimator(
+            type(self).__name__,
+            estimator,
+            samples_per_prompt,
+            compares_group=self.compares_group,
+            valued=self.uses_value_model,
+            reads_value_model=self.reads_value_model,
+        )
         check_estimator(
             estimator,
             kl_estimator,
@@ -139,13 +147,6 @@ class PolicyGradient(Anchored):
             normalise=normalise,
         )
         check_value_model_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
-        check_group_estimator(
-            type(self).__name__,
-            estimator,
-            compares_group=self.compares_group,
-            valued=self.uses_value_model,
-            reads_value_model=self.reads_value_model,
-        )
         check_numbers(
             samples_per_prompt=samples_per_prompt,
             eval_samples=1 if eval_samples is None else eval_samples,
@@ -155,6 +156,14 @@ class PolicyGradient(Anchored):
             value_coef=value_coef,
             gae_lambda=gae_lambda,
         )
+        of_a_critic = {"value_clip": value_clip, "value_coef": value_coef, "gae_lambda": gae_lambda}
+        if estimator != "ppo":
+            check_unused(type(self), f"model.estimator={estimator}", **of_a_critic)
+        if estimator == "reinforce":
+            check_unused(type(self), f"model.estimator={estimator}", clip=clip)
+        elif epochs_per_rollout * minibatches == 1:  # where the policy is the one that sampled
+            one = "model.epochs_per_rollout=1 and model.minibatches=1"
+            check_unused(type(self), one, clip=clip, value_clip=value_clip)
         self.samples_per_prompt = samples_per_prompt
         self.eval_samples = samples_per_prompt if eval_samples is None else eval_samples
         self.estimator, self.kl_estimator = estimator, kl_estimator

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RewardCDF, Target, kl_weight, reward_cdf, sequence_log_prob, vbon_target
-from vbon_lightning.modules.base import check_above_one, check_choice, check_log_ratio_floor, check_not_negative
+from vbon_lightning.modules.base import (
+    check_above_one,
+    check_choice,
+    check_log_ratio_floor,
+    check_not_negative,
+    check_unused,
+)
 from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.modules.n_schedule import NSchedule
 from vbon_lightning.modules.reference_rewards import CDFEstimator, check_cdf_estimator, check_reference_rewards
@@ -79,6 +85,15 @@ class VBoN(ForwardTerm):
                 "far more than exp(floor)"
             )
         check_not_negative("prior_samples", prior_samples)
+        if self.divergence == "forward":
+            check_unused(
+                type(self),
+                "model.divergence=forward",
+                bound=bound,
+                cdf_estimator=cdf_estimator,
+                log_ratio_floor=log_ratio_floor,
+                prior_samples=prior_samples,
+            )
         if prior_samples and not self.uses_value_model:
             raise ValueError("model.prior_samples counts a value model's prediction: set data.value_model")
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
