@@ -336,6 +336,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         for cls, name in ((QRPO, "beta"), (AStarPO, "beta1"), (AStarPO, "beta2"))
         for wrong in (0.0, True, float("inf"), float("nan"))
     ],
+    (QRPO, {"beta": 1e-9}, "model.beta=1e-09 asks for log-ratios of up to 1.0e+09 nats, whose hundredths float32"),
     (QRPO, {"ties": "x"}, "model.ties must be one of exact, upper, mid; got 'x'"),
     *[
         (cls, {"responses": "x"}, "model.responses must be one of table, policy; got 'x'")
