@@ -70,8 +70,8 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     | {"n": 4.0, "procedure": "best_of_n", "transform": "exp", "slope": None, "beta": 0.1}
     | {"ties": "middle", "cdf_estimator": "jeffreys"},
     MaxAtK: ONLINE | {"k": 4, "beta": 0.1, "form": "centred"},
-    GRPO: ONLINE | GROUPED | {"beta": 0.04, "scale_rewards": True, "length_norm": "grpo"},
-    RLOO: ONLINE | {"beta": 0.1, "kl_estimator": "k3"},
+    GRPO: ONLINE | GROUPED | {"beta": 0.04, "scale_rewards": True, "length_norm": "grpo", "clip_high": None},
+    RLOO: ONLINE | {"beta": 0.1, "kl_estimator": "sampled"},
     PFPPO: ONLINE
     | {"beta": 0.1, "filter": "best_random", "draws": None}
     | {"estimator": "clipped", "kl_estimator": "sampled"},
@@ -142,7 +142,8 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
     (MaxAtK, {"kl_estimator": "prefix_baseline"}),
     (MaxAtK, {"beta": 0.0, "kl_estimator": "sampled", "normalise": True}),
     (GRPO, {"beta": 0.0, "scale_rewards": False, "length_norm": "dapo", "estimator": "reinforce", "seed": 3}),
-    (RLOO, {"beta": 0.5, "estimator": "clipped", "kl_estimator": "sampled", "minibatches": 2}),
+    (GRPO, {"clip_high": 0.28, "epochs_per_rollout": 2}),
+    (RLOO, {"beta": 0.5, "estimator": "clipped", "kl_estimator": "k3", "minibatches": 2}),
     (PFPPO, {"beta": 0.5, "filter": "best", "draws": 3, "kl_estimator": "rao_blackwell", "epochs_per_rollout": 2}),
     (VBoN, {"divergence": "jeffreys", "jeffreys_weight": 0.25, "forward_responses": None}),
     (VBoN, {"divergence": "forward", "forward_responses": 1, "value_model": False}),
@@ -252,7 +253,7 @@ UNUSED: list[tuple[type, str, str, dict[str, Any]]] = [
         for name in ("value_clip", "value_coef", "gae_lambda")
     ],
     *[(KLRL, name, _ONE_UPDATE, {"estimator": "ppo", name: 0.1}) for name in ("clip", "value_clip")],
-    (GRPO, "clip", _ONE_UPDATE, {"clip": 0.1}),
+    *[(GRPO, name, _ONE_UPDATE, {name: 0.1}) for name in ("clip", "clip_high")],
     (GRPO, "kl_estimator", "model.beta=0", {"beta": 0.0, "kl_estimator": "rao_blackwell"}),
     (MaxAtK, "kl_estimator", "model.beta=0", {"beta": 0.0, "kl_estimator": "k3"}),
     (DPO, "beta", "model.loss=bonbon", {"loss": "bonbon", "beta": 0.2}),

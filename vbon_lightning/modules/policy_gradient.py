@@ -100,6 +100,8 @@ class PolicyGradient(Anchored):
     """Whether the method can take its advantages from a value model."""
     compares_group = False
     """Whether advantages or weights are made of a prompt's samples together, so that no critic can take their place."""
+    clip_high: float | None = None
+    """Clip range of the probability ratio at its upper end, where that is not ``clip``."""
 
     def __init__(
         self,
@@ -350,7 +352,7 @@ class PolicyGradient(Anchored):
             loss = reinforce_loss(live.log_probs, experience.advantages, mask)
         else:
             surrogate = clipped_surrogate_loss(
-                live.log_probs, rollout.log_probs, experience.advantages, mask, clip=self.clip
+                live.log_probs, rollout.log_probs, experience.advantages, mask, clip=self.clip, clip_high=self.clip_high
             )
             loss = surrogate.loss
             logs |= {
