@@ -486,7 +486,7 @@ def check_unused(method: type, why: str, **options: Any) -> None:
     Raises:
         ValueError: Naming the option and those that leave it without effect.
     """
-    taken = [inspect.signature(cls.__init__).parameters for cls in method.__mro__ if "__init__" in vars(cls)]
+    taken = [inspect.signature(vars(cls)["__init__"]).parameters for cls in method.__mro__ if "__init__" in vars(cls)]
     for name, value in options.items():
         default = next(parameters[name].default for parameters in taken if name in parameters)
         if value != default:

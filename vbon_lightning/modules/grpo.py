@@ -59,6 +59,7 @@ class GRPO(PolicyGradient):
 
     reads_value_model = False
     compares_group = True
+    follows_target = False
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class PFPPO(KLRL):
 
     reads_value_model = False
     compares_group = True
+    follows_target = False
 
     def __init__(
         self,

@@ -100,6 +100,8 @@ class PolicyGradient(Anchored):
     """Whether the method can take its advantages from a value model."""
     compares_group = False
     """Whether advantages or weights are made of a prompt's samples together, so that no critic can take their place."""
+    follows_target = True
+    """Whether advantages and weights are such that the target is what is maximised."""
     clip_high: float | None = None
     """Clip range of the probability ratio at its upper end, where that is not ``clip``."""
 
@@ -235,8 +237,13 @@ class PolicyGradient(Anchored):
         return None
 
     def objective(self, target: Target, rollout: Rollout, kept: Tensor) -> Tensor:
-        """Return what estimates what is maximised in the mean over responses, ``[B, G]``, with the exact KL."""
+        """Return the score less the KL of each response, ``[B, G]``, with the exact KL: in the mean, the objective."""
         return target.score - target.kl_coef * rollout.token_kl.sum(-1)
+
+    @property
+    def follows_objective(self) -> bool:
+        """Return whether the updates follow the gradient of that mean, which else is logged by another name."""
+        return self.follows_target and self.kl_estimator != "k3"
 
     @property
     def updates_per_rollout(self) -> int:
@@ -370,12 +377,13 @@ class PolicyGradient(Anchored):
             value_loss = clipped_value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip)
             loss, logs["value_loss"] = loss + self.value_coef * value_loss, value_loss.detach()
         kept = mask.any(-1)
-        objective = self.objective(target, rollout, kept)
-        logs["objective"] = objective[kept].mean() if self._skips else objective.mean()
+        each = self.objective(target, rollout, kept)
+        objective = each[kept].mean() if self._skips else each.mean()
         loss = loss * self._share(mask) if self._skips or self.mean_over == "tokens" else loss
         if (extra := self.extra_loss(live)) is not None:
-            loss, logs["objective"] = loss + extra.loss, logs["objective"] - extra.loss.detach()
+            loss, objective = loss + extra.loss, objective - extra.loss.detach()
             logs |= extra.logs
+        logs["objective" if self.follows_objective else "penalised_score"] = objective
         return loss, rollout, logs
 
     # -- advantages --------------------------------------------------------------------------------
