@@ -35,6 +35,7 @@ from vbon_lightning.checkpoints import CheckpointError
 from vbon_lightning.checks import ConfigMismatchError
 from vbon_lightning.cli import run
 from vbon_lightning.models import ModelSpec
+from vbon_lightning.modules import NSchedule
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"vbon": 5, "sft": 5, "bonsft": 5, "dpo": 5, **dict.fromkeys(REGRESSIONS, 5), "clipped": 13, "ppo": 15}
@@ -176,10 +177,11 @@ def test_killed_as_it_writes_its_checkpoints(kind: str, files: Path, tmp_path: P
     [
         ({"n": 4, "divergence": "jeffreys", "reference_samples": 0}, {"reference_table": "table"}),
         ({"n": 4, "divergence": "jeffreys", "anchor_every": 4}, {}),
+        ({"n": 4, "n_schedule": NSchedule(1.5, 6)}, {}),
     ],
-    ids=["table", "anchor"],
+    ids=["table", "anchor", "annealed"],
 )
-def test_killed_amid_a_rollout_that_keeps_the_references_responses(
+def test_killed_amid_a_rollout_that_keeps_the_references_responses_or_its_n(
     model: dict[str, Any], data: dict[str, Any], files: Path, tmp_path: Path
 ) -> None:
     brought = {name: str(files / value) for name, value in data.items()}
@@ -276,7 +278,7 @@ def test_a_checkpoint_holds_policy_optimizer_and_random_state_only(files: Path, 
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == {f"policy.{name}" for name in module.policy.state_dict()}
     state = checkpoint["vbon_lightning"]
-    assert state["batches_seen"] == 2
+    assert (state["batches_seen"], state["updates"]) == (2, 2)
     assert state["random_state"].dtype == torch.uint8
     assert "experience" not in state
     parameters = sum(value.numel() * 4 for value in checkpoint["state_dict"].values())

@@ -104,6 +104,16 @@ def test_clipped_surrogate_at_ratio_one_is_reinforce(mask: Tensor) -> None:
     assert (got.clip_fraction.item(), got.approx_kl.item(), got.mean_ratio.item()) == (0.0, 0.0, 1.0)
 
 
+def test_the_upper_end_of_the_clip_may_be_another() -> None:
+    ratios, advantages = torch.tensor([1.25, 1.35, 0.75]), torch.tensor([2.0, 2.0, -2.0])
+    zero, mask = torch.zeros(1, 1, 3), torch.ones(1, 1, 3).bool()
+    given = (ratios.log().view(1, 1, 3), zero, advantages.view(1, 1, 3), mask)
+    got = clipped_surrogate_loss(*given, clip=0.2, clip_high=0.3)
+    assert got.loss.item() == pytest.approx(-2 * 1.25 - 2 * 1.3 + 2 * 0.8)
+    assert got.clip_fraction.item() == pytest.approx(2 / 3)
+    assert clipped_surrogate_loss(*given, clip=0.2).loss.item() == pytest.approx(-2 * 1.2 - 2 * 1.2 + 2 * 0.8)
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "objective", "flows"),
     [

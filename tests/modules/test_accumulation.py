@@ -40,6 +40,7 @@ KINDS = (
     "rloo",
     "pfppo",
     "bond",
+    "jbond",
     "forward",
     "wind",
 )
@@ -87,8 +88,10 @@ def setting(kind: str, files: Path, batch_size: int) -> tuple[Any, LightningModu
     if kind == "astarpo, skipping":
         files, options = files / "picky", {"val": None, "batch_size": batch_size, **PICKY}
         options["reference_table"] = str(files / "table")
-    if kind in ("forward", "bond"):  # all of the reference's responses: what is picked of them is noise
+    if kind in ("forward", "bond", "jbond"):  # all of the reference's responses: what is picked of them is noise
         model |= {"forward_responses": None, "reference_samples": 0 if kind == "forward" else 8}
+    if kind == "jbond":  # one response a prompt is compared with those of its batch, and is not accumulated
+        model |= {"samples_per_prompt": 3}
     if kind == "wind":
         model |= {"step_size": 30.0}
     if kind == "sampled":

@@ -72,7 +72,8 @@ def test_it_is_replaced_every_k_updates_and_no_batch(files: Path, tmp_path: Path
 
 
 def test_it_is_averaged_at_every_update(files: Path, tmp_path: Path) -> None:
-    watch: Any = watched("jbond", files, tmp_path, 3, {"accumulate_grad_batches": 2}, anchor_rate=0.25)
+    several = {"accumulate_grad_batches": 2}
+    watch: Any = watched("jbond", files, tmp_path, 3, several, anchor_rate=0.25, samples_per_prompt=2)
     expected = watch.start
     for batch, anchor in enumerate(watch.anchor):
         if watch.updates[batch] > (watch.updates[batch - 1] if batch else 0):

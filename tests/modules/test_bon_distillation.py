@@ -581,7 +581,7 @@ def test_killed_and_resumed(options: dict[str, Any], kill: int, files: Path, tmp
         ({"log_ratio_floor": -3.0}, "log_ratio_floor"),
         ({"prior_samples": 3.0}, "prior_samples"),
         ({"n_range": [2, 8]}, "n_range"),
-        ({"dial_degree": 1}, "dial_degree"),
+        ({"n_range": [2, 8], "dial_degree": 1}, "dial_degree"),
         ({"data": {"value_model": "other"}}, "value_model.weights"),
     ],
     ids=readable,

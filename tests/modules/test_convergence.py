@@ -134,10 +134,12 @@ def test_vbon_reaches_best_of_n_by_the_other_divergences(divergence_kind: Any, d
 
 @pytest.mark.parametrize("estimator", ["reinforce", "clipped", "ppo"])
 def test_klrl_reaches_the_tilted_reference(estimator: Any, data: Any, tmp_path: Path) -> None:
-    several = {} if estimator == "reinforce" else {"epochs_per_rollout": 2, "minibatches": 1}
+    several: dict[str, Any] = {} if estimator == "reinforce" else {"epochs_per_rollout": 2, "minibatches": 1}
+    if estimator == "ppo":
+        several["value_clip"] = 10.0
     module = KLRL(
         data.actors, beta=BETA, samples_per_prompt=32, estimator=estimator, optimizer=adam,
-        lr_scheduler=decay, value_clip=10.0, **several,
+        lr_scheduler=decay, **several,
     )  # fmt: skip
     module.configure_model()
     before = divergence(module, data, tilted)
@@ -224,7 +226,8 @@ def expected_rewards(module: Any, data: Any) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("loss", ["dpo", "bonbon"])
 def test_pairs_raise_the_reward(loss: Any, table_data: Any, tmp_path: Path) -> None:
-    module = DPO(table_data.actors, n=N, pairs_per_prompt=32, loss=loss, beta=0.3, optimizer=adam, lr_scheduler=decay)
+    own = {"beta": 0.3} if loss == "dpo" else {}
+    module = DPO(table_data.actors, n=N, pairs_per_prompt=32, loss=loss, optimizer=adam, lr_scheduler=decay, **own)
     module.configure_model()
     reference, before, best = expected_rewards(module, table_data)
     assert before == pytest.approx(reference)

@@ -27,7 +27,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("loss_name", ["dpo", "bonbon"])
 def test_dpo_by_hand(loss_name: str, files: Path) -> None:
     data = table_data(files)
-    module, batch = prepared("dpo", data, loss=loss_name, beta=0.4, alpha=0.1), table_batch(data)
+    own = {"beta": 0.4} if loss_name == "dpo" else {"alpha": 0.1}
+    module, batch = prepared("dpo", data, loss=loss_name, **own), table_batch(data)
     rewards, reference = batch.prompts.reference_rewards, module.actors.reference
     loss, logs = module.learn(batch, rewards, 3)
     pairs = pick_groups(rewards, [0, 1, 2, 3], n=4, groups=2, seed=module.seed, stream="pick", step=3)

@@ -35,7 +35,9 @@ def trl_loss(module: Any, rollout: Rollout, old: list[list[Tensor]], norm: str, 
         for place, reward in enumerate(rewards):
             advantage = (reward - statistics.fmean(rewards)) / spread
             ratio = (live[row][place] - old[row][place]).exp()
-            surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+            surrogate = torch.minimum(
+                ratio * advantage, ratio.clamp(1 - CLIP, 1 + (module.clip_high or CLIP)) * advantage
+            )
             apart = reference[row][place] - live[row][place]
             responses.append(-surrogate + BETA * (apart.exp() - apart - 1))
     if norm == "grpo":
@@ -48,10 +50,9 @@ def trl_loss(module: Any, rollout: Rollout, old: list[list[Tensor]], norm: str, 
 @pytest.mark.parametrize("norm", ["grpo", "dr_grpo", "dapo"])
 @pytest.mark.parametrize(("scale", "later"), [(True, False), (True, True), (False, True)])
 def test_the_loss_is_the_documented_one(norm: str, scale: bool, later: bool, files: Path) -> None:
-    module, batch = set_up(
-        "grpo", files, beta=BETA, clip=CLIP, length_norm=norm, scale_rewards=scale, minibatches=1,
-        epochs_per_rollout=2 if later else 1,
-    )  # fmt: skip
+    several = {"clip": CLIP, "clip_high": 0.15, "epochs_per_rollout": 2} if later else {"epochs_per_rollout": 1}
+    options = {"length_norm": norm, "scale_rewards": scale, "minibatches": 1, **several}
+    module, batch = set_up("grpo", files, beta=BETA, **options)
     scored = module._sample(batch, 0)
     lengths = scored.completions.mask.sum(-1)
     assert lengths.min() < lengths.max()
@@ -95,10 +96,14 @@ def test_a_mean_over_tokens_is_over_those_of_all_ranks(files: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"clip_high": 0.0}, "model.clip_high must be a number > 0, got 0.0"),
         ({"beta": -0.1}, "model.beta must be a number >= 0, got -0.1"),
         ({"length_norm": "x"}, "model.length_norm must be one of grpo, dr_grpo, dapo; got 'x'"),
         ({"estimator": "ppo"}, "GRPO compares the responses to a prompt with each other, and a critic cannot"),
-        ({"samples_per_prompt": 1}, "a leave-one-out baseline needs model.samples_per_prompt >= 2, got 1"),
+        (
+            {"samples_per_prompt": 1},
+            "GRPO compares the responses to a prompt with each other: set model.samples_per_prompt, which is 1, to 2",
+        ),
     ],
 )
 def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files: Path) -> None:

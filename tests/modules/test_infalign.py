@@ -52,6 +52,23 @@ def test_the_log_is_vbons_lower_bound(files: Path) -> None:
     ours = module.target(rollout)
     assert ours.kl_coef == bound.kl_coef
     torch.testing.assert_close(ours.score.diff(dim=1), bound.score.diff(dim=1), rtol=1e-4, atol=1e-6)
+    tied = cdf.log_at_or_below > cdf.log_below
+    assert tied.any() and not tied.all()
+    for ties in ("middle", "average"):
+        other, _ = set_up("infalign", files, n=5, transform="log", ties=ties)
+        apart = other.target(rollout).score - ours.score
+        assert torch.equal(apart > 1e-4, tied), "the bound where nothing ties, and above it where something does"
+        assert apart[~tied].abs().max() < 1e-6
+
+
+def test_beta_is_that_of_the_paper_times_exp_of_minus_t(files: Path) -> None:
+    """``exp(t u)`` with the weight b has the optimum of what is computed with ``exp(-t) b``."""
+    slope, weight = 3.0, 2.0
+    module, batch = set_up("infalign", files, slope=slope, beta=math.exp(-slope) * weight)
+    rollout, _ = module._evaluate_responses(module._sample(batch, 0))
+    cdf = reward_cdf(rollout.rewards, rollout.reference_rewards)
+    ours, quantile = module.target(rollout), (cdf.log_below.exp() + cdf.log_at_or_below.exp()) / 2
+    torch.testing.assert_close(ours.score / ours.kl_coef, (slope * quantile).exp() / weight)
 
 
 def test_defaults_follow_from_n(files: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_group_needs_as_many_as_the_form(files: Path) -> None:
         ),
         ({"k": 9, "form": "plain"}, r"needs model.samples_per_prompt >= 9 for model.k=9, got 8: sample more, lower k$"),
         ({"estimator": "ppo"}, "MaxAtK compares the responses to a prompt with each other, and a critic cannot"),
-        ({"value_model": True}, "model.value_model is on, but none is named"),
+        ({"value_model": True}, "MaxAtK has no use for a value model: set model.value_model to false"),
     ],
 )
 def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files: Path) -> None:

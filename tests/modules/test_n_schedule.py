@@ -1,7 +1,8 @@
-"""N that grows: a function of the batches seen, the same for a rollout and an accumulated update, and told of."""
+"""N that grows: a function of the updates made, the same for a rollout and an accumulated update, and told of."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.one_update import set_up
 from tests.modules.setting import make_data, make_files, make_module, make_trainer
+from tests.modules.test_policy_gradient import Record
 from vbon_lightning import VBoN
 from vbon_lightning.modules import NSchedule
 
@@ -23,32 +25,32 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("files"))
 
 
-def way(module: Any, batches: int) -> list[float]:
-    """Return N in the training step of each batch."""
-    found = []
-    for seen in range(1, batches + 1):  # a step has counted its batch
-        module.batches_seen = seen
-        found.append(module.current_n)
-    return found
+def way(files: Path, directory: Path, batches: int, *, accumulated: int = 1, **options: Any) -> list[float]:
+    """Return N as each of so many batches, five an epoch, logs it."""
+    data, record = make_data(files, val=None, batch_size=2), Record()
+    module = make_module("annealed", data, **({"n": 6.0, "n_schedule": LINEAR} | options))
+    trainer = make_trainer(
+        directory, callbacks=[record], steps=-1, max_epochs=2, enable_checkpointing=False,
+        accumulate_grad_batches=accumulated,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return [logged.get("n", math.nan) for logged in record.logged[:batches]]
 
 
-def test_n_follows_from_the_batches_seen(files: Path) -> None:
-    module: Any = make_module("annealed", make_data(files), n=6.0, n_schedule=LINEAR)
-    assert module.current_n == 2.0, "before the first batch too"
-    assert way(module, 7) == [2.0, 3.0, 4.0, 5.0, 6.0, 6.0, 6.0]
-    assert way(make_module("annealed", make_data(files), n=6.0, n_schedule=None), 3) == [6.0] * 3
+def test_n_counts_updates_also_that_of_what_an_epoch_leaves(files: Path, tmp_path: Path) -> None:
+    found = way(files, tmp_path, 10, accumulated=2)
+    assert found == [2.0, 2.0, 3.0, 3.0, 4.0, 5.0, 5.0, 6.0, 6.0, 6.0], "the fifth batch is an update by itself"
 
 
-def test_n_is_one_for_all_updates_on_a_rollout(files: Path) -> None:
-    several = {"estimator": "clipped", "epochs_per_rollout": 3}
-    module: Any = make_module("annealed", make_data(files), n=6.0, n_schedule=LINEAR, **several)
-    assert way(module, 9) == [2.0] * 3 + [5.0] * 3 + [6.0] * 3
-
-
-def test_n_counts_updates_and_not_the_batches_of_one(files: Path) -> None:
-    module: Any = make_module("annealed", make_data(files), n=6.0, n_schedule=LINEAR)
-    attach(module, FakeTrainer(accumulate_grad_batches=2))
-    assert way(module, 9) == [2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0, 6.0]
+def test_n_is_one_for_all_updates_on_a_rollout(files: Path, tmp_path: Path) -> None:
+    found = way(files, tmp_path, 9, estimator="clipped", epochs_per_rollout=3)
+    assert found[::3] == [2.0, 5.0, 6.0], "logged with the rollout"
+    module, batch = set_up("annealed", files, n=6.0, n_schedule=LINEAR)
+    module._sample(batch, 0)
+    module.updates = 2
+    assert module.current_n == 2.0
+    module._sample(batch, 1)
+    assert module.current_n == 4.0
 
 
 def test_the_target_is_that_of_the_current_n(files: Path) -> None:
@@ -56,12 +58,12 @@ def test_the_target_is_that_of_the_current_n(files: Path) -> None:
     other, _ = set_up("vbon", files, n=4.0)
     last, _ = set_up("vbon", files, n=6.0)
     rollout, _ = module._evaluate_responses(module._sample(batch, 0))
-    module.batches_seen = 3
-    for fixed in (other, last):  # 4 at the third batch, 6 in the end
+    module._updates_before = 2
+    for fixed in (other, last):  # 4 after two updates, 6 in the end
         found, expected = module.target(rollout), fixed.target(rollout)
         assert found.kl_coef == expected.kl_coef
         assert torch.equal(found.score, expected.score)
-        module.batches_seen = 50
+        module._updates_before = 50
 
 
 def test_a_value_model_hears_the_current_n(files: Path) -> None:
@@ -70,14 +72,12 @@ def test_a_value_model_hears_the_current_n(files: Path) -> None:
         log_cdf=lambda prompts, rewards: torch.zeros(2, 3), bon_log_weights=lambda log_cdf, n: torch.full((2, 2), n)
     )
     module.actors = SimpleNamespace(value=scorer)
-    module.batches_seen = 2
+    module._updates_before = 1
     weights = module.bin_log_weights(SimpleNamespace(prompts=None, reference_rewards=1, reference_log_cdf=None))
     assert weights.tolist() == [[3.0, 3.0]] * 2
 
 
 def test_n_is_logged_and_the_final_one_is_what_the_export_says(files: Path, tmp_path: Path) -> None:
-    from tests.modules.test_policy_gradient import Record
-
     data, record = make_data(files, val=None), Record()
     module = make_module("annealed", data, n=6.0, n_schedule=LINEAR)
     make_trainer(tmp_path, record, steps=6).fit(module, data)
@@ -88,16 +88,17 @@ def test_n_is_logged_and_the_final_one_is_what_the_export_says(files: Path, tmp_
     assert (loaded.n, loaded.n_schedule) == (6.0, LINEAR)
 
 
-def test_a_training_that_ends_before_its_n_warns(files: Path) -> None:
-    module: Any = make_module("annealed", make_data(files), n=6.0, n_schedule=LINEAR)
-    attach(module, FakeTrainer(max_steps=3))
-    with pytest.warns(UserWarning, match="the last update is of n = 4, not of model.n = 6"):
-        module.setup("fit")
+@pytest.mark.parametrize("limit", [{"steps": 3}, {"steps": -1, "max_epochs": 1, "limit_train_batches": 3}], ids=str)
+def test_a_training_that_ends_before_its_n_warns(limit: dict[str, int], files: Path, tmp_path: Path) -> None:
+    data = make_data(files, val=None, batch_size=2)
+    module: Any = make_module("annealed", data, n=6.0, n_schedule=LINEAR)
+    with pytest.warns(UserWarning, match="the training after 3 .*: the last update is of n = 4, not of model.n = 6"):
+        make_trainer(tmp_path, callbacks=[], enable_checkpointing=False, **limit).fit(module, data)
 
 
-@pytest.mark.parametrize("max_steps", [4, -1])
-def test_a_training_that_is_long_enough_does_not(max_steps: int, recwarn: pytest.WarningsRecorder) -> None:
-    LINEAR.check_length(6.0, max_steps)
+@pytest.mark.parametrize("updates", [4, -1, math.inf])
+def test_a_training_that_is_long_enough_does_not(updates: float, recwarn: pytest.WarningsRecorder) -> None:
+    LINEAR.check_length(6.0, updates)
     assert not recwarn.list
 
 

@@ -143,9 +143,10 @@ OF_AN_UPDATE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "GRPO, scale_rewards": ("grpo", {}, {"scale_rewards": False}),
     "GRPO, length_norm": ("grpo", {}, {"length_norm": "grpo"}),
     "GRPO, length_norm dr_grpo": ("grpo", {}, {"length_norm": "dr_grpo"}),
+    "GRPO, clip_high": ("grpo", {"clip": 0.02}, {"clip_high": 0.3}),
     "GRPO, kl_estimator": ("grpo", {}, {"kl_estimator": "rao_blackwell"}),
     "RLOO, beta": ("rloo", {}, {"beta": 0.5}),
-    "RLOO, kl_estimator": ("rloo", {}, {"kl_estimator": "sampled"}),
+    "RLOO, kl_estimator": ("rloo", {}, {"kl_estimator": "k3"}),
     "PF-PPO, filter": ("pfppo", {}, {"filter": "best_worst"}),
     "PF-PPO, filter best": ("pfppo", {}, {"filter": "best"}),
     "PF-PPO, draws": ("pfppo", {}, {"draws": 1}),
@@ -161,7 +162,7 @@ def updated(kind: str, files: Path, options: dict[str, Any]) -> Tensor:
     module = prepared(kind, data, **(online | options))
     batch = data._collate_prompts([(i, True, row) for i, row in enumerate(data.prompts("train")[:4])])
     if module.updates_per_rollout == 1:
-        module.batches_seen = 2
+        module.batches_seen = module.updates = 2
         loss = module._on_policy_update(module._sample(batch, 1))[0]
     else:
         experience = module._collect(module._sample(batch, 0))[0]

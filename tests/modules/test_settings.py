@@ -70,8 +70,8 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     | {"n": 4.0, "procedure": "best_of_n", "transform": "exp", "slope": None, "beta": 0.1}
     | {"ties": "middle", "cdf_estimator": "jeffreys"},
     MaxAtK: ONLINE | {"k": 4, "beta": 0.1, "form": "centred"},
-    GRPO: ONLINE | GROUPED | {"beta": 0.04, "scale_rewards": True, "length_norm": "grpo"},
-    RLOO: ONLINE | {"beta": 0.1, "kl_estimator": "k3"},
+    GRPO: ONLINE | GROUPED | {"beta": 0.04, "scale_rewards": True, "length_norm": "grpo", "clip_high": None},
+    RLOO: ONLINE | {"beta": 0.1, "kl_estimator": "sampled"},
     PFPPO: ONLINE
     | {"beta": 0.1, "filter": "best_random", "draws": None}
     | {"estimator": "clipped", "kl_estimator": "sampled"},
@@ -118,9 +118,6 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
             "epochs_per_rollout": 3,
             "minibatches": 2,
             "clip": 0.1,
-            "value_clip": 0.3,
-            "value_coef": 0.0,
-            "gae_lambda": 0.0,
             "normalise": True,
             "reference_samples": 16,
             "value_model": False,
@@ -129,6 +126,7 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
     ),
     (KLRL, {"beta": 0.5, "value_model": True, "value_lambda": 0.0, "samples_per_prompt": 1}),
     (KLRL, {"estimator": "ppo", "samples_per_prompt": 1, "gae_lambda": 1.0}),
+    (KLRL, {"estimator": "ppo", "minibatches": 2, "value_clip": 0.3, "value_coef": 0.0, "gae_lambda": 0.0}),
     (KLRL, {"samples_per_prompt": 2, "value_model": False}),
     (VBoN, {"n": 2.5, "bound": "exact", "cdf_estimator": "digamma", "log_ratio_floor": -0.5, "prior_samples": 2.0}),
     (VBoN, {"bound": "untied"}),
@@ -140,9 +138,12 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
         InfAlignCTRL,
         {"n": 2.5, "procedure": "worst_of_n", "slope": 3.0, "beta": 0.2, "ties": "average", "cdf_estimator": "digamma"},
     ),
-    (MaxAtK, {"k": 2, "beta": 0.0, "form": "plain", "estimator": "clipped", "kl_estimator": "prefix_baseline"}),
+    (MaxAtK, {"k": 2, "beta": 0.0, "form": "plain", "estimator": "clipped"}),
+    (MaxAtK, {"kl_estimator": "prefix_baseline"}),
+    (MaxAtK, {"beta": 0.0, "kl_estimator": "sampled", "normalise": True}),
     (GRPO, {"beta": 0.0, "scale_rewards": False, "length_norm": "dapo", "estimator": "reinforce", "seed": 3}),
-    (RLOO, {"beta": 0.5, "estimator": "clipped", "kl_estimator": "sampled", "minibatches": 2}),
+    (GRPO, {"clip_high": 0.28, "epochs_per_rollout": 2}),
+    (RLOO, {"beta": 0.5, "estimator": "clipped", "kl_estimator": "k3", "minibatches": 2}),
     (PFPPO, {"beta": 0.5, "filter": "best", "draws": 3, "kl_estimator": "rao_blackwell", "epochs_per_rollout": 2}),
     (VBoN, {"divergence": "jeffreys", "jeffreys_weight": 0.25, "forward_responses": None}),
     (VBoN, {"divergence": "forward", "forward_responses": 1, "value_model": False}),
@@ -153,8 +154,9 @@ CHANGES: list[tuple[type, dict[str, Any]]] = [
     (JBOND, {"anchor_every": 5, "anchor_rate": 0.0, "samples_per_prompt": 4, "forward_responses": None}),
     (WIND, {"beta": 0.5, "step_size": 2.0, "fit": "nce", "samples_per_prompt": 3, "anchor_every": 1}),
     (BoNSFT, {"n": 2, "responses_per_prompt": 1, "selection": "groups", "seed": 3}),
-    (DPO, {"n": 2, "beta": 0.01, "pairs_per_prompt": 1, "loss": "bonbon", "alpha": 0.0, "seed": 3}),
-    (DPO, {"alpha": 1.0}),
+    (DPO, {"n": 2, "beta": 0.01, "pairs_per_prompt": 1, "seed": 3}),
+    (DPO, {"loss": "bonbon", "alpha": 0.0}),
+    (DPO, {"loss": "bonbon", "alpha": 1.0}),
     (
         BoNDistillation,
         {
@@ -224,6 +226,41 @@ def test_options_that_are_not_recorded_are_kept() -> None:
     assert RewardModelling(spec(), objective="preference").labels == ["REWARD"]
 
 
+_FORWARD = {"divergence": "forward"}
+_ONE_UPDATE = "model.epochs_per_rollout=1 and model.minibatches=1"
+# Options that nothing reads beside those that they come with.
+UNUSED: list[tuple[type, str, str, dict[str, Any]]] = [
+    *[
+        (cls, name, "model.divergence=forward", _FORWARD | {name: value})
+        for cls in (VBoN, BOND)
+        for name, value in (
+            ("bound", "lower"),
+            ("cdf_estimator", "laplace"),
+            ("log_ratio_floor", -4.0),
+            ("prior_samples", 2.0),
+            ("estimator", "clipped"),
+            ("kl_estimator", "sampled"),
+            ("jeffreys_weight", 0.4),
+        )
+    ],
+    (BOND, "second_term", "model.divergence=forward", _FORWARD | {"second_term": False}),
+    (VBoN, "jeffreys_weight", "model.divergence=backward", {"jeffreys_weight": 0.4}),
+    (BOND, "forward_responses", "model.divergence=backward", {"divergence": "backward", "forward_responses": None}),
+    (JBOND, "forward_responses", "model.jeffreys_weight=1", {"jeffreys_weight": 1.0, "forward_responses": 4}),
+    (KLRL, "clip", "model.estimator=reinforce", {"clip": 0.1}),
+    *[
+        (KLRL, name, "model.estimator=clipped", {"estimator": "clipped", "minibatches": 2, name: 0.5})
+        for name in ("value_clip", "value_coef", "gae_lambda")
+    ],
+    *[(KLRL, name, _ONE_UPDATE, {"estimator": "ppo", name: 0.1}) for name in ("clip", "value_clip")],
+    *[(GRPO, name, _ONE_UPDATE, {name: 0.1}) for name in ("clip", "clip_high")],
+    (GRPO, "kl_estimator", "model.beta=0", {"beta": 0.0, "kl_estimator": "rao_blackwell"}),
+    (MaxAtK, "kl_estimator", "model.beta=0", {"beta": 0.0, "kl_estimator": "k3"}),
+    (DPO, "beta", "model.loss=bonbon", {"loss": "bonbon", "beta": 0.2}),
+    (DPO, "alpha", "model.loss=dpo", {"alpha": 0.5}),
+    (BoNDistillation, "dial_degree", "model.n_range=null", {"dial_degree": 3}),
+    (RewardModelling, "centre", "model.objective=classification", {"centre": 0.1}),
+]
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (VBoN, {"n": 1.0}, "model.n must be a number > 1 (Best-of-1 is the reference itself), got 1.0"),
     (VBoN, {"n": float("inf")}, "model.n must be a number > 1 (Best-of-1 is the reference itself), got inf"),
@@ -257,6 +294,10 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (KLRL, {"minibatches": 0}, "model.epochs_per_rollout and model.minibatches must be >= 1, got 1, 0"),
     (KLRL, {"epochs_per_rollout": 2}, "REINFORCE is unbiased for one update a rollout only"),
     (KLRL, {"minibatches": 2}, "REINFORCE is unbiased for one update a rollout only"),
+    *[
+        (cls, options, f"model.{name}={options[name]} has no effect with {why}: leave it out, or set that otherwise")
+        for cls, name, why, options in UNUSED
+    ],
     (KLRL, {"samples_per_prompt": 1, "value_model": False}, "a leave-one-out baseline needs model.samples_per_prompt"),
     (KLRL, {"value_model": True, "estimator": "ppo"}, "advantages from a value model stand on model.kl_estimator=rao"),
     (KLRL, {"value_model": True, "kl_estimator": "sampled"}, "advantages from a value model stand on model.kl_estim"),
@@ -296,6 +337,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         for cls, name in ((QRPO, "beta"), (AStarPO, "beta1"), (AStarPO, "beta2"))
         for wrong in (0.0, True, float("inf"), float("nan"))
     ],
+    (QRPO, {"beta": 1e-9}, "model.beta=1e-09 asks for log-ratios of up to 1.0e+09 nats, whose hundredths float32"),
     (QRPO, {"ties": "x"}, "model.ties must be one of exact, upper, mid; got 'x'"),
     *[
         (cls, {"responses": "x"}, "model.responses must be one of table, policy; got 'x'")

@@ -16,7 +16,7 @@ CURVES = {
 """Titles of charts and what they show, as it is named behind ``train/`` and ``val/``; regular expressions."""
 
 LOSSES = {
-    "loss, training": "train/(loss|nll|objective)",
+    "loss, training": "train/(loss|nll|objective|penalised_score)",
     "loss, validation": "val/(loss|nll)",
     "accuracy": "(train|val)/accuracy",
 }

@@ -54,7 +54,8 @@ def infalign_target(
       value, so that no t overflows; the weight of the KL that belongs to ``exp(t u)`` itself is ``exp(t) beta``;
     - ``exp`` with a negative slope, for worst-of-N: ``-exp(t u)``, its mirror image: steep at the bottom;
     - ``log``: ``log u``, which with beta = 1 / (N - 1) and ``ties="below"`` is the lower bound of variational
-      Best-of-N (:func:`vbon_target`), up to a constant that no gradient sees.
+      Best-of-N (:func:`vbon_target`), up to a constant that no gradient sees. With the other ``ties`` it is so where
+      ``F_lt = F_le``, and above it elsewhere.
 
     Balashankar, Sun, Berant, Eisenstein, Collins, Hutter, Lee, Nagpal, Prost, Sinha, Suresh and Beirami, "InfAlign:
     Inference-aware language model alignment", 2025, https://arxiv.org/abs/2412.19792.

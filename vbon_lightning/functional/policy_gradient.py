@@ -172,7 +172,13 @@ class SurrogateLoss(NamedTuple):
 
 
 def clipped_surrogate_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
 ) -> SurrogateLoss:
     """Compute PPO's clipped surrogate, ``-mean_i sum_t min(rho A, clip(rho, 1 - c, 1 + c) A)``.
 
@@ -185,21 +191,25 @@ def clipped_surrogate_loss(
         advantages: ``[B, G]`` or ``[B, G, T]``; no gradient flows through them.
         mask: ``[B, G, T]`` bool, True on response tokens.
         clip: c, greater than 0.
+        clip_high: another c for the upper end, greater than 0, as DAPO has it, https://arxiv.org/abs/2503.14476: a
+            larger one lets unlikely tokens rise. None for the same.
 
     Returns:
         :class:`SurrogateLoss` of scalars; the loss is summed over tokens and averaged over responses.
 
     Raises:
         TypeError: on a wrong dtype.
-        ValueError: if the shapes do not fit or ``clip <= 0``.
+        ValueError: if the shapes do not fit, or ``clip`` or ``clip_high`` is not positive.
     """
     _check_tokens(mask, log_probs=log_probs, old_log_probs=old_log_probs)
     check_real("clip", clip, above=0.0)
+    clip_high = clip if clip_high is None else clip_high
+    check_real("clip_high", clip_high, above=0.0)
     advantages = _token_advantages(advantages, mask)
     log_ratio = masked(log_probs - old_log_probs.detach(), mask)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip_high) * advantages
     with torch.no_grad():
         count = mask.sum().clamp(min=1)
         clip_fraction = (masked(clipped, mask) < masked(unclipped, mask)).sum() / count

@@ -25,7 +25,8 @@ class AStarPO(LogRatioRegression):
         actors: The policy, reference and reward, as the data module names them.
         beta1: Temperature of V*, > 0; ``beta2`` by default, at which the loss is zero at the optimum. A larger one is
             less noisy where M is small.
-        beta2: Weight of the KL to the reference, > 0, in units of reward a nat.
+        beta2: Weight of the KL to the reference, > 0, in units of reward a nat. Below some 1e-5 of what rewards differ
+            by, float32 does not hold the goals.
         responses_per_prompt: Responses a prompt and step.
         **kwargs: What :class:`~vbon_lightning.modules.offline.FromTable` takes.
     """

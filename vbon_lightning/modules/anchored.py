@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from vbon_lightning.actors import ActorSpec, average_anchor, make_anchor, replace_anchor
@@ -47,8 +46,6 @@ class Anchored(AlignmentModule):
         check_anchor(anchor_every, anchor_rate)
         self.anchor_every, self.anchor_rate = anchor_every, anchor_rate
         self.anchor: PreTrainedModel | None = None
-        self.updates = 0
-        """Optimizer steps since the start of training, earlier runs included, where the anchor moves."""
 
     @property
     def anchor_moves(self) -> bool:
@@ -105,18 +102,12 @@ class Anchored(AlignmentModule):
         """Return a batch of training without a table's rewards, where these are not the anchor's."""
         return batch._replace(reference_rewards=None) if self.anchor_moves else batch
 
-    def configure_optimizers(self) -> Any:
-        """Have the anchor follow each step of the optimizer."""
-        configured = super().configure_optimizers()
-        if self.anchor_moves:
-            optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-            optimizer.register_step_post_hook(self._follow)
-        return configured
-
-    def _follow(self, *_: Any) -> None:
-        assert self.anchor is not None
+    def after_update(self) -> None:
+        """Also have the anchor follow."""
+        super().after_update()
+        if self.anchor is None:
+            return
         assert self.policy is not None
-        self.updates += 1
         if self.anchor_rate:
             average_anchor(self.anchor, self.policy, self.anchor_rate)
         elif self.updates % self.anchor_every == 0:
@@ -142,18 +133,6 @@ class Anchored(AlignmentModule):
             given = {name: value for name, value in state_dict.items() if name in own or not name.startswith("anchor.")}
             state_dict = own | given
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also keep how many updates the anchor has seen."""
-        super().on_save_checkpoint(checkpoint)
-        if self.anchor_moves:
-            checkpoint["vbon_lightning"]["updates"] = self.updates
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also go on where the anchor was in its stage."""
-        super().on_load_checkpoint(checkpoint)
-        if self.resuming and self.anchor_moves:
-            self.updates = checkpoint["vbon_lightning"]["updates"]
 
 
 def check_anchor(anchor_every: int, anchor_rate: float) -> None:

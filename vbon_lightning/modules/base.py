@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,6 +85,8 @@ class AlignmentModule(LightningModule):
         self.policy: PreTrainedModel | None = None
         self.batches_seen = 0
         """Training batches dealt to this rank since the start of training, earlier runs included."""
+        self.updates = 0
+        """Steps of the optimizer since the start of training, earlier runs included."""
         self.last_rollout: Rollout | None = None
         """What the last training step sampled, to name a response where the loss is not finite."""
         self._weights: list[Tensor | float] = []
@@ -222,6 +225,8 @@ class AlignmentModule(LightningModule):
             settings["lr_scheduler"] = {"class": type(scheduler).__name__, **plain(scheduler.state_dict())}
         self._optimizer_settings = settings
         self._check_optimizer()
+        # Not a quotient of the batches: an epoch's end makes an update of what it leaves.
+        optimizer.register_step_post_hook(lambda *_: self.after_update())
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -235,6 +240,10 @@ class AlignmentModule(LightningModule):
             watched = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "reduce_on_plateau": True}
             return {"optimizer": optimizer, "lr_scheduler": watched}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def after_update(self) -> None:
+        """Count a step of the optimizer."""
+        self.updates += 1
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count a batch for the update that it belongs to: all weigh the same, unless a step says otherwise."""
@@ -356,6 +365,7 @@ class AlignmentModule(LightningModule):
             "trainer": self._trainer_settings(),
             "optimizer": self._optimizer_settings,
             "batches_seen": self.batches_seen,
+            "updates": self.updates,
             "random_state": torch.get_rng_state(),
         }
 
@@ -403,6 +413,8 @@ class AlignmentModule(LightningModule):
         self._resumed_optimizer_settings = state["optimizer"]
         self._check_optimizer()
         self.batches_seen = state["batches_seen"]
+        # Older checkpoints leave the count to Lightning.
+        self.updates = state["updates"] if "updates" in state else checkpoint["global_step"]
         torch.set_rng_state(state["random_state"].cpu())
 
     def _checkpoint_name(self) -> str:
@@ -461,6 +473,24 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     """Refuse a value that is none of those there are."""
     if value not in known:
         raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def check_unused(method: type, why: str, **options: Any) -> None:
+    """Refuse options that are not what they are by default where nothing reads them.
+
+    Args:
+        method: The module's class, whose defaults count, its own and those it inherits.
+        why: The options that leave them without effect, as ``model.NAME=VALUE``.
+        **options: Their values, by name.
+
+    Raises:
+        ValueError: Naming the option and those that leave it without effect.
+    """
+    taken = [inspect.signature(vars(cls)["__init__"]).parameters for cls in method.__mro__ if "__init__" in vars(cls)]
+    for name, value in options.items():
+        default = next(parameters[name].default for parameters in taken if name in parameters)
+        if value != default:
+            raise ValueError(f"model.{name}={value} has no effect with {why}: leave it out, or set that otherwise")
 
 
 def check_not_negative(name: str, value: float) -> None:

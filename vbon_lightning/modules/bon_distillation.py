@@ -12,7 +12,13 @@ from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import reward_cdf
 from vbon_lightning.functional.best_of_n import bon_log_ratio
 from vbon_lightning.models import TiltedLM
-from vbon_lightning.modules.base import check_above_one, check_choice, check_log_ratio_floor, check_not_negative
+from vbon_lightning.modules.base import (
+    check_above_one,
+    check_choice,
+    check_log_ratio_floor,
+    check_not_negative,
+    check_unused,
+)
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import noise_seed, pick_some, pick_weighted, prompt_noise
 from vbon_lightning.sampling.distilling import CandidateRequest, distil
@@ -78,6 +84,8 @@ class BoNDistillation(OfflineBestOfN):
         if n_range is not None and not (len(n_range) == 2 and 1 < n_range[0] < n_range[1] < math.inf):
             raise ValueError(f"model.n_range must be two numbers, 1 < least < most, got {n_range}")
         check_at_least_one("dial_degree", dial_degree)
+        if n_range is None:
+            check_unused(type(self), "model.n_range=null", dial_degree=dial_degree)
         check_at_least_one("responses_per_prompt", responses_per_prompt)
         if top < 0 or draws < 0 or top + draws < 2:
             raise ValueError(f"model.top and model.draws must together name at least 2 candidates, got {top}, {draws}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RewardCDF, Target, bond_target
+from vbon_lightning.modules.base import check_unused
 from vbon_lightning.modules.forward_term import Divergence
 from vbon_lightning.modules.vbon import VBoN
 
@@ -51,6 +52,8 @@ class BOND(VBoN):
                 "model.log_ratio_floor ends the tail of the exact log-ratio: leave it out, or set model.second_term to "
                 "true"
             )
+        if divergence == "forward":
+            check_unused(type(self), "model.divergence=forward", second_term=second_term)
         self.second_term = second_term
         super().__init__(
             actors,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import bonbon_gap, bonbon_loss, dpo_loss, sequence_log_prob
-from vbon_lightning.modules.base import check_choice, check_positive
+from vbon_lightning.modules.base import check_choice, check_positive, check_unused
 from vbon_lightning.modules.offline import OfflineBestOfN, check_at_least_one, select_responses
 from vbon_lightning.sampling import pick_groups, response_statistics
 from vbon_lightning.types import TableBatch
@@ -54,6 +54,10 @@ class DPO(OfflineBestOfN):
         check_choice("loss", loss, get_args(Loss))
         if not 0 <= alpha <= 1:
             raise ValueError(f"model.alpha must be in [0, 1], got {alpha}")
+        if loss == "bonbon":
+            check_unused(type(self), "model.loss=bonbon", beta=beta)
+        else:
+            check_unused(type(self), f"model.loss={loss}", alpha=alpha)
         self.beta, self.pairs_per_prompt, self.loss, self.alpha = beta, pairs_per_prompt, loss, alpha
         self.record_settings(n=n, beta=beta, pairs_per_prompt=pairs_per_prompt, loss=loss, alpha=alpha)
 

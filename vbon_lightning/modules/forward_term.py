@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, bon_cross_entropy, sequence_log_prob
-from vbon_lightning.modules.base import check_choice
+from vbon_lightning.modules.base import check_choice, check_unused
 from vbon_lightning.modules.offline import check_at_least_one, select_responses
 from vbon_lightning.modules.policy_gradient import ExtraLoss, PolicyGradient
 from vbon_lightning.sampling import pick_best, response_log_probs
@@ -24,7 +24,8 @@ class ForwardTerm(PolicyGradient):
     backward KL, and the N of Best-of-N. The forward KL is, up to a constant, the cross-entropy
     :func:`~vbon_lightning.functional.bon_cross_entropy` on the reference's (or the anchor's) responses, of the table or
     fresh ones: unbiased, with exact weights. In a mixture they run in the same pass as the policy's own responses. The
-    forward KL alone samples nothing from the policy and asks for no reward but theirs.
+    forward KL alone samples nothing from the policy and asks for no reward but theirs: what says how to estimate the
+    backward KL's gradient, or its target, is refused.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
@@ -62,6 +63,13 @@ class ForwardTerm(PolicyGradient):
                 "model.divergence=forward learns from the reference's responses alone: leave out "
                 "model.epochs_per_rollout, model.minibatches and model.value_model"
             )
+        why = f"model.divergence={divergence}"
+        if divergence != "jeffreys":
+            check_unused(type(self), why, jeffreys_weight=jeffreys_weight)
+        if divergence == "backward":
+            check_unused(type(self), why, forward_responses=forward_responses)
+        if divergence == "forward":
+            check_unused(type(self), why, estimator=self.estimator, kl_estimator=self.kl_estimator)
         self.divergence, self.forward_responses = divergence, forward_responses
         self.backward_weight = {"backward": 1.0, "forward": 0.0, "jeffreys": jeffreys_weight}[divergence]
 

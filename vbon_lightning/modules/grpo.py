@@ -14,7 +14,7 @@ from vbon_lightning.functional import (
     kl_rl_target,
     length_weights,
 )
-from vbon_lightning.modules.base import check_choice, check_not_negative
+from vbon_lightning.modules.base import check_choice, check_not_negative, check_positive, check_unused
 from vbon_lightning.modules.policy_gradient import KLEstimator, PolicyGradient
 from vbon_lightning.types import Rollout
 
@@ -28,13 +28,21 @@ class GRPO(PolicyGradient):
     ``GRPOTrainer`` with ``loss_type`` and ``scale_rewards`` set alike, token by token importance ratios, and gradients
     of the same loss.
 
+    The defaults are the paper's: its beta, one update a rollout, ``length_norm: grpo`` (it samples 64 responses a
+    prompt). Its successors are options. "Dr. GRPO" (Liu and others, "Understanding R1-Zero-Like Training: A Critical
+    Perspective", 2025, arXiv 2503.20783) is ``scale_rewards: false`` and ``length_norm: dr_grpo``. Of DAPO (Yu and
+    others, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 2025, arXiv 2503.14476) there are the
+    mean over tokens, ``length_norm: dapo``, the upper clip range, ``clip_high: 0.28``, and ``beta: 0``; not its
+    sampling until a prompt's rewards differ, nor its reward for overlong responses. Of TRL's trainer there are no
+    ratios of whole responses (GSPO), no ``scale_rewards: batch``, no two-sided clip (``delta``) and no mask of
+    truncated responses.
+
     What is biased about it, in TRL as here: the division by the spread weighs prompts by its inverse and counts the
     KL's weight in units of it, so that its optimum is not ``ref exp(r / beta)``; the mean that holds the sample itself
     shrinks advantages by (G - 1)/G; ``grpo`` punishes long wrong responses less a token than short ones; and the
     gradient of k3 as a loss is that of KL(reference || policy) at the sampled prefixes. ``scale_rewards: false``,
-    ``length_norm: dr_grpo`` ("Dr. GRPO": Liu and others, "Understanding R1-Zero-Like Training: A Critical Perspective",
-    2025) and ``kl_estimator: rao_blackwell`` take these away one by one; :class:`~vbon_lightning.modules.kl_rl.KLRL`
-    has none.
+    ``length_norm: dr_grpo`` and ``kl_estimator: rao_blackwell`` take these away one by one;
+    :class:`~vbon_lightning.modules.kl_rl.KLRL` has none.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
@@ -42,6 +50,8 @@ class GRPO(PolicyGradient):
         scale_rewards: Divide by the standard deviation of the group (TRL's ``scale_rewards: group``, or ``none``).
         length_norm: What a response counts: ``grpo`` (the mean over its tokens), ``dr_grpo`` (their sum over
             ``data.max_new_tokens``) or ``dapo`` (the mean over all tokens of the update, on all ranks).
+        clip_high: Clip range of the probability ratio at its upper end, for several updates a rollout; ``clip`` by
+            default.
         estimator: ``clipped``, or ``reinforce``, the same for one update a rollout.
         kl_estimator: ``k3``, or one of :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient`'s others.
         **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes, but for a critic.
@@ -49,6 +59,7 @@ class GRPO(PolicyGradient):
 
     reads_value_model = False
     compares_group = True
+    follows_target = False
 
     def __init__(
         self,
@@ -56,16 +67,23 @@ class GRPO(PolicyGradient):
         beta: float = 0.04,
         scale_rewards: bool = True,
         length_norm: LengthNorm = "grpo",
+        clip_high: float | None = None,
         estimator: Literal["reinforce", "clipped"] = "clipped",
         kl_estimator: KLEstimator = "k3",
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, estimator=estimator, kl_estimator=kl_estimator, **kwargs)
         check_not_negative("beta", beta)
+        if beta == 0 and not self.normalise:  # which needs one of them
+            check_unused(type(self), "model.beta=0", kl_estimator=self.kl_estimator)
         check_choice("length_norm", length_norm, get_args(LengthNorm))
-        self.beta, self.scale_rewards, self.length_norm = beta, scale_rewards, length_norm
+        if clip_high is not None:
+            check_positive("clip_high", clip_high)
+        if self.updates_per_rollout == 1:
+            check_unused(type(self), "model.epochs_per_rollout=1 and model.minibatches=1", clip_high=clip_high)
+        self.beta, self.scale_rewards, self.length_norm, self.clip_high = beta, scale_rewards, length_norm, clip_high
         self.mean_over = "tokens" if length_norm == "dapo" else "responses"
-        self.record_settings(beta=beta, scale_rewards=scale_rewards, length_norm=length_norm)
+        self.record_settings(beta=beta, scale_rewards=scale_rewards, length_norm=length_norm, clip_high=clip_high)
 
     def target(self, rollout: Rollout) -> Target:
         """Return the rewards and the KL's weight beta."""

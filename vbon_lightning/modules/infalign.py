@@ -38,12 +38,15 @@ class InfAlignCTRL(PolicyGradient):
         actors: The policy, reference and reward, as the data module names them.
         n: N of what decodes, any real number > 1.
         procedure: ``best_of_n``, or ``worst_of_n`` for a policy whose worst of N responses is to be good.
-        transform: ``exp`` of the quantile, scaled to lie between 0 and 1 in size, or ``log``, which with
-            beta = 1/(n - 1) is vBoN's lower bound (``best_of_n``).
+        transform: ``exp``: ``exp(-t (1 - u))``, the paper's ``exp(t u)`` in units of its largest value, or
+            ``-exp(-t u)`` for ``worst_of_n``; or ``log``: ``log u``, for ``best_of_n``. With ``ties: below`` and
+            beta = 1/(n - 1) the latter is vBoN's lower bound, with the others where no reward ties with one of the
+            reference's.
         slope: t of ``exp``, > 0; 2n - 1 by default, the slope that the win rate of Best-of-n over Best-of-n has at the
             reference (:func:`~vbon_lightning.functional.infalign_slope`).
         beta: Weight of the KL, > 0, in units of the transformed quantile a nat; 1/(n - 1) by default for ``log``, else
-            0.1.
+            0.1. Of ``best_of_n`` with ``exp`` it is ``exp(-t)`` times the weight that belongs to ``exp(t u)`` itself:
+            0.1 at t = 7 stands for 110 there, and that paper's 1 for 0.0009 here.
         ties: Which quantile a reward has that several of the reference's tie with: ``middle`` of the tie, ``average``
             of the transform over it, or ``below`` it.
         cdf_estimator: How the distribution function is estimated from M rewards, as in

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import Target, cost_to_go, j_bond_rewards, leave_one_out_of_all
-from vbon_lightning.modules.base import check_not_negative
+from vbon_lightning.modules.base import check_not_negative, check_unused
 from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.types import Rollout
 
@@ -21,8 +22,9 @@ class JBOND(ForwardTerm):
     ``-log 16`` for responses that lose to both, with the KL to the anchor exact over the vocabulary where the authors
     sample it. The anchor moves by ``anchor <- (1 - rate) anchor + rate policy`` after each update. Of more than two of
     the anchor's responses all pairs count; with one of the policy's the baseline is the mean over the rest of the
-    batch, with more their siblings'. A tie is no loss: rewards of 0 and 1 say little to it. Sessa, Dadashi, Hussenot et
-    al., "BOND: Aligning LLMs with Best-of-N Distillation", 2024, Algorithm 2; https://arxiv.org/abs/2407.14622.
+    (mini)batch on all ranks, which then needs two prompts and is not accumulated, with more their siblings'. A tie is
+    no loss: rewards of 0 and 1 say little to it. Sessa, Dadashi, Hussenot et al., "BOND: Aligning LLMs with Best-of-N
+    Distillation", 2024, Algorithm 2; https://arxiv.org/abs/2407.14622.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
@@ -31,12 +33,14 @@ class JBOND(ForwardTerm):
         samples_per_prompt: G, the policy's responses a prompt in training.
         eval_samples: The policy's responses a prompt in validation and test.
         reference_samples: M, the anchor's responses a prompt, at least 2.
-        anchor_rate: The anchor's share of the policy at each update.
+        anchor_rate: The policy's share of the anchor at each update; 0 for an anchor that stays the reference, or that
+            ``anchor_every`` replaces.
         forward_responses: Responses a prompt that the forward KL learns, each the better of two of the M.
         **kwargs: What :class:`~vbon_lightning.modules.policy_gradient.PolicyGradient` takes.
     """
 
     reads_reference_rewards = True
+    reads_value_model = False
     best_of = 2
     baseline_of_batch = True
 
@@ -54,6 +58,8 @@ class JBOND(ForwardTerm):
     ) -> None:
         if not 0 < jeffreys_weight <= 1:
             raise ValueError(f"model.jeffreys_weight must be in (0, 1], got {jeffreys_weight}")
+        if jeffreys_weight == 1:
+            check_unused(type(self), "model.jeffreys_weight=1", forward_responses=forward_responses)
         super().__init__(
             actors,
             divergence="jeffreys" if jeffreys_weight < 1 else "backward",
@@ -71,7 +77,7 @@ class JBOND(ForwardTerm):
                 f"J-BOND compares with pairs of the anchor's responses: model.reference_samples must be >= 2, got "
                 f"{reference_samples}"
             )
-        if samples_per_prompt == 1 and (self.normalise or self.kl_estimator == "prefix_baseline"):
+        if self._alone and (self.normalise or self.kl_estimator not in ("rao_blackwell", "sampled")):
             raise ValueError(
                 "one response a prompt has the rest of the batch for a baseline, without model.normalise and with "
                 "model.kl_estimator=rao_blackwell or sampled: set these, or model.samples_per_prompt to 2 or more"
@@ -86,6 +92,34 @@ class JBOND(ForwardTerm):
         # Past what names the divergence, which is no option of J-BOND.
         super(ForwardTerm, self).record_settings(**(own | settings))
 
+    @property
+    def _alone(self) -> bool:
+        """Return whether a response has no siblings for a baseline, and no critic."""
+        return self.samples_per_prompt == 1 and self.estimator != "ppo"
+
+    def setup(self, stage: str) -> None:
+        """Refuse a batch that is no baseline, or not that of the update, before anything expensive."""
+        super().setup(stage)
+        if stage != "fit" or not self._alone:
+            return
+        if self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                "model.samples_per_prompt=1 takes its baseline from one batch, so gradients accumulated over several "
+                "are not those of a larger one: set trainer.accumulate_grad_batches to 1, or samples_per_prompt to 2 "
+                "or more"
+            )
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if size is not None:
+            self._check_baseline(size // self.minibatches)
+
+    def _check_baseline(self, prompts: int) -> None:
+        if prompts * (1 if self._trainer is None else self.trainer.world_size) < 2:
+            raise ValueError(
+                "model.samples_per_prompt=1 takes its baseline from the other prompts of an update, and there are "
+                "none: set data.batch_size to at least 2 for each of model.minibatches, or samples_per_prompt to 2 or "
+                "more"
+            )
+
     def target(self, rollout: Rollout) -> Target:
         """Return the reward of Best-of-2, and the weights of both KLs to the anchor over that of the backward one."""
         assert rollout.reference_rewards is not None
@@ -93,13 +127,21 @@ class JBOND(ForwardTerm):
         return Target(rewards, 1 + self.regularisation / self.backward_weight)
 
     def _advantages(self, target: Target, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.samples_per_prompt > 1 or values is not None:
+        if not self._alone:
             return super()._advantages(target, rollout, values)
         mask = self._learnt(rollout)
+        self._check_baseline(len(mask))
         if self.kl_estimator == "sampled":
             paid = (rollout.log_probs - rollout.reference_log_probs).sum(-1, keepdim=True).expand(mask.shape)
         else:
             paid = cost_to_go(rollout.token_kl)
         returns = target.score.unsqueeze(-1) - target.kl_coef * paid
-        advantages = leave_one_out_of_all(returns, mask.any(-1), add_up=self._over_ranks)
+        advantages = leave_one_out_of_all(returns, mask.any(-1), add_up=self._add_up)
         return advantages.masked_fill(~mask, 0.0), None
+
+    def _add_up(self, part: Tensor) -> Tensor:
+        """Add up over the ranks, whose longest responses differ: behind its end nothing more is paid."""
+        if not part.dim():
+            return self._over_ranks(part)
+        longest = part[-1:].expand(self.loaded.max_new_tokens - len(part))
+        return self._over_ranks(torch.cat([part, longest]))[: len(part)]

@@ -44,15 +44,16 @@ class NSchedule:
         """Return N after a number of updates, on the way to n."""
         return annealed_n(update, start=self.start, end=n, updates=self.updates, shape=self.shape)
 
-    def check_length(self, n: float, max_steps: int) -> None:
+    def check_length(self, n: float, updates: float) -> None:
         """Warn where training ends before N is what the exported policy is said to be of.
 
         Args:
             n: The module's n.
-            max_steps: Updates of the training, or -1 where another limit ends it.
+            updates: Updates of the training; infinite, or -1, where nobody knows.
         """
-        if 0 < max_steps < self.updates:
+        if 0 < updates < self.updates:
             rank_zero_warn(
-                f"model.n_schedule ends after {self.updates} updates and trainer.max_steps is {max_steps}: the last "
-                f"update is of n = {self.at(max_steps - 1, n):.3g}, not of model.n = {n:g}"
+                f"model.n_schedule ends after {self.updates} updates and the training after {updates:g} "
+                f"(trainer.max_steps, or trainer.max_epochs): the last update is of n = "
+                f"{self.at(int(updates) - 1, n):.3g}, not of model.n = {n:g}"
             )

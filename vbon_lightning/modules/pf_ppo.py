@@ -37,7 +37,7 @@ class PFPPO(KLRL):
     Args:
         actors: The policy, reference and reward, as the data module names them.
         filter: ``best``, ``best_random`` or ``best_worst``.
-        draws: Responses drawn a prompt; as many as are sampled by default.
+        draws: Responses drawn a prompt; as many as are sampled by default. With ``best`` it counts where the best tie.
         beta: Weight of the KL, > 0, in units of reward a nat.
         estimator: ``clipped``, or ``reinforce``, the same for one update a rollout.
         kl_estimator: ``sampled``, the KL in the reward as in PPO, or one of
@@ -47,6 +47,7 @@ class PFPPO(KLRL):
 
     reads_value_model = False
     compares_group = True
+    follows_target = False
 
     def __init__(
         self,

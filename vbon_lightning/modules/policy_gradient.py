@@ -24,7 +24,7 @@ from vbon_lightning.functional import (
 )
 from vbon_lightning.functional.sequences import masked
 from vbon_lightning.modules.anchored import Anchored
-from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable, check_unused
 from vbon_lightning.modules.experience import Experience, from_plain, to_plain
 from vbon_lightning.modules.policy_gradient_options import (
     check_estimator,
@@ -67,8 +67,8 @@ class PolicyGradient(Anchored):
             policy went, not where this one would go, and is biased the more, the further the policy has moved.
         minibatches: Updates a pass, each on its share of the prompts; must divide the batch of prompts. The shares
             stay the same in every pass, their order does not.
-        clip: Clip range of the probability ratio.
-        value_clip: Clip range of the value.
+        clip: Clip range of the probability ratio, for several updates a rollout: at the first the ratio is 1.
+        value_clip: Clip range of the value, likewise.
         value_coef: Weight of the value loss.
         gae_lambda: Lambda of generalised advantage estimation (gamma is 1: responses are episodes).
         normalise: Shift and divide advantages by their mean and standard deviation over the minibatch on all ranks,
@@ -100,6 +100,10 @@ class PolicyGradient(Anchored):
     """Whether the method can take its advantages from a value model."""
     compares_group = False
     """Whether advantages or weights are made of a prompt's samples together, so that no critic can take their place."""
+    follows_target = True
+    """Whether advantages and weights are such that the target is what is maximised."""
+    clip_high: float | None = None
+    """Clip range of the probability ratio at its upper end, where that is not ``clip``."""
 
     def __init__(
         self,
@@ -129,6 +133,14 @@ class PolicyGradient(Anchored):
         fits = self.reads_value_model and estimator != "ppo" and kl_estimator == "rao_blackwell"
         fits = fits and not self.anchor_moves
         self.uses_value_model = named and fits if value_model is None else value_model
+        check_group_estimator(
+            type(self).__name__,
+            estimator,
+            samples_per_prompt,
+            compares_group=self.compares_group,
+            valued=self.uses_value_model,
+            reads_value_model=self.reads_value_model,
+        )
         check_estimator(
             estimator,
             kl_estimator,
@@ -139,13 +151,6 @@ class PolicyGradient(Anchored):
             normalise=normalise,
         )
         check_value_model_options(self.uses_value_model, named, estimator, kl_estimator, value_lambda)
-        check_group_estimator(
-            type(self).__name__,
-            estimator,
-            compares_group=self.compares_group,
-            valued=self.uses_value_model,
-            reads_value_model=self.reads_value_model,
-        )
         check_numbers(
             samples_per_prompt=samples_per_prompt,
             eval_samples=1 if eval_samples is None else eval_samples,
@@ -155,6 +160,14 @@ class PolicyGradient(Anchored):
             value_coef=value_coef,
             gae_lambda=gae_lambda,
         )
+        of_a_critic = {"value_clip": value_clip, "value_coef": value_coef, "gae_lambda": gae_lambda}
+        if estimator != "ppo":
+            check_unused(type(self), f"model.estimator={estimator}", **of_a_critic)
+        if estimator == "reinforce":
+            check_unused(type(self), f"model.estimator={estimator}", clip=clip)
+        elif epochs_per_rollout * minibatches == 1:  # where the policy is the one that sampled
+            one = "model.epochs_per_rollout=1 and model.minibatches=1"
+            check_unused(type(self), one, clip=clip, value_clip=value_clip)
         self.samples_per_prompt = samples_per_prompt
         self.eval_samples = samples_per_prompt if eval_samples is None else eval_samples
         self.estimator, self.kl_estimator = estimator, kl_estimator
@@ -224,8 +237,13 @@ class PolicyGradient(Anchored):
         return None
 
     def objective(self, target: Target, rollout: Rollout, kept: Tensor) -> Tensor:
-        """Return what estimates what is maximised in the mean over responses, ``[B, G]``, with the exact KL."""
+        """Return the score less the KL of each response, ``[B, G]``, with the exact KL: in the mean, the objective."""
         return target.score - target.kl_coef * rollout.token_kl.sum(-1)
+
+    @property
+    def follows_objective(self) -> bool:
+        """Return whether the updates follow the gradient of that mean, which else is logged by another name."""
+        return self.follows_target and self.kl_estimator != "k3"
 
     @property
     def updates_per_rollout(self) -> int:
@@ -341,7 +359,7 @@ class PolicyGradient(Anchored):
             loss = reinforce_loss(live.log_probs, experience.advantages, mask)
         else:
             surrogate = clipped_surrogate_loss(
-                live.log_probs, rollout.log_probs, experience.advantages, mask, clip=self.clip
+                live.log_probs, rollout.log_probs, experience.advantages, mask, clip=self.clip, clip_high=self.clip_high
             )
             loss = surrogate.loss
             logs |= {
@@ -359,12 +377,13 @@ class PolicyGradient(Anchored):
             value_loss = clipped_value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip)
             loss, logs["value_loss"] = loss + self.value_coef * value_loss, value_loss.detach()
         kept = mask.any(-1)
-        objective = self.objective(target, rollout, kept)
-        logs["objective"] = objective[kept].mean() if self._skips else objective.mean()
+        each = self.objective(target, rollout, kept)
+        objective = each[kept].mean() if self._skips else each.mean()
         loss = loss * self._share(mask) if self._skips or self.mean_over == "tokens" else loss
         if (extra := self.extra_loss(live)) is not None:
-            loss, logs["objective"] = loss + extra.loss, logs["objective"] - extra.loss.detach()
+            loss, objective = loss + extra.loss, objective - extra.loss.detach()
             logs |= extra.logs
+        logs["objective" if self.follows_objective else "penalised_score"] = objective
         return loss, rollout, logs
 
     # -- advantages --------------------------------------------------------------------------------

@@ -59,13 +59,18 @@ def check_value_model_options(used: bool, named: bool, estimator: str, kl_estima
 
 
 def check_group_estimator(
-    method: str, estimator: str, *, compares_group: bool, valued: bool, reads_value_model: bool
+    method: str, estimator: str, samples: int, *, compares_group: bool, valued: bool, reads_value_model: bool
 ) -> None:
-    """Refuse a critic where a method's advantages are those of a group, and a value model where nothing reads it.
+    """Refuse a critic, or no group, where a method's advantages are those of one, and a value model nothing reads.
 
     Raises:
         ValueError: Naming the option and what to do.
     """
+    if compares_group and samples < 2:
+        raise ValueError(
+            f"{method} compares the responses to a prompt with each other: set model.samples_per_prompt, which is "
+            f"{samples}, to 2 or more"
+        )
     if compares_group and estimator == "ppo":
         raise ValueError(
             f"{method} compares the responses to a prompt with each other, and a critic cannot: set model.estimator to "

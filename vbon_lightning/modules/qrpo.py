@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
@@ -11,6 +12,9 @@ from vbon_lightning.functional import RegressionLoss, qrpo_loss, reward_quantile
 from vbon_lightning.functional.qrpo import Ties
 from vbon_lightning.modules.base import check_choice, check_positive
 from vbon_lightning.modules.log_ratio_regression import LogRatioRegression, Source
+
+_LEAST_BETA = 100 * torch.finfo(torch.float32).eps
+"""Goals reach 1 / beta nats, and next to that the policy's log-ratio is to be told to a hundredth of a nat."""
 
 
 class QRPO(LogRatioRegression):
@@ -24,7 +28,8 @@ class QRPO(LogRatioRegression):
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
-        beta: Weight of the KL to the reference, > 0, in quantiles a nat: 0.2 goes about as far as Best-of-4.
+        beta: Weight of the KL to the reference, > 0, in quantiles a nat: 0.2 goes about as far as Best-of-4. Below
+            1.2e-5 float32 does not hold the goals, and it is refused.
         ties: The quantile of rewards that tie: ``exact`` breaks ties at random, so that Z stays exact and a prompt
             whose rewards all tie stays with the reference; ``upper`` is the share of rewards no higher, as in the
             paper; ``mid`` counts ties half. Without ties the three are one.
@@ -44,6 +49,11 @@ class QRPO(LogRatioRegression):
     ) -> None:
         super().__init__(actors, responses=responses, responses_per_prompt=responses_per_prompt, **kwargs)
         check_positive("beta", beta)
+        if beta < _LEAST_BETA:
+            raise ValueError(
+                f"model.beta={beta:g} asks for log-ratios of up to {1 / beta:.1e} nats, whose hundredths float32 does "
+                f"not hold: set it to {_LEAST_BETA:.1e} or more"
+            )
         check_choice("ties", ties, get_args(Ties))
         self.beta, self.ties = beta, ties
         self.record_settings(beta=beta, ties=ties)

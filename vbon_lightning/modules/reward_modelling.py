@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import bradley_terry_loss
 from vbon_lightning.models import check_vocabulary_fits, load_classifier
-from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable, check_unused
 from vbon_lightning.modules.supervised import SupervisedModule
 from vbon_lightning.types import JudgedBatch
 
@@ -56,6 +56,8 @@ class RewardModelling(SupervisedModule):
             raise ValueError(f"model.labels must name at least two different labels, got {labels}")
         if not centre >= 0:
             raise ValueError(f"model.centre must be >= 0, got {centre}")
+        if objective == "classification":
+            check_unused(type(self), "model.objective=classification", centre=centre)
         self.objective, self.centre, self.dropout = objective, centre, dropout
         self.compares = objective == "preference"
         self.labels = ["REWARD"] if self.compares else list(labels)

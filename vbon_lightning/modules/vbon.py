@@ -10,12 +10,18 @@ from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import RewardCDF, Target, kl_weight, reward_cdf, sequence_log_prob, vbon_target
-from vbon_lightning.modules.base import check_above_one, check_choice, check_log_ratio_floor, check_not_negative
+from vbon_lightning.modules.base import (
+    check_above_one,
+    check_choice,
+    check_log_ratio_floor,
+    check_not_negative,
+    check_unused,
+)
 from vbon_lightning.modules.forward_term import ForwardTerm
 from vbon_lightning.modules.n_schedule import NSchedule
 from vbon_lightning.modules.reference_rewards import CDFEstimator, check_cdf_estimator, check_reference_rewards
 from vbon_lightning.prefix_scorer import PrefixScorer
-from vbon_lightning.types import Rollout
+from vbon_lightning.types import Rollout, ScoredResponses
 
 Bound = Literal["exact", "lower", "untied"]
 
@@ -79,11 +85,22 @@ class VBoN(ForwardTerm):
                 "far more than exp(floor)"
             )
         check_not_negative("prior_samples", prior_samples)
+        if self.divergence == "forward":
+            check_unused(
+                type(self),
+                "model.divergence=forward",
+                bound=bound,
+                cdf_estimator=cdf_estimator,
+                log_ratio_floor=log_ratio_floor,
+                prior_samples=prior_samples,
+            )
         if prior_samples and not self.uses_value_model:
             raise ValueError("model.prior_samples counts a value model's prediction: set data.value_model")
         self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
         self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
         self.n_schedule = NSchedule.of(n_schedule)
+        self._updates_before = 0
+        """Updates made when the rollout was sampled that is learnt from."""
         if self.n_schedule is not None and self.divergence != "backward":
             raise ValueError(
                 f"model.n_schedule takes N through numbers that are not whole, and model.divergence={self.divergence} "
@@ -119,17 +136,22 @@ class VBoN(ForwardTerm):
         largest = self.n
         if self.n_schedule is not None:
             largest = max(self.n, self.n_schedule.start)
-            if stage == "fit":
-                self.n_schedule.check_length(self.n, self.trainer.max_steps)
         check_reference_rewards(self, n=largest, none=_NO_REWARDS, prior_samples=self.prior_samples)
+
+    def on_train_start(self) -> None:
+        """Also warn of a training too short for its N."""
+        super().on_train_start()
+        if self.n_schedule is not None:
+            self.n_schedule.check_length(self.n, self.trainer.estimated_stepping_batches)
 
     @property
     def current_n(self) -> float:
-        """Return N of the rollout that is learnt from: a function of the batches seen, so that a resume goes on."""
-        if self.n_schedule is None:
-            return self.n
-        accumulated = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
-        return self.n_schedule.at(self.rollout_number * self.updates_per_rollout // accumulated, self.n)
+        """Return N of the rollout that is learnt from, which all updates on it share."""
+        return self.n if self.n_schedule is None else self.n_schedule.at(self._updates_before, self.n)
+
+    def _sample(self, batch: Any, number: int, **further: Any) -> ScoredResponses:
+        self._updates_before = self.updates
+        return super()._sample(batch, number, **further)
 
     def _sampling_logs(self, rollout: Rollout, *, new: bool) -> dict[str, Tensor]:
         logs = super()._sampling_logs(rollout, new=new)
@@ -175,3 +197,17 @@ class VBoN(ForwardTerm):
         if scorer is None:
             raise ValueError("this needs a value model: set data.value_model")
         return scorer
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keep the N of a rollout that updates are still due on."""
+        super().on_save_checkpoint(checkpoint)
+        if self.n_schedule is not None:
+            checkpoint["vbon_lightning"]["updates_before"] = self._updates_before
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also go on with that N."""
+        super().on_load_checkpoint(checkpoint)
+        if self.resuming and self.n_schedule is not None:
+            self._updates_before = checkpoint["vbon_lightning"].get("updates_before", self.updates)

@@ -72,14 +72,14 @@ def test_what_a_checkpoint_holds(files: Path) -> None:
         FakeTrainer(accumulate_grad_batches=3, gradient_clip_val=0.5, precision="bf16-mixed"),
     )
     module.configure_optimizers()
-    module.batches_seen = 4
+    module.batches_seen, module.updates = 4, 2
     state = {"policy.a": 1, "value.b": 2}
     checkpoint: dict[str, Any] = {"state_dict": dict(state), "current_model_state": dict(state)}
     torch.manual_seed(3)
     module.on_save_checkpoint(checkpoint)
     kept = checkpoint["vbon_lightning"]
     assert set(kept) == {
-        "module", "models", "trainer", "optimizer", "batches_seen", "random_state"
+        "module", "models", "trainer", "optimizer", "batches_seen", "updates", "random_state"
     }  # fmt: skip
     assert kept["module"] == {"class": "VBoN", **module._settings}
     assert kept["models"] == data.actors.identity(reward=True)
@@ -90,7 +90,7 @@ def test_what_a_checkpoint_holds(files: Path) -> None:
         "precision": "bf16-mixed",
     }
     assert kept["optimizer"] is module._optimizer_settings
-    assert kept["batches_seen"] == 4
+    assert (kept["batches_seen"], kept["updates"]) == (4, 2)
     assert torch.equal(kept["random_state"], torch.Generator().manual_seed(3).get_state())
     assert checkpoint["state_dict"] == checkpoint["current_model_state"] == state
     # Where the base is frozen, what is trained is all there is to keep.
@@ -112,7 +112,7 @@ def test_what_a_checkpoint_brings_back(files: Path) -> None:
     fitting = {"state": SimpleNamespace(fn=TrainerFn.FITTING), "gradient_clip_val": None, "precision": "32-true"}
     attach(module, FakeTrainer(**fitting))
     module.configure_optimizers()
-    module.batches_seen = 4
+    module.batches_seen, module.updates = 4, 2
     torch.manual_seed(3)
     checkpoint: dict[str, Any] = {"state_dict": {}, "optimizer_states": []}
     module.on_save_checkpoint(checkpoint)
@@ -130,8 +130,11 @@ def test_what_a_checkpoint_brings_back(files: Path) -> None:
     assert fresh.resuming
     with pytest.raises(ValueError, match="^this checkpoint has weights only"):
         fresh.on_load_checkpoint({key: value for key, value in checkpoint.items() if key != "optimizer_states"})
+    older = {name: value for name, value in checkpoint["vbon_lightning"].items() if name != "updates"}
+    fresh.on_load_checkpoint({**checkpoint, "vbon_lightning": older, "global_step": 3})
+    assert fresh.updates == 3, "as Lightning has it"
     fresh.on_load_checkpoint(checkpoint)
-    assert fresh.batches_seen == 4
+    assert (fresh.batches_seen, fresh.updates) == (4, 2)
     assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(3).get_state())
     assert fresh._resumed_optimizer_settings == module._optimizer_settings
     for part, what, name in (

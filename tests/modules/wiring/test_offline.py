@@ -53,7 +53,8 @@ def test_what_bonsft_picks_by(selection: str, files: Path, spy: Any) -> None:
 
 @pytest.mark.parametrize("loss", ["dpo", "bonbon"])
 def test_what_dpo_compares(loss: str, files: Path, spy: Any) -> None:
-    module, data = moved(files, "dpo", n=3, pairs_per_prompt=2, loss=loss, beta=0.3, alpha=0.2, seed=7)
+    own = {"beta": 0.3} if loss == "dpo" else {"alpha": 0.2}
+    module, data = moved(files, "dpo", n=3, pairs_per_prompt=2, loss=loss, seed=7, **own)
     batch = table_batch(data)
     rewards = batch.prompts.reference_rewards.clone()
     rewards[0] = 1.0  # a prompt whose pairs all tie

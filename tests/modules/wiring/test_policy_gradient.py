@@ -111,6 +111,29 @@ def test_advantages_of_a_value_model(files: Path, spy: Any) -> None:
         assert {name: asked.calls[-1][1][name] for name in ("lam", "siblings")} == {"lam": 0.5, "siblings": siblings}
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [
+        (
+            "grpo",
+            {"kl_estimator": "rao_blackwell", "scale_rewards": False, "length_norm": "dr_grpo", "minibatches": 1},
+            "penalised_score",
+        ),
+        ("pfppo", {}, "penalised_score"),
+        ("klrl", {"kl_estimator": "k3"}, "penalised_score"),
+        ("rloo", {}, "objective"),
+        ("maxatk", {}, "objective"),
+    ],
+)
+def test_what_is_not_maximised_is_not_called_the_objective(
+    kind: str, options: dict[str, Any], name: str, files: Path
+) -> None:
+    module, _ = moved(files, kind, **options)
+    logged = attach(module, FakeTrainer(world_size=1))
+    module.training_step(module_batch(files), 0)
+    assert {"train/objective", "train/penalised_score"} & set(logged) == {f"train/{name}"}
+
+
 @pytest.mark.parametrize("kind", ["vbon", "clipped", "ppo"])
 @pytest.mark.parametrize("kl", ["rao_blackwell", "sampled"])
 def test_what_a_step_of_learning_logs(kind: str, kl: str, files: Path) -> None:
