@@ -152,7 +152,7 @@ def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") 
     """Load the policy (and a value model, where the decoder reads one) to sample from.
 
     Raises:
-        ValueError: If the decoder needs a reward or a value model and none is named.
+        ValueError: If the decoder needs a reward or a value model and none is named, or its options do not fit.
         ModelError: If a model cannot be loaded, or one that the decoder names has other tokens.
     """
     if decoder is not None and decoder.needs_reward and spec.reward is None:
@@ -160,6 +160,7 @@ def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") 
     if decoder is not None and decoder.needs_value_model and spec.value_model is None:
         raise ValueError(f"{type(decoder).__name__} needs a value model: name one as data.value_model")
     if decoder is not None:
+        decoder.check_fits(longest=spec.max_new_tokens, max_rows=spec.max_rows)
         decoder.check(spec.load_tokenizer())
     place = device_named(device)
     valued = decoder is not None and decoder.needs_value_model
