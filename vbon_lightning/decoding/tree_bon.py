@@ -79,7 +79,7 @@ class TreeBoN(Decoder):
             nodes.growing.grow()
             # Each branching makes a prefix stand in so many places at the most, and one of the last n is returned.
             bound = math.log(self.n) + (self.layers - 1) * math.log(self.branches)
-            return nodes.chosen(best_of(nodes.rewards()), kl_bound=bound if self.layers > 1 else None)
+            return nodes.chosen(best_of(nodes.rewards()), kl_bound=bound if self.layers > 1 < self.branches else None)
 
     def _partial_scores(self, actors: Actors, nodes: Grove) -> Tensor:
         """Return ``[B, G, n]``."""
