@@ -83,11 +83,8 @@ def test_a_decoder_gets_the_rewards_of_its_own_prompts(policy: str) -> None:
             return super().decode(actors, prompts, **how)
 
     encoded = [EncodedPrompt([3 + place], "ab", "") for place in range(3)]
-    list(
-        draw(
-            actors, enumerate(encoded), decoder=Reading(2), batch_size=2, reference_rewards=torch.arange(6.0).view(3, 2)
-        )
-    )
+    rewards = torch.arange(6.0).view(3, 2)
+    list(draw(actors, enumerate(encoded), decoder=Reading(2), batch_size=2, reference_rewards=rewards))
     assert seen == [[[0, 1], [2, 3]], [[4, 5]]]
 
 

@@ -52,6 +52,5 @@ class SoftBestOfN(Decoder):
         probs = soft_selection_probs(found.rewards, temperature=self.temperature).flatten(0, 1)
         noise = prompt_noise(prompts.index.tolist(), length=1, stream=f"{stream}/choice", **how)
         chosen, _ = choose_tokens(probs.log(), noise.to(probs.device).flatten(0, 1), 1.0)
-        return keep(
-            found, chosen.view(found.rewards.shape[:2]), kl_bound=math.log(self.n) if self.temperature else None
-        )
+        bound = math.log(self.n) if self.temperature else None
+        return keep(found, chosen.view(found.rewards.shape[:2]), kl_bound=bound)
