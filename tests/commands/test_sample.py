@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import json
 import sys
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET
 from vbon_lightning import cli, sample
+from vbon_lightning.actors import ActorSpec
 from vbon_lightning.commands import sample as command
+from vbon_lightning.data import AlignmentDataModule
+from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn
 from vbon_lightning.rewards import CallableReward, RewardCalls, RewardError
 
@@ -48,6 +54,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 VOWELS = ("--reward", "CallableReward", "--reward.function", "sample_rewards.vowels")
+PLAIN = ("--policy", "./policy", "--prompts", "prompts.txt")
 BEST = ("--decoder", "best_of_n", "--n", "3", *VOWELS)
 
 
@@ -111,6 +118,204 @@ def test_another_runs_output_is_left_alone(files: Path) -> None:
         vbon("--prompts", "prompts.txt", "--output", "out.jsonl")
 
 
+# -- what an output depends on ----------------------------------------------------------------------
+
+DEPENDS: dict[str, list[str]] = {
+    "policy": ["--policy", "./other"],
+    "decoder": ["--decoder", "SoftBestOfN", "--decoder.n", "3"],
+    "n": ["--n", "4"],
+    "reward": ["--reward.function", "sample_rewards.picky"],
+    "samples": ["--samples", "2"],
+    "max_new_tokens": ["--max_new_tokens", "4"],
+    "temperature": ["--temperature", "0.7"],
+    "seed": ["--seed", "1"],
+    "data.missing_eos_penalty": ["--data.missing_eos_penalty", "0.5"],
+    "data.end_tokens": ["--data.end_tokens", "[b]"],
+    "data.sampler": ["--data.sampler", "vllm"],
+    "data.engine_options": ["--data.sampler", "vllm", "--data.engine_options", "{quantization: fp8}"],
+    "data.value_model": ["--decoder", "value_guided", "--data.value_model", "./other"],
+    "data.reward_calls": ["--data.reward_calls.on_missing", "skip"],
+}
+"""Options that change responses or rewards, and such a change."""
+
+PASSED_OVER = {
+    "prompts": "the prompts themselves are compared",
+    "split": "the prompts themselves are compared",
+    "chat": "the prompts' texts and tokens are compared",
+    "output": "where it is written",
+    "batch_size": "the noise belongs to the prompts; an output is gone on with in whole batches",
+    "device": "as in training, rounding alone",
+    "data": "its options are below",
+    "data.policy": "is `policy`",
+    "data.reward": "is `reward`",
+    "data.max_new_tokens": "is `max_new_tokens`",
+    "data.temperature": "is `temperature`",
+    "data.reference": "the policy is decoded from",
+    "data.max_rows": "the noise belongs to the rows",
+    "data.chat": "the prompts' texts and tokens are compared",
+    "data.reward_columns": "the prompts' columns are compared",
+    "data.max_prompt_tokens": "the prompts' tokens are compared",
+    "data.too_long": "the prompts' tokens are compared",
+    "data.reference_table": "the rewards that are read from it are compared",
+    "data.table_samples": "the rewards that are read from it are compared",
+    "data.table_skip": "the rewards that are read from it are compared",
+    "data.table_seed": "the rewards that are read from it are compared",
+    **{f"data.{name}": "is a source of prompts" for name in ("train", "val", "test")},
+    **{
+        f"data.{name}": "is of training alone"
+        for name in (
+            "table_splits",
+            "batch_size",
+            "eval_batch_size",
+            "max_text_tokens",
+            "long_text",
+            "num_workers",
+            "seed",
+        )
+    },
+}
+"""Options that do not, with the reason."""
+
+
+def test_every_option_is_in_what_an_output_depends_on_or_has_a_reason() -> None:
+    options = list(signature(command.sample_command).parameters)
+    for kind in (AlignmentDataModule, ActorSpec):
+        options += [f"data.{name}" for name in signature(kind).parameters if name != "actors"]
+    assert sorted([*DEPENDS, *PASSED_OVER]) == sorted(set(options))
+
+
+@pytest.fixture
+def written(files: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Return the arguments of an output that is there; no model is loaded for another."""
+    save_tiny_model(files / "other", alphabet=ALPHABET, seed=3)
+    arguments = ("--prompts", "prompts.txt", "--output", "out.jsonl", *BEST)
+    vbon(*arguments)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(command, "load_actors", refuse)
+    vbon(*arguments)
+    return arguments
+
+
+@pytest.mark.parametrize("option", DEPENDS)
+def test_an_output_of_another_option_is_left_alone(option: str, written: tuple[str, ...]) -> None:
+    arguments = written
+    if DEPENDS[option][0] == "--decoder":
+        arguments = tuple(one for one in written if one not in ("--n", "3"))
+    before = Path("out.jsonl").read_text()
+    name = {"n": r"decoder\.n", "data.reward_calls": "on_missing"}.get(option, option.removeprefix("data."))
+    with pytest.raises(command.SampleError, match=rf"was made with other settings:(\n.*)*\n  {name}[.:].* there, "):
+        vbon(*arguments, *DEPENDS[option])
+    assert Path("out.jsonl").read_text() == before
+
+
+def test_an_output_of_other_prompts_is_left_alone(written: tuple[str, ...], files: Path) -> None:
+    """Fewer of them, others, or others in what is not written: nothing is lost."""
+    before = Path("out.jsonl").read_text()
+    for prompts, message in (
+        ("ab\ncde\n", "out.jsonl is of 3 prompts, and here are 2: name another output"),
+        ("ab\nh\nh\n", "out.jsonl, line 2: of other prompts than these"),
+    ):
+        (files / "prompts.txt").write_text(prompts)
+        with pytest.raises(command.SampleError, match=message):
+            vbon(*written)
+    (files / "prompts.txt").write_text("ab\ncde\nh\n")
+    with pytest.raises(command.SampleError, match="out.jsonl, line 2: of other prompts than these"):
+        vbon(*written, "--data.max_prompt_tokens", "2", "--data.too_long", "truncate_left")
+    assert Path("out.jsonl").read_text() == before
+    Path("out.jsonl").write_text(before.replace('"row": 1', '"row": 1,,'))
+    with pytest.raises(command.SampleError, match="out.jsonl, line 2: of other prompts than these"):
+        vbon(*written)
+
+
+def test_an_output_of_prompts_with_other_columns_is_left_alone(files: Path) -> None:
+    letters = ("--prompts", "rows.jsonl", "--reward", "CallableReward", "--reward.function", "sample_rewards.letters")
+    for letter in "ab":
+        (files / "rows.jsonl").write_text(json.dumps({"prompt": "ab", "letter": letter}) + "\n")
+        if letter == "a":
+            vbon(*letters, "--output", "out.jsonl")
+    with pytest.raises(command.SampleError, match="the same texts, but other tokens, or other columns beside them"):
+        vbon(*letters, "--output", "out.jsonl")
+
+
+def test_prompts_may_be_added(files: Path) -> None:
+    arguments = ("--samples", "2", "--batch_size", "3", "--output")
+    vbon("--prompts", "prompts.txt", *arguments, "grown.jsonl")
+    (files / "prompts.txt").write_text("ab\ncde\nh\nab\n")
+    vbon("--prompts", "prompts.txt", *arguments, "grown.jsonl")
+    vbon("--prompts", "prompts.txt", *arguments, "whole.jsonl")
+    for name in ("{}", "{}.settings.json"):
+        assert Path(name.format("grown.jsonl")).read_text() == Path(name.format("whole.jsonl")).read_text()
+
+
+def test_the_table_that_a_decoder_reads_counts(files: Path) -> None:
+    spec = ActorSpec("./policy", value_model="./policy")
+    how: dict[str, Any] = {"decoder": ValueGuided(2), "samples": 1, "seed": 0}
+    one, same, other = (
+        command.settings_of(spec, **how, reference_rewards=None if last is None else torch.tensor([[0.0, last]]))
+        for last in (1.0, 1.0, 2.0)
+    )
+    assert one == same != other and "value_model" in one
+    assert set(one) - set(command.settings_of(spec, **how)) == {"table_rewards"}
+    assert "value_model" not in command.settings_of(spec, **(how | {"decoder": BestOfN(2)}))
+
+
+@pytest.mark.parametrize("amortised", [False, True])
+def test_a_splits_table_is_read_as_vbon_compare_reads_it(
+    amortised: bool, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards, given = torch.tensor([[0.5, 1.5]]), list[Any]()
+    monkeypatch.setattr(AlignmentDataModule, "table_rewards", lambda *_: rewards)
+    monkeypatch.setattr(AlignmentDataModule, "table", lambda *_: SimpleNamespace(check_ends=given.append))
+    loaded = SimpleNamespace(end_ids=(2,), record=SimpleNamespace(missing=0))
+    monkeypatch.setattr(command, "load_actors", lambda *_: loaded)
+    monkeypatch.setattr(command, "draw", lambda *_, **how: given.append(how.get("reference_rewards")) or iter(()))
+    table = ("--data.test", "[{text: ab}]", "--split", "test", "--data.reference_table", "./table")
+    valued = (
+        "--data.value_model",
+        "./policy",
+        "--decoder",
+        "ValueGuided",
+        "--decoder.amortised",
+        str(amortised).lower(),
+    )
+    vbon(*table, *valued)
+    assert given == ([None] if amortised else [(2,), rewards])
+
+
+def test_a_length_and_a_temperature_beside_a_policy() -> None:
+    said = ActorSpec("", max_new_tokens=7, temperature=0.5, missing_eos_penalty=1.0)
+    found = command._spec(said, "./policy", None, None, 0.25)
+    assert (found.policy, found.max_new_tokens, found.temperature) == ("./policy", 7, 0.25)
+    assert found.missing_eos_penalty == 1
+
+
+def test_the_penalty_for_a_missing_end_counts(files: Path) -> None:
+    """As in training and in `vbon compare`: by the reward that is chosen by and written."""
+    arguments = (
+        "--prompts",
+        "prompts.txt",
+        "--samples",
+        "8",
+        "--data.missing_eos_penalty",
+        "3",
+        "--data.end_tokens",
+        "[b]",
+        *VOWELS,
+    )
+    vbon(*arguments, "--output", "plain.jsonl")
+    plain = read("plain.jsonl")
+    for line in plain:
+        assert line["reward"] == sum(char in "ae" for char in line["response"]) - 3 * (not line["finished"])
+    assert {line["finished"] for line in plain} == {True, False}
+    vbon(*arguments, "--output", "best.jsonl", "--samples", "2", "--decoder", "best_of_n", "--n", "4")
+    for line in read("best.jsonl"):
+        group = [other for other in plain if other["row"] == line["row"]][4 * line["sample"] : 4 * line["sample"] + 4]
+        assert line["reward"] == max(other["reward"] for other in group)
+
+
 def test_a_decoder_with_a_model_of_its_own(files: Path, capsys: Any) -> None:
     """It is named beside the policy; what a response takes is said, and what the output depends on kept."""
     save_tiny_model(files / "other", alphabet=ALPHABET, seed=3)
@@ -128,6 +333,14 @@ def test_a_decoder_with_a_model_of_its_own(files: Path, capsys: Any) -> None:
     save_tiny_model(files / "other", alphabet=ALPHABET, seed=4)
     with pytest.raises(command.SampleError, match=r"decoder\.reference\.weights: "):
         vbon(*arguments, "half.jsonl", *mixed, "0.5")
+
+
+def test_any_real_n_where_one_makes_sense() -> None:
+    parsed = command.build_parser().parse_args([*PLAIN, "--decoder", "value_guided", "--n", "6.5"])
+    assert command._decoder(parsed.decoder, parsed.n).identity() == ValueGuided(6.5).identity()  # type: ignore[union-attr]
+    for name, kind in command.NAMED.items():
+        if kind is not None:
+            assert command._decoder(name, None).identity() == kind().identity()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", [name for name in command.NAMED if name not in ("policy", "value_guided")])
@@ -189,6 +402,21 @@ def test_at_a_terminal_it_asks(files: Path, monkeypatch: pytest.MonkeyPatch, cap
         (
             ["--policy", "./policy", "--prompts", "prompts.txt", "--decoder", "DeRa", "--decoder.strength", "0.5"],
             "DeRa mixes the model that is decoded from with another one",
+        ),
+        ([*PLAIN, "--n", "4"], "--n is a decoder's, and plain samples have none: give --decoder best_of_n"),
+        (
+            [*PLAIN, "--n", "4", "--decoder", "BestOfN"],
+            r"--n is for decoders that are given by name, and BestOfN is given by its class: name .*--decoder\.n",
+        ),
+        ([*PLAIN, "--n", "6.5", "--decoder", "best_of_n", *VOWELS], "n must be an integer >= 1, got 6.5"),
+        (
+            [*PLAIN, "--decoder", "speculative_rejection", *VOWELS, "--max_new_tokens", "1"],
+            "every is 1, and a response has at most 1 tokens",
+        ),
+        ([*PLAIN, "--decoder", "tree_bon", "--n", "8", *VOWELS, "--data.max_rows", "2"], "data.max_rows is 2, and Tre"),
+        (
+            ["--policy", "./policy", "--data.test", "[{text: ab}]", "--split", "test", "--chat", "true"],
+            "--chat is for lines of text",
         ),
         (["--policy", "./policy", "--prompts", "prompts.txt", "--samples", "0"], "samples must be an integer >= 1"),
     ],

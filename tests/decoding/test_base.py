@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from vbon_lightning.decoding import (
     TreeBoN,
     ValueGuided,
 )
+from vbon_lightning.decoding.growing import Grove
 from vbon_lightning.functional import reinforce_loss, sequence_log_prob
 from vbon_lightning.models import ModelError, load_causal_lm, new_tilted_lm
 from vbon_lightning.prefix_scorer import PrefixScorer
@@ -103,19 +105,29 @@ def test_the_batch_does_not_matter_and_the_seed_does(decoder: Decoder, actors: A
 
 
 def test_the_rows_that_live_at_once_do_not_matter(decoder: Decoder, actors: Actors) -> None:
-    """They are what ``data.max_rows`` says, prompt by prompt where one has more."""
+    """They are what ``data.max_rows`` says: some prompts at a time, and of each some responses where it has more."""
     whole = decode(decoder, actors)
-    rows: list[int] = []
-    bounded = dataclasses.replace(actors, sampler=InPasses(actors.sampler, 24))
-    hook = actors.policy.get_input_embeddings().register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
-    try:
-        found = decode(decoder, bounded)
-    finally:
-        hook.remove()
-    assert actors.token_ids(found) == actors.token_ids(whole)
-    assert max(rows) <= 24
-    assert found.cost[:3] == whole.cost[:3]
-    assert torch.equal(found.finished, whole.finished) and found.kl_bound == whole.kl_bound
+    for limit in (24, decoder.rows + 1):  # a prompt takes three times the decoder's rows
+        rows: list[int] = []
+        bounded = dataclasses.replace(actors, sampler=InPasses(actors.sampler, limit))
+        hook = actors.policy.get_input_embeddings().register_forward_hook(lambda _, ids, out: rows.append(len(out)))  # noqa: B023
+        try:
+            found = decode(decoder, bounded)
+        finally:
+            hook.remove()
+        assert actors.token_ids(found) == actors.token_ids(whole)
+        assert max(rows) <= limit
+        assert found.cost.generated_tokens == whole.cost.generated_tokens
+        assert found.cost.reward_calls == whole.cost.reward_calls
+        # A prompt whose responses are made in several goes is read in each.
+        assert found.cost.value_tokens == whole.cost.value_tokens or limit < 24
+        assert torch.equal(found.finished, whole.finished) and found.kl_bound == whole.kl_bound
+        assert (found.rewards is None) == (whole.rewards is None)
+        assert found.rewards is None or torch.equal(found.rewards, whole.rewards)  # type: ignore[arg-type]
+    if decoder.rows > 1:
+        few = dataclasses.replace(actors, sampler=InPasses(actors.sampler, decoder.rows - 1))
+        with pytest.raises(ValueError, match=rf"^data\.max_rows is 3, and {type(decoder).__name__}"):
+            decode(decoder, few)
 
 
 def test_what_is_chosen_is_no_sample_of_a_policy(decoder: Decoder, actors: Actors) -> None:
@@ -166,6 +178,44 @@ def test_responses_without_a_reward(decoder: Decoder, actors: Actors) -> None:
     assert torch.equal(found.rewards.isnan(), found.tokens[..., 0] == 4)
     plain = actors.sample(actors.policy, prompts_of(PROMPTS), num_samples=30, **OPTIONS)
     assert int(found.rewards.isnan().sum()) < 0.7 * int((plain.tokens[..., 0] == 4).sum())
+
+
+class LongOnesUnknown(Told):
+    """Says nothing of responses that the limit cut, nor, of others, of some."""
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
+        rewards = super().__call__(prompts, responses, token_ids)
+        return torch.tensor(
+            [
+                [
+                    math.nan if len(ids) == LENGTH and sum(ids) % 3 else reward
+                    for ids, reward in zip(rows, told, strict=True)
+                ]
+                for rows, told in zip(token_ids, rewards.tolist(), strict=True)
+            ]
+        )
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_one_without_a_reward_is_chosen_only_where_no_whole_one_that_is_left_has_one(
+    decoder: Decoder, actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards that are there for beginnings and then are not: those that were dropped on the way are gone."""
+    if not decoder.needs_reward:
+        return
+    reward, left = LongOnesUnknown(), list[Tensor]()
+    rewards_of = Grove.rewards
+    monkeypatch.setattr(Grove, "rewards", lambda grove: left.append(rewards_of(grove)) or left[-1])
+    unsure = dataclasses.replace(actors, reward=reward, reward_calls=RewardCalls(on_missing="skip"))
+    unknown = 0
+    for step in range(25):
+        left.clear(), reward.asked.clear()
+        found = decoder(unsure, prompts_of([PROMPT]), num_samples=1, **(OPTIONS | {"step": step}))
+        assert found.rewards is not None
+        last = left[-1].flatten() if left else reward([""], [[]], [reward.asked[:]]).flatten()
+        assert bool(found.rewards.isnan()) == bool(last.isnan().all())
+        unknown += int(last.isnan().any())
+    assert unknown
 
 
 class Beside(RewardModel):

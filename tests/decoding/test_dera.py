@@ -119,6 +119,14 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
         DeRa(**options)
 
 
+@pytest.mark.parametrize("strength", [1e39, -1e308])
+def test_a_strength_that_makes_no_mixture(strength: float, files: Path, actors: Actors) -> None:
+    with pytest.raises(ValueError, match=r"^DeRa's strength -?1e\+\d+ takes the mixed logits beyond all numbers"):
+        decode(DeRa(strength, policy=str(files / "other")), actors, 1)
+    found = decode(DeRa(math.copysign(40.0, strength), policy=str(files / "other")), actors, 4)
+    assert found.token_kl is not None and bool(found.token_kl.isfinite().all()), "far out, but a distribution"
+
+
 def test_a_policy_of_other_tokens(files: Path, actors: Actors) -> None:
     with pytest.raises(ModelError, match=r"^the decoder's policy '.*strange': it and the model that is decoded from"):
         decode(DeRa(0.5, policy=str(files / "strange")), actors, 1)

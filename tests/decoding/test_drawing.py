@@ -12,8 +12,10 @@ from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET, VowelReward
 from vbon_lightning import sample
 from vbon_lightning.actors import Actors
+from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import BestOfN, Drawn, ValueGuided
-from vbon_lightning.decoding.drawing import STREAM, sampling_spec
+from vbon_lightning.decoding.drawing import STREAM, draw, sampling_spec
+from vbon_lightning.models import ModelError
 from vbon_lightning.sampling import prompt_noise
 
 PROMPTS = ["ab", "c", "deffg"]
@@ -69,6 +71,29 @@ def test_the_batch_size_changes_nothing_and_the_seed_does(decoder: Any, policy: 
     for size in (1, 2):
         assert [one.tokens for one in drawn(policy, decoder=decoder, batch_size=size)] == [one.tokens for one in whole]
     assert [one.tokens for one in drawn(policy, decoder=decoder, seed=4)] != [one.tokens for one in whole]
+
+
+def test_a_decoder_gets_the_rewards_of_its_own_prompts(policy: str) -> None:
+    actors = Actors.load(sampling_spec(policy, VowelReward(), 5, 1.0), trainable=False, reference=False)
+    seen: list[Any] = []
+
+    class Reading(BestOfN):
+        def decode(self, actors: Actors, prompts: Any, **how: Any) -> Any:
+            seen.append(prompts.reference_rewards.tolist())
+            return super().decode(actors, prompts, **how)
+
+    encoded = [EncodedPrompt([3 + place], "ab", "") for place in range(3)]
+    rewards = torch.arange(6.0).view(3, 2)
+    list(draw(actors, enumerate(encoded), decoder=Reading(2), batch_size=2, reference_rewards=rewards))
+    assert seen == [[[0, 1], [2, 3]], [[4, 5]]]
+
+
+def test_the_penalty_and_the_value_model_are_named_in_python_too(policy: str) -> None:
+    plain, fined = drawn(policy), drawn(policy, missing_eos_penalty=2.0)
+    for one, other in zip(plain, fined, strict=True):
+        assert one.reward is not None and other.reward == pytest.approx(one.reward - 2 * (not one.finished))
+    with pytest.raises(ModelError, match="nowhere"):
+        drawn(policy, decoder=ValueGuided(2), value_model="./nowhere")
 
 
 def test_length_and_temperature_are_the_exports_unless_they_are_given(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.decoding.setting import (
     Continuations,
     Outcomes,
     Tokens,
+    Told,
     assert_distributed,
     decode,
     decode_apart,
@@ -26,6 +27,7 @@ from tests.decoding.setting import score as reward_of
 from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding import InferenceTimePessimism
+from vbon_lightning.rewards import RewardCalls
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,55 @@ def test_how_many_are_drawn_at_once_changes_the_cost_alone(at_once: int, files: 
     calls = one.cost.reward_calls - n * samples
     assert samples <= calls <= (n + 1) * samples and found.cost.reward_calls >= one.cost.reward_calls
     assert found.kl_bound == pytest.approx(math.log(n + 1))
+
+
+@pytest.mark.parametrize(("n", "beta"), [(2, 0.2), (8, 0.2), (32, 0.2), (4, 0.01)])
+def test_how_often_none_is_accepted(n: int, beta: float, actors: Actors) -> None:
+    """It is counted; by the rewards of the n a fresh one is accepted as often as beta is of R_max less the level."""
+    samples = 300
+    found = decode(InferenceTimePessimism(n, beta), actors, samples)
+    options = {"num_samples": n * samples, "seed": 3, "step": 2}
+    first = actors.sample(actors.policy, batch_of([PROMPT]), stream="test/level", **options)
+    known = [reward_of(ids) for ids in actors.token_ids(first)[0]]
+    whole = Continuations(actors.policy).after((), 2)
+    mean = variance = 0.0
+    for place in range(samples):
+        rewards = known[n * place : n * place + n]
+        level, best = level_by_bisection(rewards, beta), max(rewards)
+        assert beta / (best - level) >= beta / (beta + best - sum(rewards) / n) - 1e-9, "which the documentation says"
+        rate = sum(share * min(max(reward_of(one) - level, 0.0) / (best - level), 1.0) for one, share in whole)
+        none = (1 - rate) ** n
+        mean, variance = mean + none, variance + none * (1 - none)
+    assert abs(found.cost.fallbacks - mean) < 4 * math.sqrt(variance) + 1
+    if n == 32:  # more than three times 1 + (R_max - mean) / beta
+        assert found.cost.fallbacks < 0.05 * samples
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_where_none_is_accepted_and_the_next_has_no_reward(files: Path) -> None:
+    """The first of the level's that has one; and without a level the first fresh one that has one."""
+    n, samples, silent = 3, 200, [3, 4]
+    actors = load(files, 2, reward=Told(silent=silent), reward_calls=RewardCalls(on_missing="skip"))
+    found = decode(InferenceTimePessimism(n, beta=1e-9, at_once=1), actors, samples)
+    options = {"seed": 3, "step": 2}
+    level = actors.sample(actors.policy, batch_of([PROMPT]), stream="test/level", num_samples=n * samples, **options)
+    fresh = actors.sample(actors.policy, batch_of([PROMPT]), stream="test", num_samples=(n + 1) * samples, **options)
+    begun, new = ([tuple(ids) for ids in actors.token_ids(drawn)[0]] for drawn in (level, fresh))
+    spare = without = 0
+    for place, response in enumerate(tuple(ids) for ids in actors.token_ids(found)[0]):
+        known = [one for one in begun[n * place : n * place + n] if one[0] not in silent]
+        mine = new[(n + 1) * place : (n + 1) * place + n + 1]
+        told = [one for one in mine if one[0] not in silent]
+        if not known:
+            without += 1
+            assert response == (told[0] if told else begun[n * place])
+            continue
+        good = [one for one in told if one in mine[:n] and reward_of(one) >= max(map(reward_of, known)) - 1e-6]
+        expected = good[0] if good else mine[n]
+        spare += expected[0] in silent
+        assert response == (known[0] if expected[0] in silent else expected)
+    assert spare and without
+    assert found.kl_bound == pytest.approx(math.log(2 * n + 1))
 
 
 def test_a_bound_that_is_none(actors: Actors) -> None:

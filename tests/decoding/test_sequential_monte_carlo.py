@@ -163,6 +163,12 @@ def test_what_it_costs(files: Path) -> None:
     assert found.kl_bound == pytest.approx(3 * math.log(3))
 
 
+def test_an_interval_at_which_nothing_is_judged(actors: Actors) -> None:
+    message = r"^every is 4, and a response has at most 2 tokens: .*, or ask for one of n by its weight, which is thres"
+    with pytest.raises(ValueError, match=message):
+        decode(SequentialMonteCarlo(4), actors, 1)
+
+
 @pytest.mark.filterwarnings("ignore:the reward says None")
 def test_a_particle_without_a_reward_does_not_go_on(files: Path) -> None:
     actors = load(files, 3, reward=Told(silent=[3, 4]), reward_calls=RewardCalls(on_missing="skip"))

@@ -45,6 +45,7 @@ def test_at_temperature_zero_it_is_best_of_n(actors: Actors) -> None:
     for temperature in (0, 1e-6):
         soft, best = (decode(one, actors, 50) for one in (SoftBestOfN(4, temperature), BestOfN(4)))
         assert torch.equal(soft.tokens, best.tokens) and soft.cost[:3] == best.cost[:3]
+        assert (soft.kl_bound is None) == (temperature == 0), "whose KL is known"
     assert not torch.equal(decode(SoftBestOfN(4, 1.0), actors, 50).tokens, best.tokens)
 
 

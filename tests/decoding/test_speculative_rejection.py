@@ -51,12 +51,27 @@ def test_its_distribution(actors: Actors) -> None:
     assert statistic(found, best_of_three) > 3, "which another decoder's is not"
 
 
-@pytest.mark.parametrize(("alpha", "every"), [(0.0, 1), (0.9, 2), (0.9, 5)], ids=str)
-def test_where_nothing_is_rejected_it_is_best_of_n(alpha: float, every: int, actors: Actors) -> None:
-    ours, theirs = (decode(one, actors, 50) for one in (SpeculativeRejection(4, alpha, every), BestOfN(4)))
+@pytest.mark.parametrize("every", [1, 2, None])
+def test_where_nothing_is_rejected_it_is_best_of_n(every: int | None, actors: Actors) -> None:
+    ours, theirs = (decode(one, actors, 50) for one in (SpeculativeRejection(4, 0.0, every), BestOfN(4)))
     for name in ("tokens", "mask", "finished", "rewards"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    assert ours.cost[:3] == theirs.cost[:3]
+    assert ours.cost[:3] == theirs.cost[:3] and ours.kl_bound is None, "its KL is Best-of-N's"
+
+
+@pytest.mark.parametrize(("length", "every"), [(2, 1), (4, 1), (5, 2), (16, 4)])
+def test_by_default_it_judges_at_each_quarter(length: int, every: int, files: Path) -> None:
+    actors = load(files, length)
+    ours, theirs = (decode(SpeculativeRejection(4, every=one), actors, 5) for one in (None, every))
+    assert torch.equal(ours.tokens, theirs.tokens) and ours.cost[:3] == theirs.cost[:3]
+
+
+@pytest.mark.parametrize(("length", "every"), [(2, 2), (2, 16), (1, None)])
+def test_an_interval_at_which_nothing_is_judged(length: int, every: int | None, files: Path) -> None:
+    message = f"^every is {every or 1}, and a response has at most {length} tokens: nothing would be judged on the way"
+    with pytest.raises(ValueError, match=message):
+        decode(SpeculativeRejection(4, every=every), load(files, length), 1)
+    decode(SpeculativeRejection(1, every=every), load(files, length), 1)  # of one there is nothing to reject
 
 
 def test_what_it_costs(files: Path) -> None:

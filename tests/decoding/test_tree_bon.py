@@ -42,12 +42,12 @@ def actors(files: Path) -> Actors:
 
 
 def expected_of(actors: Actors, partial: Any, *, temperature: float = 1.0) -> Outcomes:
-    """Two nodes of a token (of the three there may be), the better one twice; the better of their ends."""
+    """Two nodes of a token (of the three there may be), the better one twice, or both where that has finished."""
     chances = Continuations(actors.policy, lambda response: next_probs(actors.policy, response, temperature))
     expected = Outcomes()
     for nodes, probability in chances.groups([()] * 2, 1):
-        best = max(nodes, key=partial)
-        for leaves in product(chances.after(best, 2), repeat=2):
+        best, other = sorted(nodes, key=partial, reverse=True)
+        for leaves in product(chances.after(best, 2), chances.after(other if best[-1] == EOS else best, 2)):
             chance = probability * math.prod(share for _, share in leaves)
             expected.add(max((response for response, _ in leaves), key=reward_of), chance)
     return expected
@@ -74,7 +74,7 @@ def test_its_distribution_by_an_implicit_reward(files: Path) -> None:
 
 
 def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
-    """Node by node with the noise that each place has: scores of longer prefixes, and what it costs."""
+    """Node by node with the noise that each place has: scores of longer prefixes, leaves, and what it costs."""
     decoder, samples = TreeBoN(4, layers=3, branches=2, preference_policy=str(files / "other")), 5
     actors: Any = load(files, 6)
     found = decode(decoder, actors, samples)
@@ -97,8 +97,10 @@ def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
             if layer < 2:
                 read += sum(map(len, nodes))
                 scores = [sum(ratio(node[:k], node[k]) / (k + 1) for k in range(len(node))) for node in nodes]
-                kept = sorted(sorted(range(4), key=lambda place: -scores[place])[:2])
-                nodes = [nodes[place] for place in kept for _ in range(2)]
+                dealt: list[int] = []
+                for place in sorted(range(4), key=lambda place: -scores[place]):
+                    dealt += [place] * (1 if EOS in nodes[place] else 2)
+                nodes = [nodes[place] for place in sorted(dealt[:4])]
         chosen.append(max(nodes, key=reward_of))
     assert [tuple(ids) for ids in actors.token_ids(found)[0]] == chosen
     assert found.cost[:3] == (tokens, read + 2 * len(PROMPT), 4 * samples)
@@ -116,7 +118,7 @@ def test_with_one_layer_it_is_best_of_n(branches: int, actors: Actors) -> None:
 
 def test_without_branches_it_is_best_of_n(actors: Actors) -> None:
     ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, layers=3, branches=1), BestOfN(4)))
-    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(ours.tokens, theirs.tokens) and ours.kl_bound is None
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ def test_decoders_stand_beside_policies(decoded: AlignmentDataModule, tmp_path: 
         "seconds": best.cost["seconds"],
         "peak_cache_bytes": best.cost["peak_cache_bytes"],
         "peak_cuda_bytes": 0,
+        "fallbacks": 0,
     }
     assert 0 < best.cost["seconds"] < 60 and best.cost["peak_cache_bytes"] > 0
     chosen = decoders["Guided n=4"](actors, batch, num_samples=5, **options)

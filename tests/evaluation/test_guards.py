@@ -15,7 +15,7 @@ from tests.data.test_module import ALPHABET, Lengths
 from tests.helpers import save_tiny_model
 from vbon_lightning.actors import Actors
 from vbon_lightning.data import AlignmentDataModule
-from vbon_lightning.decoding import BestOfN
+from vbon_lightning.decoding import BestOfN, SpeculativeRejection, TreeBoN
 from vbon_lightning.decoding.drawing import device_named
 from vbon_lightning.evaluation import command
 from vbon_lightning.evaluation.guards import check_names, make_directory
@@ -71,6 +71,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such device": ({"device": "cuda:99"}, "device 'cuda:99' is not there .*: give cpu, or auto"),
     "no device at all": ({"device": "toaster"}, "device 'toaster' is not there .*: give cpu, or auto"),
     "nothing's device": ({"device": "meta"}, "device 'meta' is not there .*: give cpu, or auto"),
+    "nothing to judge": (
+        {"decoders": {"drawn": SpeculativeRejection(4, every=32)}},
+        "the decoder 'drawn': every is 32, and a response has at most 32 tokens: nothing would be judged on the way",
+    ),
+    "more layers than tokens": (
+        {"decoders": {"drawn": TreeBoN(8, layers=33)}},
+        "the decoder 'drawn': layers is 33, and a response has at most 32 tokens: ask for fewer",
+    ),
     "a split": ({"split": "val"}, "no val data: set `data.val`"),
 }
 

@@ -20,7 +20,7 @@ from vbon_lightning._visible import visible
 from vbon_lightning.evaluation import Estimate, PolicyReport, ScoredText, TextSample, write_comparison
 from vbon_lightning.evaluation.cards import write_cards
 from vbon_lightning.evaluation.temperatures import TemperatureReport, write_temperatures
-from vbon_lightning.evaluation.writing import write_together
+from vbon_lightning.evaluation.writing import comparison_markdown, write_together
 
 
 def test_the_files_of_a_comparison(tmp_path: Path, reports: list[PolicyReport]) -> None:
@@ -65,7 +65,7 @@ def test_a_comparison_is_written_over(tmp_path: Path, reports: list[PolicyReport
 def test_costs_have_a_picture_and_rows_of_their_own(tmp_path: Path, reports: list[PolicyReport]) -> None:
     for place, report in enumerate(reports):
         report.cost = {"generated_tokens": 10.25 + place, "seconds": 0.5}
-    reports[-1].cost = {"generated_tokens": 2000.0, "peak_memory_mib": 3.0}
+    reports[-1].cost = {"generated_tokens": 2000.0, "peak_memory_mib": 3.0, "fallbacks": 0.0}
     reports[-2].cost = None
     samples = [TextSample("Once", {"reference": [ScoredText("a", 0.5)]})]
     written = write_comparison(reports, tmp_path, title="x", samples=samples, logger=False)
@@ -76,6 +76,9 @@ def test_costs_have_a_picture_and_rows_of_their_own(tmp_path: Path, reports: lis
     assert "| reference | 10.2 | 0.5 | - |" in costs
     assert f"| **{reports[-1].name}** | 2,000.0 | - | 3.0 |" in costs
     assert reports[-2].name not in costs and "N samples of the reference" in costs
+    assert "fallbacks" not in costs, "where nobody has any"
+    reports[-1].cost["fallbacks"] = 0.212
+    assert f"| **{reports[-1].name}** | 2,000.0 | - | 3.0 | 0.21 |" in comparison_markdown(reports, title="x")
 
     for report in reports:
         report.cost = None

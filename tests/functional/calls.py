@@ -87,6 +87,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "bonbon_gap": {**_REFERENCE, "n": 4},
     "bonbon_loss": {"best_log_prob": _logs(B), **_PAIR, "n": 4, "goal": _values(B), "told_apart": _bool(B)},
     "bradley_terry_loss": {"chosen": _values(B), "rejected": _values(B)},
+    "branch_places": {"scores": _values(B, G), "finished": _bool(B, G), "branches": 2},
     "candidate_teacher": {
         "candidates": _candidates(True),
         "log_values": _values(B, T, 2),

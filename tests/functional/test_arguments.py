@@ -450,7 +450,14 @@ def test_a_wrong_number_of_dimensions() -> None:
 AS_ITS_INPUT, SINGLE, WIDE, DOUBLE = "as its input", "float32", "float32 or wider", "float64"
 DTYPES = {
     SINGLE: {"length_weights"},  # of a mask
-    WIDE: {"forecast_log_probs", "prefix_log_values", "token_log_probs", "token_statistics", "vocabulary_kl"},
+    WIDE: {
+        "forecast_log_probs",
+        "prefix_log_values",
+        "realigned_logits",
+        "token_log_probs",
+        "token_statistics",
+        "vocabulary_kl",
+    },
     DOUBLE: {
         "binned_bon_kl",
         "binned_bon_reward",

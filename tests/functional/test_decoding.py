@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vbon_lightning.functional import (
+    branch_places,
     effective_samples,
     implicit_reward,
     particle_weights,
@@ -87,6 +88,31 @@ def test_mixed_logits() -> None:
         product = (ours * theirs).nan_to_num(nan=0.0, posinf=0.0)
         product[0, 0] = product[1, 1] = 0.0
         assert torch.allclose(mixed, product / product.sum(-1, keepdim=True), atol=1e-12)
+
+
+def test_a_strength_beyond_all_numbers() -> None:
+    """Large ones are as exact as float32, whatever the logits' precision; what is infinite is no mixture."""
+    policy, reference = torch.tensor([[30.0, 2.0, -INF]]), torch.tensor([[29.75, 2.0, 0.0]])
+    expected = [[40 * 30.0 - 39 * 29.75, 2.0, -INF]]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert realigned_logits(policy.to(dtype), reference.to(dtype), strength=40.0).tolist() == expected
+    for strength in (1e39, -1e308):
+        assert not realigned_logits(policy, reference, strength=strength).amax().isfinite()
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3, 6])
+def test_places_are_dealt_to_the_better_nodes_first(branches: int) -> None:
+    """So many to one that goes on, one to one that has finished, until all are dealt; each row by itself."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randint(0, 4, (2, 20, 6), generator=generator).float().masked_fill(torch.arange(6) == 2, NAN)
+    finished = torch.rand(2, 20, 6, generator=generator) < torch.linspace(0, 1, 20)[:, None]
+    found = branch_places(scores, finished, branches=branches)
+    for rows in zip(scores.flatten(0, 1).tolist(), finished.flatten(0, 1), found.flatten(0, 1).tolist(), strict=True):
+        values, ended, places = rows
+        order = sorted(range(6), key=lambda node: (-values[node] if values[node] == values[node] else INF, node))
+        dealt = [node for node in order for _ in range(1 if ended[node] else branches)]
+        assert places == sorted(dealt[:6])
+    assert found[:, -1].tolist() == [list(range(6))] * 2, "of leaves alone each is kept"
 
 
 def test_from_one_n_to_another() -> None:

@@ -36,6 +36,11 @@ def test_does_not_depend_on_the_batch():
     assert torch.equal(draw([4, 9, 17, 2]), together)
 
 
+def test_some_samples_of_a_prompt_are_those_of_all():
+    whole = draw([4, 9], num_samples=5)
+    assert torch.equal(draw([4, 9], num_samples=2, first=1), whole[:, 1:3])
+
+
 def test_leaves_the_global_random_state_alone():
     state = torch.get_rng_state()
     draw([1, 2])

@@ -205,12 +205,15 @@ class Actors:
         seed: int,
         stream: str,
         step: int,
+        first: int = 0,
     ) -> Completions:
         """Sample G responses a prompt; :func:`~vbon_lightning.sampling.prompt_noise` says how."""
-        noise = self.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        noise = self.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step, first=first)
         return self.sampler(model, self.request(prompts, noise))
 
-    def noise(self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int) -> Tensor:
+    def noise(
+        self, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int, first: int = 0
+    ) -> Tensor:
         """Return the uniforms ``[B, G, T]`` that G responses a prompt are sampled by."""
         return prompt_noise(
             prompts.index.tolist(),
@@ -219,6 +222,7 @@ class Actors:
             seed=seed,
             stream=stream,
             step=step,
+            first=first,
         )
 
     def request(self, prompts: PromptBatch, noise: Tensor) -> SamplingRequest:

@@ -113,17 +113,18 @@ class ActorSpec:
         policy = self.policy_spec
         return not policy.trained_whole and self.reference_spec == policy.base()
 
-    def identity(self, *, reward: bool = True) -> dict[str, Any]:
+    def identity(self, *, reward: bool = True, reference: bool = True) -> dict[str, Any]:
         """Describe the models by content, in plain values: what a checkpoint must agree with to be resumed.
 
         Args:
             reward: Whether the reward counts; one that a method does not use need not even exist.
+            reference: Whether the reference does; where the policy alone is sampled there is none.
         """
         with told_of("policy"):
             policy = model_identity(self.policy_spec)
         return {
             "policy": policy,
-            "reference": self._reference_identity(),
+            **({"reference": self._reference_identity()} if reference else {}),
             "reward": self.reward.identity() if reward and self.reward is not None else None,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from vbon_lightning._json_lines import parse_json, read_json_lines
+from vbon_lightning._json_lines import parse_json
 from vbon_lightning._visible import is_text, visible, visible_json
 from vbon_lightning.actors import Actors, ActorSpec
-from vbon_lightning.checks import differences
+from vbon_lightning.checks import differences, plain
 from vbon_lightning.commands.parsers import ArgumentParser, description_of, parse_beside_run, pass_over_run
 from vbon_lightning.data import AlignmentDataModule, Split
+from vbon_lightning.data.dealing import Rows
 from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.data.preparing import prepare_rows
 from vbon_lightning.data.sources import TextRow, TextSource, as_row, read_rows
@@ -31,9 +33,8 @@ from vbon_lightning.decoding import (
     ValueGuided,
 )
 from vbon_lightning.decoding.cost import DecodingCost, describe_cost
-from vbon_lightning.decoding.drawing import Drawn, device_named, draw, load_actors, sampling_spec
+from vbon_lightning.decoding.drawing import Drawn, check_decoding, device_named, draw, load_actors, sampling_spec
 from vbon_lightning.decoding.options import check_counts
-from vbon_lightning.models import model_identity
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.whole_files import atomic_file
 
@@ -69,7 +70,7 @@ def sample_command(
     policy: str | None = None,
     prompts: str | TextSource | None = None,
     decoder: Decoder | Named = "policy",
-    n: int = 4,
+    n: int | float | None = None,
     reward: RewardModel | None = None,
     split: Split | None = None,
     samples: int = 1,
@@ -97,71 +98,62 @@ def sample_command(
         prompts: A file of prompts, a source with its path, column and so on, or `-` for standard input.
         decoder: How a response is chosen: `policy` for plain samples, the name of one that `n` is enough for, or a
             decoder's class with its arguments. What a response takes to make is then said at the end.
-        n: N of Best-of-N, or responses to begin with, for the decoders that are given by name.
-        reward: What scores the responses, and what Best-of-N chooses by; `data.reward` by default.
+        n: N of Best-of-N, or responses to begin with, for the decoders that are given by name; as the decoder has it by
+            default. Any real number above 1 for `value_guided`.
+        reward: What scores the responses, and what Best-of-N chooses by; `data.reward` by default. With
+            `data.missing_eos_penalty` that of a response without an end is lower.
         split: Split of the data whose prompts to take.
         samples: Responses a prompt.
         output: The file to write; standard output by default.
-        max_new_tokens: Longest response in tokens; as the policy's generation config has it by default.
-        temperature: Sampling temperature; as the policy's generation config has it by default.
-        batch_size: Prompts that are answered together.
+        max_new_tokens: Longest response in tokens; by default what the data say, and where they name no policy, that
+            of `policy`'s generation config.
+        temperature: Sampling temperature; by default as `max_new_tokens`.
+        batch_size: Prompts that are answered together; at a terminal each is answered by itself.
         seed: Seeds the noise.
         device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         chat: Whether a line of text is what a user says, to be rendered by the policy's chat template: by default what
             is typed at a terminal is, where the policy has a template. Conversations in a file always are.
-        data: The data, for a split's prompts, its reward, lengths, temperature and value model.
+        data: The data: a split's prompts, the reward and how it is called, lengths, temperature, how responses are
+            sampled, the value model, and, for a split, the reference table where the decoder reads one. What is of
+            training alone is passed over, the reference too: `policy` is decoded from.
     """
     check_counts(samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if temperature is not None and not 0 < temperature < math.inf:
         raise SampleError(f"--temperature must be positive and finite, got {temperature}")
     device_named(device)
     chosen = _decoder(decoder, n)
-    given = data is not None and bool(data.actors.policy)
-    if policy is None and not given:
+    if policy is None and not (data is not None and data.actors.policy):
         raise SampleError("nothing to sample from: name a policy with --policy, or data with --config")
-    if split is not None and not given:
+    if split is not None and (data is None or not any(data.sources.values())):
         raise SampleError("--split is a split of the data, and no data is named: give --config or --prompts")
     if split is not None and prompts is not None:
         raise SampleError("the prompts of --prompts or those of --split: one of the two")
-    if data is not None and given:
-        spec = data.actors.replaced(
-            policy=policy or data.actors.policy,
-            reference=None,
-            reward=reward or data.actors.reward,
-            max_new_tokens=max_new_tokens or data.actors.max_new_tokens,
-            temperature=temperature or data.actors.temperature,
-            missing_eos_penalty=0.0,
-        )
-    else:
-        assert policy is not None
-        said = ("end_tokens", "chat", "reward_calls")
-        more = {} if data is None else {name: getattr(data.actors, name) for name in said}
-        spec = sampling_spec(policy, reward, max_new_tokens, temperature, **more)
-    settings = {
-        "policy": model_identity(spec.policy_spec),
-        "decoder": "policy" if chosen is None else chosen.identity(),
-        "reward": None if spec.reward is None else spec.reward.identity(),
-        "max_new_tokens": spec.max_new_tokens,
-        "temperature": spec.temperature,
-        "samples": samples,
-        "seed": seed,
-        **({"on_missing": "skip"} if spec.reward_calls.skips else {}),
-    }
+    if split is not None and chat is not None:
+        raise SampleError("--chat is for lines of text; a split's prompts are conversations where its rows are")
+    typed = prompts is None and split is None and sys.stdin.isatty()
+    if typed and output is not None:
+        raise SampleError("--output is for the answers to --prompts or --split; what is typed is answered here")
+    data = data or AlignmentDataModule(policy="")
+    spec = data.actors = _spec(data.actors, policy, reward, max_new_tokens, temperature)
+    if chosen is not None:
+        check_decoding(spec, chosen)
     drawing: dict[str, Any] = {"decoder": chosen, "samples": samples, "seed": seed}
-    if prompts is None and split is None and sys.stdin.isatty():
-        _converse(load_actors(spec, chosen, device), spec, drawing, chat)
+    if typed:
+        _converse(load_actors(spec, chosen, device), data, drawing, chat)
         return
-    if split is not None and data is not None:
-        data.actors.reward = spec.reward
-        encoded = data.prompts(split)
-    else:
-        encoded = _encoded(prompts or "-", spec, bool(chat))
-    done = 0 if output is None else _resumed(Path(output), settings, encoded, samples, batch_size)
+    encoded = _encoded(prompts or "-", data, bool(chat)) if split is None else data.prompts(split)
+    if split is not None and chosen is not None and chosen.reads_table and data.reference_table is not None:
+        drawing["reference_rewards"] = data.table_rewards(encoded)
+    done = 0
+    if output is not None:
+        done = _resumed(Path(output), settings_of(spec, **drawing), encoded, samples, batch_size)
     left = list(enumerate(encoded))[done:]
     if not left:
         print(f"{output} has all {len(encoded)} prompts already", file=sys.stderr)
         return
     actors = load_actors(spec, chosen, device)
+    if "reference_rewards" in drawing:
+        data.table().check_ends(actors.end_ids)
     costs: list[DecodingCost] = []
     drawn = draw(actors, iter(left), batch_size=batch_size, costs=costs, **drawing)
     shown = tqdm(drawn, total=len(left) * samples, unit="response", disable=None, file=sys.stderr)
@@ -177,18 +169,76 @@ def sample_command(
         print(f"{actors.record.missing} responses were left without a reward", file=sys.stderr)
 
 
-def _decoder(decoder: str | Decoder, n: int) -> Decoder | None:
+def _decoder(decoder: str | Decoder, n: float | None) -> Decoder | None:
     if not isinstance(decoder, str):
+        if n is not None:
+            raise SampleError(
+                f"--n is for decoders that are given by name, and {type(decoder).__name__} is given by its class: name "
+                "it among that one's own arguments (--decoder.n), or leave --n out"
+            )
         return decoder
     if decoder not in NAMED:
         raise SampleError(f"--decoder must be one of {', '.join(NAMED)}, or a decoder's class; got {decoder!r}")
     made = NAMED[decoder]
-    return None if made is None else made(n)
+    if made is None and n is not None:
+        raise SampleError("--n is a decoder's, and plain samples have none: give --decoder best_of_n, or leave --n out")
+    return None if made is None else made() if n is None else made(n)
 
 
-def _encoded(prompts: str | TextSource, spec: ActorSpec, said: bool) -> list[EncodedPrompt]:
+def _spec(
+    said: ActorSpec,
+    policy: str | None,
+    reward: RewardModel | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+) -> ActorSpec:
+    """Say what to sample with: what is given, before what the data say, before the policy's generation config."""
+    if policy is not None and not said.policy:
+        unsaid = ActorSpec(policy)
+        if said.max_new_tokens != unsaid.max_new_tokens:
+            max_new_tokens = max_new_tokens or said.max_new_tokens
+        if said.temperature != unsaid.temperature:
+            temperature = temperature or said.temperature
+        own = sampling_spec(policy, None, max_new_tokens, temperature)
+        max_new_tokens, temperature = own.max_new_tokens, own.temperature
+    return said.replaced(
+        policy=policy or said.policy,
+        reference=None,
+        reward=reward or said.reward,
+        max_new_tokens=max_new_tokens or said.max_new_tokens,
+        temperature=temperature or said.temperature,
+    )
+
+
+def settings_of(
+    spec: ActorSpec, *, decoder: Decoder | None, samples: int, seed: int, reference_rewards: Tensor | None = None
+) -> dict[str, Any]:
+    """Describe what responses and their rewards depend on beside the prompts, in plain values.
+
+    An output is gone on with by a run that has the same.
+
+    Args:
+        spec: What is sampled with.
+        decoder: How a response is chosen.
+        samples: Responses a prompt.
+        seed: Seeds the noise.
+        reference_rewards: ``[P, M]`` the table's rewards, where the decoder reads them.
+    """
+    valued = decoder is not None and decoder.needs_value_model
+    read = spec if valued else spec.replaced(value_model=None)
+    return {
+        **read.identity(reference=False),
+        "decoder": "policy" if decoder is None else decoder.identity(),
+        "samples": samples,
+        "seed": seed,
+        **({"engine_options": plain(spec.engine_options or {})} if spec.sampler == "vllm" else {}),
+        **({} if reference_rewards is None else {"table_rewards": Rows(reference_rewards.tolist()).digest}),
+    }
+
+
+def _encoded(prompts: str | TextSource, data: AlignmentDataModule, said: bool) -> list[EncodedPrompt]:
     """Read and encode prompts; ``said`` makes lines of text what a user says."""
-    columns = tuple(getattr(spec.reward, "columns", ()))
+    columns = data.columns_read
     source = None
     if prompts == "-":
         rows = _typed_rows({number: line.rstrip("\r\n") for number, line in enumerate(sys.stdin, start=1)}, columns)
@@ -197,13 +247,26 @@ def _encoded(prompts: str | TextSource, spec: ActorSpec, said: bool) -> list[Enc
         rows = read_rows(source, columns)
     if said:
         rows = [row if row.messages is not None else _said(row) for row in rows]
-    tokenizer = spec.load_tokenizer()
+    tokenizer = data.tokenizer
     if not said and tokenizer.chat_template and all(row.messages is None for row in rows):
         print(
             "The prompts are text to go on with; --chat true makes each a user's turn, rendered by the chat template",
             file=sys.stderr,
         )
-    return prepare_rows(rows, "prompts", tokenizer, chat=spec.chat, source=source, key_columns=columns)
+    return _prepared(rows, data, source=source, key_columns=columns)
+
+
+def _prepared(rows: Sequence[TextRow], data: AlignmentDataModule, **more: Any) -> list[EncodedPrompt]:
+    """Encode rows as the data have it."""
+    return prepare_rows(
+        rows,
+        "prompts",
+        data.tokenizer,
+        chat=data.actors.chat,
+        max_prompt_tokens=data.max_prompt_tokens,
+        too_long=data.too_long,
+        **more,
+    )
 
 
 def _typed_rows(typed: dict[int, str], columns: Sequence[str]) -> list[TextRow]:
@@ -247,26 +310,49 @@ def _resumed(output: Path, settings: dict[str, Any], prompts: Sequence[EncodedPr
     """
     beside = output.with_name(output.name + ".settings.json")
     output.parent.mkdir(parents=True, exist_ok=True)
+    made_of = {"count": len(prompts), "digest": Rows(prompts).digest}
+    told = json.dumps({**settings, "prompts": made_of}, indent=1) + "\n"
     if not output.exists():
-        _replace(beside, json.dumps(settings, indent=1) + "\n")
+        _replace(beside, told)
         return 0
     if not beside.exists():
         raise SampleError(f"{output} exists, and {beside.name}, which says what made it, does not: name another output")
-    if found := differences(json.loads(beside.read_text()), settings):
+    its = json.loads(beside.read_text())
+    made_of = its.pop("prompts", {"count": 0, "digest": ""})
+    if found := differences(its, settings):
         lines = "".join(f"\n  {name}: {its!r} there, {ours!r} here" for name, (its, ours) in found.items())
         raise SampleError(f"{output} was made with other settings:{lines}\nName another --output, or remove it")
+    if made_of["count"] > len(prompts):
+        raise SampleError(
+            f"{output} is of {made_of['count']} prompts, and here are {len(prompts)}: name another output"
+        )
     text = output.read_text(encoding="utf-8")
-    kept = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    done = min(len(kept) // samples, len(prompts))
+    kept = text.split("\n")[:-1]  # the last line may be half a line
+    for number, line in enumerate(kept, start=1):
+        row = (number - 1) // samples
+        if row >= len(prompts) or _made_of(line) != (row, prompts[row].text):
+            raise SampleError(f"{output}, line {number}: of other prompts than these; name another output")
+    if Rows(prompts[: made_of["count"]]).digest != made_of["digest"]:
+        raise SampleError(
+            f"{output} was made of prompts with the same texts, but other tokens, or other columns beside them: name "
+            "another output"
+        )
+    done = len(kept) // samples
     done -= done % batch if done < len(prompts) else 0
-    whole = "".join(kept[: done * samples])
+    whole = "".join(f"{line}\n" for line in kept[: done * samples])
     if whole != text:
         _replace(output, whole)
-    for number, record in read_json_lines(output, SampleError):
-        row = (number - 1) // samples
-        if record.get("row") != row or record.get("prompt") != prompts[row].text:
-            raise SampleError(f"{output}, line {number}: of other prompts than these; name another output")
+    _replace(beside, told)
     return done
+
+
+def _made_of(line: str) -> tuple[Any, Any] | None:
+    """Return the row and the prompt of an output's line; None for a line that is none."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return (record.get("row"), record.get("prompt")) if isinstance(record, dict) else None
 
 
 def _replace(path: Path, text: str) -> None:
@@ -281,7 +367,7 @@ def _write(drawn: Iterator[Drawn], stream: TextIO) -> None:
         stream.flush()
 
 
-def _converse(actors: Actors, spec: ActorSpec, drawing: dict[str, Any], chat: bool | None) -> None:
+def _converse(actors: Actors, data: AlignmentDataModule, drawing: dict[str, Any], chat: bool | None) -> None:
     """Answer prompts as they are typed, each by itself; the same prompt twice gets two answers."""
     said = bool(actors.tokenizer.chat_template) if chat is None else chat
     how = "rendered by the chat template" if said else "as text to go on with"
@@ -297,7 +383,7 @@ def _converse(actors: Actors, spec: ActorSpec, drawing: dict[str, Any], chat: bo
             print("that is not UTF-8 text; again, please", file=sys.stderr)
             continue
         row = as_row(text, number + 1)
-        prompts = prepare_rows([_said(row) if said else row], "prompts", actors.tokenizer, chat=spec.chat)
+        prompts = _prepared([_said(row) if said else row], data)
         for one in draw(actors, enumerate(prompts), step=number, **drawing):
             shown = visible(one.response)
             print(shown if one.reward is None else f"{shown}    [reward {one.reward:.3f}]")

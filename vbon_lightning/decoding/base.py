@@ -57,9 +57,11 @@ class Decoder(ABC):
     """Whether it chooses by the reward."""
     n: float
     """N of the Best-of-N that it is, or aims at; how many responses it starts with."""
+    reads_table = False
+    """Whether it reads the reference's rewards, where a batch brings them."""
     rows = 1
-    """Rows of the cache that a response takes while it is made, which bounds how many prompts are decoded at once
-    where ``data.max_rows`` is set."""
+    """Rows of the cache that a response takes while it is made, which bounds how many prompts and responses are decoded
+    at once where ``data.max_rows`` is set; 1 also where the sampler makes them, which keeps to that itself."""
     models: tuple[FurtherModel, ...] = ()
     """Further language models."""
 
@@ -74,6 +76,22 @@ class Decoder(ABC):
         """
         for model in self.models:
             model.check(tokenizer)
+
+    def check_fits(self, *, longest: int, max_rows: int | None) -> None:
+        """Refuse options that do not go with how responses are sampled, before anything is loaded.
+
+        Args:
+            longest: The most tokens that a response may have.
+            max_rows: The most rows that may be sampled at once; None for no limit.
+
+        Raises:
+            ValueError: Naming the option and what to do.
+        """
+        if max_rows is not None and self.rows > max_rows:
+            raise ValueError(
+                f"data.max_rows is {max_rows}, and {type(self).__name__} makes a response of {self.rows} rows at "
+                "once: raise it, or lower the decoder's n"
+            )
 
     def release(self) -> None:
         """Forget the further models, which are loaded again when they are needed."""
@@ -104,18 +122,22 @@ class Decoder(ABC):
             step: The call's number within the stream.
 
         Raises:
-            ValueError: If a reward or a value model is needed and the actors have none.
+            ValueError: If a reward or a value model is needed and the actors have none, or if the decoder's options
+                do not go with the length of responses or with ``data.max_rows``.
         """
         if self.needs_value_model and actors.value is None:
             raise ValueError(f"{type(self).__name__} needs a value model: name one as data.value_model")
         if self.needs_reward and actors.reward is None:
             raise ValueError("this needs a reward: set `data.reward`")
+        limit: int | None = getattr(actors.sampler, "max_rows", None)
+        self.check_fits(longest=actors.max_new_tokens, max_rows=limit)
         actors.place()
         for model in self.models:
             model.load(actors)
-        limit: int | None = getattr(actors.sampler, "max_rows", None)
         count = len(prompts.text)
         at_once = count if limit is None else max(1, limit // (num_samples * self.rows))
+        a_prompt = num_samples if limit is None else min(num_samples, limit // self.rows)
+        how: dict[str, Any] = {"seed": seed, "stream": stream, "step": step}
         device = prompts.tokens.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -125,8 +147,12 @@ class Decoder(ABC):
             for start in range(0, count, at_once):
                 rows = list(range(start, min(start + at_once, count)))
                 some = prompts if len(rows) == count else select_prompts(prompts, rows)
-                parts.append(self.decode(actors, some, num_samples=num_samples, seed=seed, stream=stream, step=step))
-            found = _joined(parts)
+                shares = [
+                    self.decode(actors, some, num_samples=min(a_prompt, num_samples - first), first=first, **how)
+                    for first in range(0, num_samples, a_prompt)
+                ]
+                parts.append(_joined(shares, dim=1))
+            found = _joined(parts, dim=0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         cost = found.cost._replace(
@@ -138,7 +164,15 @@ class Decoder(ABC):
 
     @abstractmethod
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Choose G responses a prompt; what is measured may be left out of their cost.
 
@@ -149,11 +183,13 @@ class Decoder(ABC):
             seed: The run's seed.
             stream: The noise's stream.
             step: The call's number within the stream.
+            first: The place of the first of these responses among the prompt's, which their noise goes by: a prompt's
+                are decoded in several calls where ``data.max_rows`` is too small for all of them.
         """
 
 
-def _joined(parts: list[Decoded]) -> Decoded:
-    """Put what was decoded for some prompts each together."""
+def _joined(parts: list[Decoded], *, dim: int) -> Decoded:
+    """Put together what was decoded for some prompts each (``dim`` 0), or for the same ones (1)."""
     if len(parts) == 1:
         return parts[0]
     longest = max(part.tokens.shape[-1] for part in parts)
@@ -165,7 +201,7 @@ def _joined(parts: list[Decoded]) -> Decoded:
         values = [getattr(part, name) for part in parts]
         if any(value is None for value in values):
             return None
-        return torch.cat([wide(value) for value in values] if values[0].ndim == 3 else values)
+        return torch.cat([wide(value) for value in values] if values[0].ndim == 3 else values, dim=dim)
 
     joined: Mapping[str, Any] = {name: all_of(name) for name in Decoded._fields if name not in ("cost", "kl_bound")}
     cost = parts[0].cost

@@ -25,8 +25,17 @@ class BestOfN(Decoder):
         self.n: int = n
 
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Choose G responses a prompt, each the best of n."""
-        found = draw_groups(actors, prompts, n=self.n, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
+        found = draw_groups(actors, prompts, n=self.n, stream=stream, **how)
         return keep(found, best_of(found.rewards))

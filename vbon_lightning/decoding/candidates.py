@@ -23,7 +23,7 @@ class ScoredCandidates(NamedTuple):
 
 
 def draw_groups(
-    actors: Actors, prompts: PromptBatch, *, n: int, num_samples: int, seed: int, stream: str, step: int
+    actors: Actors, prompts: PromptBatch, *, n: int, num_samples: int, seed: int, stream: str, step: int, first: int = 0
 ) -> ScoredCandidates:
     """Draw n responses of the policy for each that is to be chosen, and score them.
 
@@ -35,8 +35,10 @@ def draw_groups(
         seed: The run's seed.
         stream: The noise's stream.
         step: The call's number within the stream.
+        first: The place of the first group among the prompt's.
     """
-    drawn = actors.sample(actors.policy, prompts, num_samples=num_samples * n, seed=seed, stream=stream, step=step)
+    how = {"num_samples": num_samples * n, "seed": seed, "step": step, "first": first * n}
+    drawn = actors.sample(actors.policy, prompts, stream=stream, **how)
     ids = actors.token_ids(drawn)
     rewards = actors.score(prompts, actors.decode(ids, prompts), ids, drawn.finished)
     return ScoredCandidates(drawn, rewards.view(len(ids), num_samples, n))

@@ -23,6 +23,8 @@ class DecodingCost(NamedTuple):
     loop keeps: not those of ``data.sampler`` graph or vllm."""
     peak_cuda_bytes: int = 0
     """Most bytes allocated on the GPU at once, models included; 0 elsewhere."""
+    fallbacks: int = 0
+    """Responses that were taken for want of one that the decoder accepts, such as after n that were refused."""
 
     def plus(self, other: DecodingCost) -> DecodingCost:
         """Return the cost of both, one after the other: what is summed in sum, peaks the higher one."""
@@ -33,6 +35,7 @@ class DecodingCost(NamedTuple):
             self.seconds + other.seconds,
             max(self.peak_cache_bytes, other.peak_cache_bytes),
             max(self.peak_cuda_bytes, other.peak_cuda_bytes),
+            self.fallbacks + other.fallbacks,
         )
 
     def per_response(self, responses: int) -> dict[str, float]:
@@ -47,6 +50,9 @@ class DecodingCost(NamedTuple):
 PEAKS = ("peak_cache_bytes", "peak_cuda_bytes")
 """Fields that are not shared by responses: the most at one time."""
 
+UNUSUAL = (*PEAKS, "fallbacks")
+"""Fields that are left out where they say nothing: all are 0."""
+
 
 def cost_heading(name: str) -> str:
     """Return what people are to read for a field of :class:`DecodingCost`."""
@@ -60,7 +66,7 @@ def cost_amount(name: str, value: float) -> str:
         name: The field.
         value: The amount.
     """
-    if name == "seconds":
+    if name in ("seconds", "fallbacks"):
         return f"{value:.2g}"
     return f"{value / 2**20:,.2f} MiB" if name in PEAKS else f"{value:,.1f}"
 
@@ -73,5 +79,5 @@ def describe_cost(costs: Sequence[DecodingCost], responses: int) -> str:
         responses: How many responses there are in all.
     """
     found = reduce(DecodingCost.plus, costs).per_response(responses).items()
-    said = {name: value for name, value in found if value or name not in PEAKS}
+    said = {name: value for name, value in found if value or name not in UNUSUAL}
     return "a response took " + ", ".join(f"{cost_heading(name)} {cost_amount(name, said[name])}" for name in said)

@@ -27,7 +27,8 @@ class DeRa(Decoder):
     the policy.
 
     Args:
-        strength: lambda; beyond 1 it goes further than the policy.
+        strength: lambda; from 0 to 1 it is between the two. Beyond 1 it goes further than the policy, below 0 away
+            from it: what the two differ by is multiplied, their noise included, and the text soon is none.
         policy: The aligned policy, where the reference is decoded from.
         reference: The reference, where the policy is decoded from.
         policy_n: The policy's N, with ``n`` in place of ``strength``.
@@ -72,10 +73,18 @@ class DeRa(Decoder):
         return cls(policy_n=n, n=wanted, **models)
 
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Sample G responses a prompt."""
-        noise = actors.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        noise = actors.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step, first=first)
         request, other = actors.request(prompts, noise), self.models[0].load(actors)
         pair = (other, actors.policy) if self._names_policy else (actors.policy, other)
         for model in pair:
@@ -121,5 +130,10 @@ class _Mixed(Reader):
 
     def _mixed(self, policy: Tensor, reference: Tensor) -> Tensor:
         logits = realigned_logits(policy, reference, strength=self.strength)
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise ValueError(
+                f"DeRa's strength {self.strength:g} takes the mixed logits beyond all numbers: give one nearer to the "
+                "range from 0 to 1"
+            )
         self.kl = vocabulary_kl(logits, reference, temperature=self.temperature).clamp(min=0)
         return logits

@@ -65,6 +65,8 @@ def sample(
     seed: int = 0,
     device: str = "auto",
     reward_calls: RewardCalls | None = None,
+    value_model: str | ModelSpec | None = None,
+    missing_eos_penalty: float = 0.0,
 ) -> Iterator[Drawn]:
     """Draw responses from a policy, or the best of several.
 
@@ -88,6 +90,8 @@ def sample(
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         reward_calls: How the reward is called; a response that it says nothing of has the reward None, if these are to
             be skipped.
+        value_model: What ``ValueModelling`` exported, for decoders that read one.
+        missing_eos_penalty: Subtracted from the reward of responses that the length limit cut.
 
     Yields:
         One record a response, prompt by prompt.
@@ -98,7 +102,13 @@ def sample(
         ModelError: If the policy cannot be loaded.
     """
     check_counts(samples=samples, batch_size=batch_size)
-    spec = sampling_spec(policy, reward, max_new_tokens, temperature, end_tokens, chat, reward_calls)
+    spec = sampling_spec(policy, reward, max_new_tokens, temperature).replaced(
+        end_tokens=list(end_tokens),
+        chat=chat,
+        reward_calls=reward_calls or RewardCalls(),
+        value_model=value_model,
+        missing_eos_penalty=missing_eos_penalty,
+    )
     columns = tuple(getattr(reward, "columns", ()))
     if isinstance(prompts, TextSource) or any(isinstance(prompt, Mapping) for prompt in prompts):
         rows = read_rows(TextSource.of(prompts), columns)  # type: ignore[arg-type]
@@ -114,9 +124,6 @@ def sampling_spec(
     reward: RewardModel | None,
     max_new_tokens: int | None,
     temperature: float | None,
-    end_tokens: Sequence[str] = (),
-    chat: Mapping[str, Any] | None = None,
-    reward_calls: RewardCalls | None = None,
 ) -> ActorSpec:
     """Say what to sample with: what is not given is as the policy's generation config has it.
 
@@ -132,9 +139,6 @@ def sampling_spec(
         reward=reward,
         max_new_tokens=max_new_tokens or found.get("max_new_tokens") or 32,
         temperature=temperature or found.get("temperature") or 1.0,
-        end_tokens=list(end_tokens),
-        chat=dict(chat or {}),
-        reward_calls=reward_calls or RewardCalls(),
     )
 
 
@@ -148,19 +152,30 @@ def generation_settings(policy: str | ModelSpec) -> dict[str, Any]:
     return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature if config.do_sample else None}
 
 
+def check_decoding(spec: ActorSpec, decoder: Decoder) -> None:
+    """Refuse a decoder that does not go with what is sampled, before anything is loaded.
+
+    Raises:
+        ValueError: If it needs a reward or a value model and none is named, or its options do not fit.
+        ModelError: If a model that it names is not there, or has other tokens.
+    """
+    if decoder.needs_reward and spec.reward is None:
+        raise ValueError(f"{type(decoder).__name__} chooses by a reward, and none is named: give `reward`")
+    if decoder.needs_value_model and spec.value_model is None:
+        raise ValueError(f"{type(decoder).__name__} needs a value model: name one as data.value_model")
+    decoder.check_fits(longest=spec.max_new_tokens, max_rows=spec.max_rows)
+    decoder.check(spec.load_tokenizer())
+
+
 def load_actors(spec: ActorSpec, decoder: Decoder | None, device: str = "auto") -> Actors:
     """Load the policy (and a value model, where the decoder reads one) to sample from.
 
     Raises:
-        ValueError: If the decoder needs a reward or a value model and none is named.
+        ValueError: As :func:`check_decoding`.
         ModelError: If a model cannot be loaded, or one that the decoder names has other tokens.
     """
-    if decoder is not None and decoder.needs_reward and spec.reward is None:
-        raise ValueError(f"{type(decoder).__name__} chooses by a reward, and none is named: give `reward`")
-    if decoder is not None and decoder.needs_value_model and spec.value_model is None:
-        raise ValueError(f"{type(decoder).__name__} needs a value model: name one as data.value_model")
     if decoder is not None:
-        decoder.check(spec.load_tokenizer())
+        check_decoding(spec, decoder)
     place = device_named(device)
     valued = decoder is not None and decoder.needs_value_model
     actors = Actors.load(spec, trainable=False, reference=False, value=valued)
@@ -180,6 +195,7 @@ def draw(
     seed: int = 0,
     step: int = 0,
     costs: list[DecodingCost] | None = None,
+    reference_rewards: Tensor | None = None,
 ) -> Iterator[Drawn]:
     """Draw responses with loaded models.
 
@@ -192,6 +208,8 @@ def draw(
         seed: Seeds the noise.
         step: The draw's number: the same prompts get other responses.
         costs: Gets what each batch of a decoder's responses took to make.
+        reference_rewards: ``[P, M]``: the reference's rewards of all prompts by their places, for decoders that read
+            them.
 
     Yields:
         One record a response, prompt by prompt.
@@ -201,7 +219,10 @@ def draw(
     waiting = iter(prompts)
     while some := list(islice(waiting, batch_size)):
         items = [(place, True, prompt) for place, prompt in some]
-        batch = on_device(collate_prompts(items, pad_id=0 if pad is None else int(pad)), actors.policy.device)
+        batch = collate_prompts(items, pad_id=0 if pad is None else int(pad))
+        if reference_rewards is not None:
+            batch = batch._replace(reference_rewards=reference_rewards[batch.index])
+        batch = on_device(batch, actors.policy.device)
         yield from _drawn(actors, batch, decoder, samples, seed, step, costs)
 
 

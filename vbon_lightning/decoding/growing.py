@@ -98,7 +98,7 @@ class Grove:
 
 @contextmanager
 def grove(
-    actors: Actors, prompts: PromptBatch, *, n: int, num_samples: int, seed: int, stream: str, step: int
+    actors: Actors, prompts: PromptBatch, *, n: int, num_samples: int, seed: int, stream: str, step: int, first: int = 0
 ) -> Iterator[Grove]:
     """Begin n responses of the policy for each that is to be chosen, with the noise that its samples have.
 
@@ -110,8 +110,10 @@ def grove(
         seed: The run's seed.
         stream: The noise's stream.
         step: The call's number within the stream.
+        first: The place of the first group among the prompt's.
     """
-    noise = actors.noise(prompts, num_samples=num_samples * n, seed=seed, stream=stream, step=step)
+    how = {"num_samples": num_samples * n, "seed": seed, "step": step, "first": first * n}
+    noise = actors.noise(prompts, stream=stream, **how)
     request = actors.request(prompts, noise)
     check_request(actors.policy, request)
     with torch.no_grad(), caching(actors.policy):
@@ -126,3 +128,21 @@ def checkpoints(length: int, every: int) -> list[int]:
         every: Tokens between two.
     """
     return list(range(every, length, every))
+
+
+def check_every(every: int, length: int, *, instead: str) -> None:
+    """Refuse an interval at which no response would be judged before it is whole.
+
+    Args:
+        every: Tokens between two.
+        length: The longest response.
+        instead: What it would be then, and how to ask for that.
+
+    Raises:
+        ValueError: If there is no checkpoint.
+    """
+    if not checkpoints(length, every):
+        raise ValueError(
+            f"every is {every}, and a response has at most {length} tokens: nothing would be judged on the way. Give a "
+            f"smaller every, or ask for {instead}"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
-from vbon_lightning.decoding.growing import Grove, checkpoints, grove
+from vbon_lightning.decoding.growing import Grove, check_every, checkpoints, grove
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import effective_samples, particle_weights, systematic_resampling
 from vbon_lightning.functional._validate import check_real
@@ -36,7 +36,7 @@ class SequentialMonteCarlo(Decoder):
         twist: ``reward`` or ``value``.
         temperature: lambda of the reward's twist, in the reward's units, up to ``.inf``: no twist.
         aim: N of the Best-of-N that the value model's twist aims at, > 1; n by default.
-        every: Tokens from one resampling to the next.
+        every: Tokens from one resampling to the next, fewer than a response may have.
         threshold: Resample where the effective number of particles is below this share of n; 0 for never.
         resampling: ``systematic``, or ``multinomial``: independent draws.
         amortised: Predict the distribution of the prompt's rewards instead of reading it from the reference table.
@@ -67,12 +67,28 @@ class SequentialMonteCarlo(Decoder):
         self.twist, self.temperature, self.aim, self.every = twist, temperature, aim, every
         self.threshold, self.resampling, self.amortised, self.rows = threshold, resampling, amortised, n
         self.needs_reward, self.needs_value_model = twist == "reward", twist == "value"
+        self.reads_table = twist == "value" and not amortised
+
+    def check_fits(self, *, longest: int, max_rows: int | None) -> None:
+        """Refuse to resample no particle before it is whole as well."""
+        super().check_fits(longest=longest, max_rows=max_rows)
+        if self.threshold and self.n > 1:
+            check_every(self.every, longest, instead="one of n by its weight, which is threshold: 0")
 
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Choose G responses a prompt."""
-        identities, how = prompts.index.tolist(), {"num_samples": num_samples, "seed": seed, "step": step}
+        identities = prompts.index.tolist()
+        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
         stops = checkpoints(actors.max_new_tokens, self.every) if self.threshold and self.n > 1 else []
         few = self.threshold * self.n * (1 - 1e-9)  # rounding alone does not make equal weights unequal
         with grove(actors, prompts, n=self.n, stream=stream, **how) as particles:

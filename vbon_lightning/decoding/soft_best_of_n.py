@@ -37,13 +37,21 @@ class SoftBestOfN(Decoder):
         self.temperature = temperature
 
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Choose G responses a prompt."""
-        found = draw_groups(actors, prompts, n=self.n, num_samples=num_samples, seed=seed, stream=stream, step=step)
+        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
+        found = draw_groups(actors, prompts, n=self.n, stream=stream, **how)
         probs = soft_selection_probs(found.rewards, temperature=self.temperature).flatten(0, 1)
-        noise = prompt_noise(
-            prompts.index.tolist(), num_samples=num_samples, length=1, seed=seed, stream=f"{stream}/choice", step=step
-        )
+        noise = prompt_noise(prompts.index.tolist(), length=1, stream=f"{stream}/choice", **how)
         chosen, _ = choose_tokens(probs.log(), noise.to(probs.device).flatten(0, 1), 1.0)
-        return keep(found, chosen.view(found.rewards.shape[:2]), kl_bound=math.log(self.n))
+        bound = math.log(self.n) if self.temperature else None
+        return keep(found, chosen.view(found.rewards.shape[:2]), kl_bound=bound)

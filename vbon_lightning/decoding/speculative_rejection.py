@@ -7,7 +7,7 @@ import math
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of
-from vbon_lightning.decoding.growing import checkpoints, grove
+from vbon_lightning.decoding.growing import check_every, checkpoints, grove
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional._validate import check_real
 from vbon_lightning.types import PromptBatch
@@ -24,25 +24,42 @@ class SpeculativeRejection(Decoder):
     Args:
         n: Responses begun for each that is kept, an integer >= 1.
         alpha: Share that is rejected each time, in [0, 1).
-        every: Tokens from one time to the next.
+        every: Tokens from one time to the next, fewer than a response may have; a quarter of these by default.
     """
 
     needs_reward = True
 
-    def __init__(self, n: int = 16, alpha: float = 0.5, every: int = 16) -> None:
+    def __init__(self, n: int = 16, alpha: float = 0.5, every: int | None = None) -> None:
         check_counts(n=n, every=every)
         check_real("alpha", alpha, at_least=0, below=1)
         self.n: int = n
         self.alpha, self.every, self.rows = alpha, every, n
 
+    def check_fits(self, *, longest: int, max_rows: int | None) -> None:
+        """Refuse to judge no response before it is whole as well."""
+        super().check_fits(longest=longest, max_rows=max_rows)
+        if self.alpha and self.n > 1:
+            check_every(self._every(longest), longest, instead="Best-of-N, which is BestOfN or alpha: 0")
+
+    def _every(self, longest: int) -> int:
+        return math.ceil(longest / 4) if self.every is None else self.every
+
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Choose G responses a prompt."""
-        how = {"num_samples": num_samples, "seed": seed, "step": step}
+        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
         with grove(actors, prompts, n=self.n, stream=stream, **how) as rows:
             left = self.n
-            for length in checkpoints(actors.max_new_tokens, self.every):
+            for length in checkpoints(actors.max_new_tokens, self._every(actors.max_new_tokens)):
                 rows.growing.grow(length)
                 kept = max(1, round((1 - self.alpha) * left))
                 if kept < left:
@@ -51,4 +68,4 @@ class SpeculativeRejection(Decoder):
                     left = kept
             rows.growing.grow()
             # One of n samples, whichever: no response is more than n times as likely as before.
-            return rows.chosen(best_of(rows.rewards()), kl_bound=math.log(self.n))
+            return rows.chosen(best_of(rows.rewards()), kl_bound=math.log(self.n) if left < self.n else None)

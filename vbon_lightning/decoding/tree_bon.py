@@ -13,7 +13,7 @@ from vbon_lightning.decoding.candidates import best_of
 from vbon_lightning.decoding.further_models import FurtherModel
 from vbon_lightning.decoding.growing import Grove, grove
 from vbon_lightning.decoding.options import check_counts
-from vbon_lightning.functional import implicit_reward
+from vbon_lightning.functional import branch_places, implicit_reward
 from vbon_lightning.models import ModelSpec
 from vbon_lightning.sampling import response_log_probs
 from vbon_lightning.types import PromptBatch
@@ -26,7 +26,9 @@ class TreeBoN(Decoder):
     (2024): after each layer of ``longest / layers`` tokens the ``n / branches`` nodes with the highest partial score go
     on, each as several. The partial score is the implicit reward of a policy trained on preferences
     (:func:`~vbon_lightning.functional.implicit_reward`), or, where none is named, the reward of the response so far;
-    the reward alone judges the whole responses. With one layer it is Best-of-N, of the same responses.
+    the reward alone judges the whole responses. A node that has finished stays one leaf, and the places of its copies
+    go to the next best node, so that n different leaves are judged. With one layer it is Best-of-N, of the same
+    responses.
 
     Args:
         n: Nodes a layer, a multiple of ``branches``.
@@ -49,25 +51,35 @@ class TreeBoN(Decoder):
         if preference_policy is not None:
             self.models = (FurtherModel(preference_policy, "preference_policy"),)
 
+    def check_fits(self, *, longest: int, max_rows: int | None) -> None:
+        """Refuse more layers than there are tokens as well."""
+        super().check_fits(longest=longest, max_rows=max_rows)
+        if self.layers > longest:
+            raise ValueError(f"layers is {self.layers}, and a response has at most {longest} tokens: ask for fewer")
+
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Choose G responses a prompt."""
         longest = actors.max_new_tokens
-        if self.layers > longest:
-            raise ValueError(f"layers is {self.layers}, and a response has at most {longest} tokens: ask for fewer")
-        how = {"num_samples": num_samples, "seed": seed, "step": step}
+        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
         with grove(actors, prompts, n=self.n, stream=stream, **how) as nodes:
             for layer in range(1, self.layers):
                 nodes.growing.grow(longest * layer // self.layers)
-                scores = self._partial_scores(actors, nodes).nan_to_num(nan=-math.inf)
-                ranked = scores.argsort(dim=-1, descending=True, stable=True)
-                best = ranked[..., : self.n // self.branches].sort(dim=-1).values
-                nodes.select(best.repeat_interleave(self.branches, dim=-1), own_noise=False)
+                scores, finished = self._partial_scores(actors, nodes), nodes.growing.finished.view(nodes.shape)
+                nodes.select(branch_places(scores, finished, branches=self.branches), own_noise=False)
             nodes.growing.grow()
-            # Each branching makes a prefix stand in so many more places, and one of the last n is returned.
+            # Each branching makes a prefix stand in so many places at the most, and one of the last n is returned.
             bound = math.log(self.n) + (self.layers - 1) * math.log(self.branches)
-            return nodes.chosen(best_of(nodes.rewards()), kl_bound=bound if self.layers > 1 else None)
+            return nodes.chosen(best_of(nodes.rewards()), kl_bound=bound if self.layers > 1 < self.branches else None)
 
     def _partial_scores(self, actors: Actors, nodes: Grove) -> Tensor:
         """Return ``[B, G, n]``."""

@@ -53,9 +53,18 @@ class ValueGuided(Decoder):
         if top < 0 or draws < 0 or top + draws < 2:
             raise ValueError(f"top and draws must together name at least 2 candidates, got {top}, {draws}")
         self.n, self.top, self.draws, self.amortised = n, top, draws, amortised
+        self.reads_table = not amortised
 
     def decode(
-        self, actors: Actors, prompts: PromptBatch, *, num_samples: int, seed: int, stream: str, step: int
+        self,
+        actors: Actors,
+        prompts: PromptBatch,
+        *,
+        num_samples: int,
+        seed: int,
+        stream: str,
+        step: int,
+        first: int = 0,
     ) -> Decoded:
         """Sample G responses a prompt."""
         # Of each token one uniform to choose with, and those that draw its candidates.
@@ -66,6 +75,7 @@ class ValueGuided(Decoder):
             seed=seed,
             stream=stream,
             step=step,
+            first=first,
         ).view(len(prompts.text), num_samples, actors.max_new_tokens, 1 + self.draws)
         with actors.as_reference() as model:
             check_request(model, actors.request(prompts, noise[..., 0]))

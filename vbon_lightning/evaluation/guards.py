@@ -141,7 +141,7 @@ def check_policy(name: str, model: str | ModelSpec, tokenizer: PreTrainedTokeniz
 
 
 def check_decoder(name: str, decoder: Decoder, spec: ActorSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a decoder whose models are not named, not there, or have other tokens than the reference.
+    """Refuse a decoder whose models are not named, not there, or of other tokens, or whose options do not fit a run.
 
     Args:
         name: What the comparison calls it.
@@ -155,6 +155,10 @@ def check_decoder(name: str, decoder: Decoder, spec: ActorSpec, tokenizer: PreTr
     """
     if decoder.needs_value_model and spec.value_model is None:
         raise ValueError(f"the decoder {name!r} needs a value model: set data.value_model")
+    try:
+        decoder.check_fits(longest=spec.max_new_tokens, max_rows=spec.max_rows)
+    except ValueError as problem:
+        raise ValueError(f"the decoder {name!r}: {problem}") from problem
     try:
         decoder.check(tokenizer)
     except ModelError as problem:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 
 from vbon_lightning._markdown import markdown_block, markdown_cell, markdown_table
-from vbon_lightning.decoding.cost import PEAKS, cost_amount, cost_heading
+from vbon_lightning.decoding.cost import UNUSUAL, cost_amount, cost_heading
 from vbon_lightning.evaluation.cost_drawing import cost_figure
 from vbon_lightning.evaluation.drawing import pareto_figure
 from vbon_lightning.evaluation.intervals import Estimate
@@ -147,7 +147,7 @@ def _costs(reports: Sequence[PolicyReport]) -> str:
     if not known:
         return ""
     fields = dict.fromkeys(field for report in known for field in report.cost or {})
-    shown = [field for field in fields if field not in PEAKS or any((one.cost or {}).get(field) for one in known)]
+    shown = [field for field in fields if field not in UNUSUAL or any((one.cost or {}).get(field) for one in known)]
     rows = [[_bold(report), *(_amount(field, (report.cost or {}).get(field)) for field in shown)] for report in known]
     table = markdown_table(
         ["a response", *(cost_heading(field) for field in shown)], rows, align="l" + "r" * len(shown)

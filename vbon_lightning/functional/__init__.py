@@ -27,6 +27,7 @@ from vbon_lightning.functional.binned_best_of_n import (
 from vbon_lightning.functional.bon_regression import bon_regression_loss, pooled_reward_cdf
 from vbon_lightning.functional.bond import bond_target
 from vbon_lightning.functional.decoding import (
+    branch_places,
     effective_samples,
     implicit_reward,
     particle_weights,
@@ -163,6 +164,7 @@ __all__ = [
     "bonbon_loss",
     "bond_target",
     "bradley_terry_loss",
+    "branch_places",
     "candidate_teacher",
     "clipped_surrogate_loss",
     "clipped_value_loss",

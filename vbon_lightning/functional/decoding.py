@@ -115,10 +115,12 @@ def realigned_logits(policy: Tensor, reference: Tensor, *, strength: float) -> T
     Args:
         policy: ``[..., V]`` logits; a token that either says is impossible stays so.
         reference: ``[..., V]``.
-        strength: lambda, any finite number; above 1 it goes on beyond the policy.
+        strength: lambda, any finite number; above 1 it goes on beyond the policy, below 0 away from it. The noise in
+            the two models' logits is multiplied alike.
 
     Returns:
-        ``[..., V]``.
+        ``[..., V]``, in float32 at the least: rounding, too, is multiplied. They are infinite, or NaN, where a strength
+        is so large.
 
     Raises:
         TypeError: on a wrong dtype.
@@ -131,7 +133,8 @@ def realigned_logits(policy: Tensor, reference: Tensor, *, strength: float) -> T
     if strength in (0, 1):
         return policy if strength else reference
     never = policy.isneginf() | reference.isneginf()
-    return (strength * policy + (1 - strength) * reference).masked_fill(never, -math.inf)
+    exact = torch.promote_types(policy.dtype, torch.float32)
+    return (strength * policy.to(exact) + (1 - strength) * reference.to(exact)).masked_fill(never, -math.inf)
 
 
 def realignment_strength(n: float, wanted: float) -> float:
@@ -178,6 +181,37 @@ def implicit_reward(log_ratio: Tensor, mask: Tensor) -> Tensor:
     check_same_shape("mask", mask, "log_ratio", log_ratio)
     weights = 1 / torch.arange(1, log_ratio.shape[-1] + 1, device=log_ratio.device, dtype=log_ratio.dtype)
     return torch.where(mask, log_ratio * weights, 0.0).sum(-1)
+
+
+@torch.no_grad()
+def branch_places(scores: Tensor, finished: Tensor, *, branches: int) -> Tensor:
+    """Deal the n places of a tree's next layer to its n nodes, in the order of their scores.
+
+    A node that goes on gets ``branches`` places, the last of them what is left; one that has finished gets one, for
+    copies of it would be a single leaf, and what it leaves goes to the next best.
+
+    Args:
+        scores: ``[..., n]``; NaN is below all others, and the first of those that tie comes first.
+        finished: ``[..., n]`` bool.
+        branches: Places of a node that goes on, >= 1.
+
+    Returns:
+        ``[..., n]`` long: whose each place is, in the nodes' order.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on shapes that differ.
+    """
+    check_float("scores", scores)
+    check_mask("finished", finished)
+    check_same_shape("finished", finished, "scores", scores)
+    order = scores.nan_to_num(nan=-math.inf).argsort(dim=-1, descending=True, stable=True)
+    wanted = torch.where(finished, 1, branches).gather(-1, order)
+    before = wanted.cumsum(-1) - wanted
+    dealt = torch.minimum(wanted, (scores.shape[-1] - before).clamp(min=0))
+    ends = torch.zeros_like(order).scatter(-1, order, dealt).cumsum(-1)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(ends).contiguous()
+    return torch.searchsorted(ends, places, right=True)
 
 
 @torch.no_grad()

@@ -22,7 +22,14 @@ def noise_seed(*parts: int | str) -> int:
 
 
 def prompt_noise(
-    identities: Sequence[int | str], *, num_samples: int, length: int, seed: int, stream: str, step: int
+    identities: Sequence[int | str],
+    *,
+    num_samples: int,
+    length: int,
+    seed: int,
+    stream: str,
+    step: int,
+    first: int = 0,
 ) -> Tensor:
     """Draw the uniforms that turn into tokens, one a token, for each prompt by its own generator.
 
@@ -33,6 +40,7 @@ def prompt_noise(
         seed: The run's seed.
         stream: What the noise is for (``"train"``, ``"val"``, ``"table"`` ...): streams are independent.
         step: The rollout's number within the stream.
+        first: The place of the first of these samples among the prompt's: those before it are left out.
 
     Returns:
         ``[B, G, T]`` float64 on the CPU, uniform on [0, 1).
@@ -41,5 +49,5 @@ def prompt_noise(
     for row, identity in enumerate(identities):
         # Not torch's generator: on the CPU it reads 32 bits of its seed, too few for prompts x steps.
         generator = np.random.Generator(np.random.Philox(key=noise_seed(seed, stream, step, identity)))
-        noise[row] = torch.from_numpy(generator.random((num_samples, length)))
+        noise[row] = torch.from_numpy(generator.random((first + num_samples, length))[first:])
     return noise
