@@ -22,7 +22,8 @@ class RunLogger(TensorBoardLogger):
 
     The first run in a directory writes right into it; a later one goes to ``version_1``, ``version_2``, ... below it,
     so that no two runs share a curve. A resumed run goes on where its checkpoint lies. A run that failed before it had
-    anything to log or to keep leaves nothing behind. HPARAMS has the last rewards, KL and win rates beside the hyper-parameters. ``vbon fit`` logs by it unless it is given a logger.
+    anything to log or to keep leaves nothing behind. HPARAMS has the last rewards, KL and win rates beside the
+    hyper-parameters. ``vbon fit`` logs by it unless it is given a logger.
 
     Args:
         save_dir: The run's directory.
@@ -80,7 +81,8 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Close the log; where the run failed as it was set up, as if it had not been: the next takes its place."""
-        events = None if self._experiment is None else Path(self._experiment.file_writer.event_writer._file_name)
+        writer: Any = None if self._experiment is None else self._experiment.file_writer
+        events = None if writer is None else Path(writer.event_writer._file_name)
         super().finalize(status)
         if status == "failed" and not self._has_begun and events is not None:
             events.unlink(missing_ok=True)
