@@ -168,11 +168,10 @@ class ReferenceSampler(AlignmentModule):
         self._stop_scoring(wait=False)  # of a run that was interrupted
         if self.responses_from is not None:
             self._source = self._open_source(resolve_path(self.responses_from))
-            self._source.check_vocabulary(vocabulary_size(self.loaded.policy))
+            self._source.check_tokens(vocabulary_size(self.loaded.policy), self.loaded.end_ids)
             self._check_source(self._source)
         if self.writer.table is not None:
-            self.writer.table.check_ends(self.loaded.end_ids)
-            self.writer.table.check_vocabulary(vocabulary_size(self.loaded.policy))
+            self.writer.table.check_tokens(vocabulary_size(self.loaded.policy), self.loaded.end_ids)
         self.check_lengths(self.response_room)
 
     def _open_source(self, path: str) -> ReferenceTable:
