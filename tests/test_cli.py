@@ -515,15 +515,22 @@ def runs(directory: Path) -> set[str]:
 def test_runs_have_short_names(vbon: Run, files: Path, tmp_path: Path) -> None:
     path = config(files, tmp_path / "config", trainer__logger=None, trainer__enable_checkpointing=True)
     run = ["fit", "--config", path, "--trainer.default_root_dir", "runs/mine"]
+    mine = tmp_path / "runs" / "mine"
+    with pytest.raises(SystemExit, match="5000"):
+        vbon(*run, "--data.max_new_tokens", "5000")
+    assert not mine.exists()  # what could not be set up was no run
     vbon(*run)
     assert runs(tmp_path / "runs") == {"mine"}
-    mine = tmp_path / "runs" / "mine"
     assert {"checkpoints", "config.yaml", "hparams.yaml", "samples"} <= {path.name for path in mine.iterdir()}
     vbon(*run)
     assert runs(tmp_path / "runs") == {"mine", "mine/version_1"}
     assert list((mine / "version_1" / "checkpoints").iterdir())
     # What is resumed goes on in the same place, what is only evaluated does not.
     (last,) = (mine / "checkpoints").iterdir()
+    before = {path.name: path.read_bytes() for path in mine.iterdir() if path.is_file()}
+    with pytest.raises(SystemExit, match="Resume with the settings"):
+        vbon(*run, "--ckpt_path", str(last), "--data.temperature", "0.5")
+    assert {path.name: path.read_bytes() for path in mine.iterdir() if path.is_file()} == before
     vbon(*run, "--ckpt_path", str(last), "--trainer.max_steps", "3")
     assert runs(tmp_path / "runs") == {"mine", "mine/version_1"}
     vbon("validate", *run[1:], "--ckpt_path", str(last))

@@ -121,9 +121,24 @@ class _Parser(OneLineErrors, LightningArgumentParser):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Save the configuration beside the logs; without a logger there is no such place."""
+    """Save the configuration beside the logs; without a logger there is no such place.
+
+    A run that is refused as it is set up, such as a resume with other settings, leaves the one that is there.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait until the run begins."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, pl_module, "test")
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
 

@@ -245,10 +245,10 @@ def test_a_table_of_another_vocabulary_is_refused(tmp_path: Path, monkeypatch: p
     )
     write_table(data, ["ab"])
 
-    def largest(table: ReferenceTable, size: int) -> None:
+    def largest(table: ReferenceTable, size: int, end_ids: object) -> None:
         raise ReferenceTableError(f"a token beyond {size}")
 
-    monkeypatch.setattr(ReferenceTable, "check_vocabulary", largest)
+    monkeypatch.setattr(ReferenceTable, "check_tokens", largest)
     with pytest.raises(ReferenceTableError, match="a token beyond 11"):
         compare(data, {"mine": model}, output=str(tmp_path / "out"), n=[2], device="cpu")
 

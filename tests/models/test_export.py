@@ -168,4 +168,9 @@ def test_weights_that_are_not_finite_are_not_saved(llama, tmp_path):
         model.lm_head.weight[2, 1] = torch.nan
     with pytest.raises(NotFiniteError, match=r"not exported to .*lm_head\.weight holds NaN or infinity;"):
         models.save_pretrained(model, tokenizer, tmp_path / "export")
+    with torch.no_grad():
+        model.lm_head.weight[2] = 1e38  # whose product with what it is given is no number any more
+    with pytest.raises(NotFiniteError, match="weights are finite, and what it says of a few tokens is NaN"):
+        models.save_pretrained(model, tokenizer, tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == before

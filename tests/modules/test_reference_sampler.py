@@ -217,6 +217,8 @@ def test_a_table_that_the_reference_cannot_have_made_is_not_gone_on_with(files: 
         reward = Watched()
         with pytest.raises(ReferenceTableError, match=problem):
             predict(files, tmp_path / "table", reward, overlap=False)
+        with pytest.raises(ReferenceTableError, match=problem):
+            rescore(files, tmp_path / "other" / "table", tmp_path / "table", reward)
         assert not reward.prompts
 
 

@@ -175,7 +175,7 @@ def test_a_table_of_another_vocabulary_is_refused(files: Path, tmp_path: Path, m
     def largest(table: ReferenceTable, size: int) -> None:
         raise ReferenceTableError(f"a token beyond {size}")
 
-    monkeypatch.setattr(ReferenceTable, "check_vocabulary", largest)
+    monkeypatch.setattr(ReferenceTable, "check_tokens", largest)
     with pytest.raises(ReferenceTableError, match="a token beyond 11"):
         fit(files, tmp_path)
 

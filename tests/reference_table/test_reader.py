@@ -168,10 +168,10 @@ def test_tokens_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
     write(tmp_path, make_row(1), make_row(2)._replace(response_tokens=[[], [3, 900], [2]]))
     write(tmp_path, make_row(3)._replace(response_tokens=[[], [], []]), shard="rank1")
     table = ReferenceTable.open(tmp_path)
-    table.check_vocabulary(901)
-    table.check_vocabulary(None)
+    table.check_tokens(901)
+    table.check_tokens(None)
     with pytest.raises(ReferenceTableError, match="to 'prompt 2' with the token id 900, and the model has 900 tokens"):
-        table.check_vocabulary(900)
+        table.check_tokens(900)
 
 
 def test_keys_restrict_the_table_and_its_m(tmp_path: Path) -> None:
@@ -230,18 +230,21 @@ def test_an_open_table_survives_compaction_by_its_writer(tmp_path: Path) -> None
     assert table.row(make_row(1).key) == make_row(1)
 
 
-def test_responses_that_go_on_behind_an_end_are_refused(tmp_path: Path) -> None:
+def test_responses_that_go_on_behind_an_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [make_row(i)._replace(finished=[False] * 3) for i in (0, 5, 7)]
     write(tmp_path, *rows[:2])
     write(tmp_path, rows[2], shard="rank1")
     table = ReferenceTable.open(tmp_path)
-    table.check_ends([999])
+    load, read = ReferenceTable._load, []
+    monkeypatch.setattr(ReferenceTable, "_load", lambda self, name, part: read.append(name) or load(self, name, part))
+    table.check_tokens(1000, [999])
+    assert read == ["response_tokens", "finished"], "a table's tokens are most of it, and read once"
     with pytest.raises(ReferenceTableError, match="'prompt 7'.*go on behind the token 7, which ends a response"):
-        table.check_ends([7, 999])
+        table.check_tokens(None, [7, 999])
     write(tmp_path / "ended", make_row(0, samples=2)._replace(finished=[False, True]))
-    ReferenceTable.open(tmp_path / "ended").check_ends([1])  # only ever the last token
+    ReferenceTable.open(tmp_path / "ended").check_tokens(None, [1])  # only ever the last token
     with pytest.raises(ReferenceTableError, match="'prompt 0'.*go on behind the token 0,"):
-        ReferenceTable.open(tmp_path / "ended").check_ends([0])
+        ReferenceTable.open(tmp_path / "ended").check_tokens(None, [0])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_flags_that_contradict_the_tokens_are_refused(tmp_path: Path, finished: 
     right = [row(number, [False, False, True]) for number in (4, 6)]
     empty = make_row(8)._replace(response_tokens=[[], [], [2]], finished=[False, False, True])
     write(tmp_path, right[0], empty, right[1], row(9, None))
-    ReferenceTable.open(tmp_path).check_ends([2])
+    ReferenceTable.open(tmp_path).check_tokens(None, [2])
     write(tmp_path, row(5, finished), shard="rank1")
     with pytest.raises(ReferenceTableError, match=f"first to 'prompt 5', that are {problem}"):
-        ReferenceTable.open(tmp_path).check_ends([2])
+        ReferenceTable.open(tmp_path).check_tokens(None, [2])

@@ -22,6 +22,7 @@ from tests.sampling.test_decode import (
     rows_of,
     slow_decode,
 )
+from vbon_lightning.finite import NotFiniteError
 from vbon_lightning.models import ModelError, ModelSpec
 from vbon_lightning.sampling import response_log_probs, sample_completions
 from vbon_lightning.sampling.plain import left_aligned, refuse_plain, runs_plain
@@ -115,6 +116,14 @@ def test_a_model_that_reads_ahead_is_refused() -> None:
     encoder = BertLMHeadModel(BertConfig(**SMALL | {"is_decoder": False})).eval()
     with pytest.raises(ModelError, match="BertLMHeadModel is no causal language model"):
         runs_plain(encoder)
+
+
+def test_a_model_that_says_nan_is_told_from_one_that_reads_ahead() -> None:
+    model = make("llama")
+    with torch.no_grad():
+        model.lm_head.weight[2] = 1e38  # finite, and its product with what it is given is not
+    with pytest.raises(NotFiniteError, match="LlamaForCausalLM. says of a few tokens is NaN.*a run that diverged"):
+        runs_plain(model)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5).filter(any), min_size=1, max_size=4))

@@ -153,8 +153,7 @@ def compare(
         value=rewards is None or any(decoder.needs_value_model for decoder in decoders.values()),
     )
     if rewards is not None:
-        data.table().check_ends(actors.end_ids)
-        data.table().check_vocabulary(vocabulary_size(actors.policy))
+        data.table().check_tokens(vocabulary_size(actors.policy), actors.end_ids)
     _move(actors.policy, place)
     actors.reference = actors.policy
     judged = None if judge is None else _judge(actors, judge)

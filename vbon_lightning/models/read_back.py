@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vbon_lightning.finite import NotFiniteError
 from vbon_lightning.models.errors import ModelError, shorten
 from vbon_lightning.models.loading import evaluating
 from vbon_lightning.models.value import ValueModel
@@ -36,8 +37,17 @@ def check_read_back(model: PreTrainedModel, directory: str | os.PathLike[str], *
         vocabulary: Tokens that the text may be of.
 
     Raises:
+        NotFiniteError: If the model in memory says NaN, as one whose weights are too large does.
         ReadBackError: If they say different things, or it cannot be loaded.
     """
+    tokens = _text(model, vocabulary)
+    with evaluating(model):
+        ours = _said(model, tokens.to(next(model.parameters()).device)).cpu()
+    if not _are_numbers(model, ours):
+        raise NotFiniteError(
+            "the model is not exported: its weights are finite, and what it says of a few tokens is NaN or infinity. "
+            "Lower the learning rate, or go back to an earlier checkpoint; what was there before stays as it is"
+        )
     try:
         kind: Any = type(model)
         read, info = kind.from_pretrained(directory, dtype="auto", output_loading_info=True)
@@ -46,9 +56,6 @@ def check_read_back(model: PreTrainedModel, directory: str | os.PathLike[str], *
     lacking = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ()))
     if lacking:
         raise ReadBackError(f"the export lacks {len(lacking)} weights, such as {', '.join(lacking[:3])}")
-    tokens = _text(model, vocabulary)
-    with evaluating(model):
-        ours = _said(model, tokens.to(next(model.parameters()).device)).cpu()
     theirs = _said(read.eval(), tokens)
     dtypes = {next(part.parameters()).dtype for part in (model, read)}
     limit, apart = EXACT if dtypes == {torch.float32} else ROUNDED, _apart(model, ours, theirs)
@@ -76,10 +83,18 @@ def _said(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, **cache).logits.double()
 
 
+def _are_numbers(model: PreTrainedModel, said: Tensor) -> bool:
+    return not bool(said.log_softmax(-1).isnan().any()) if _is_distribution(model) else bool(said.isfinite().all())
+
+
+def _is_distribution(model: PreTrainedModel) -> bool:
+    return isinstance(model, ValueModel) or model.can_generate()
+
+
 def _apart(model: PreTrainedModel, ours: Tensor, theirs: Tensor) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
-    if isinstance(model, ValueModel) or model.can_generate():
+    if _is_distribution(model):
         first, second = ours.log_softmax(-1), theirs.log_softmax(-1)
         kl = torch.where(first.isneginf(), 0.0, first.exp() * (first - second))
         return float(kl.sum(-1).max())

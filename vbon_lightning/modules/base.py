@@ -182,8 +182,7 @@ class AlignmentModule(LightningModule):
         rank_zero_info(f"A response ends at {describe_ends(actors.tokenizer, actors.end_ids)}")
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.needs_reference and getattr(data, "reference_table", None) is not None:
-            data.table().check_ends(actors.end_ids)
-            data.table().check_vocabulary(vocabulary_size(actors.policy))
+            data.table().check_tokens(vocabulary_size(actors.policy), actors.end_ids)
 
     def on_validation_start(self) -> None:
         """Check that the texts fit the model's context."""

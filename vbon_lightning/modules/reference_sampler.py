@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -168,11 +168,10 @@ class ReferenceSampler(AlignmentModule):
         self._stop_scoring(wait=False)  # of a run that was interrupted
         if self.responses_from is not None:
             self._source = self._open_source(resolve_path(self.responses_from))
-            self._source.check_vocabulary(vocabulary_size(self.loaded.policy))
+            self._source.check_tokens(vocabulary_size(self.loaded.policy), self.loaded.end_ids)
             self._check_source(self._source)
         if self.writer.table is not None:
-            self.writer.table.check_ends(self.loaded.end_ids)
-            self.writer.table.check_vocabulary(vocabulary_size(self.loaded.policy))
+            self.writer.table.check_tokens(vocabulary_size(self.loaded.policy), self.loaded.end_ids)
         self.check_lengths(self.response_room)
 
     def _open_source(self, path: str) -> ReferenceTable:
@@ -249,8 +248,8 @@ class ReferenceSampler(AlignmentModule):
         """Return the table rows that are ready, of the prompts that this process took; with the last batch all."""
         rows: list[TableRow] = []
         try:
-            for group in self._groups(batch):
-                sampled = self._sample(group, self._ours(group, range(len(group.text))))
+            for group, keys, ours in self._groups(batch):
+                sampled = self._sample(group, keys, ours)
                 if not sampled.keys:
                     continue
                 rows += self._finish_scoring()
@@ -347,38 +346,42 @@ class ReferenceSampler(AlignmentModule):
                 "further draws"
             )
 
-    def _groups(self, batch: PromptBatch) -> Iterator[PromptBatch]:
-        """Split a batch so that its samples fit a pass, leaving out groups of which nothing is to be made here."""
+    def _groups(self, batch: PromptBatch) -> Iterator[tuple[PromptBatch, list[str], list[int]]]:
+        """Split a batch so that its samples fit a pass, leaving out groups of which nothing is to be made here.
+
+        With each group come its prompts' keys, and the places in it of those that are this process's to make.
+        """
+        keys, valid = batch_keys(batch), batch.valid.tolist()
+        ours = {place for place, key in enumerate(keys) if valid[place] and key in self.writer.taken}
         together = max(1, self.rows_per_pass // self.samples)
-        for places in self._kinds(batch):
+        for places in self._kinds(batch, keys, ours):
             for first in range(0, len(places), together):
                 group = places[first : first + together]
-                if self._anywhere(bool(self._ours(batch, group))):
+                mine = [number for number, place in enumerate(group) if place in ours]
+                if self._anywhere(bool(mine)):
                     some = select_prompts(batch, group)
                     width = int(some.mask.sum(-1).max())
-                    yield some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
+                    some = some._replace(tokens=some.tokens[:, -width:], mask=some.mask[:, -width:])
+                    yield some, [keys[place] for place in group], mine
 
-    def _kinds(self, batch: PromptBatch) -> list[list[int]]:
+    def _kinds(self, batch: PromptBatch, keys: Sequence[str], ours: Collection[int]) -> list[list[int]]:
         """Return the places in a batch of what may be sampled together, in lists."""
         if self._is_shared:  # the same passes on every process
             return [list(range(len(batch.text)))]
         if not self._in_blocks:  # padded as they would be whoever makes them, and whatever is made
             return [batch.valid.nonzero().squeeze(-1).tolist()]
-        keys, table = batch_keys(batch), self.writer.table
+        table = self.writer.table
         by_held: dict[int, list[int]] = {}
-        for place in self._ours(batch, range(len(keys))):
+        for place in sorted(ours):
             by_held.setdefault(0 if table is None else table.count(keys[place]), []).append(place)
         return list(by_held.values())
 
-    def _ours(self, batch: PromptBatch, places: Sequence[int]) -> list[int]:
-        """Return those of some places in a batch whose prompts are this process's to make."""
-        keys, valid = batch_keys(batch), batch.valid.tolist()
-        return [place for place in places if valid[place] and keys[place] in self.writer.taken]
-
-    def _sample(self, prompts: PromptBatch, ours: Sequence[int] | None = None) -> _Sampled:
+    def _sample(
+        self, prompts: PromptBatch, keys: list[str] | None = None, ours: Sequence[int] | None = None
+    ) -> _Sampled:
         """Sample the responses that a group's prompts lack, and return those of the prompts at some places, or all."""
         self.loaded.place()
-        keys, table = batch_keys(prompts), self.writer.table
+        keys, table = batch_keys(prompts) if keys is None else keys, self.writer.table
         ours = range(len(keys)) if ours is None else ours
         held: tuple[TableRow | None, ...] = ()
         if table is not None:

@@ -143,7 +143,7 @@ class ValueModelling(SupervisedModule):
         super().on_fit_start()
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.policy is not None and hasattr(data, "table"):
-            data.table().check_vocabulary(vocabulary_size(self.policy))
+            data.table().check_tokens(vocabulary_size(self.policy))
         if self._has_new_head and self.probe and self.trainer.ckpt_path is None:
             self._start_head()
         self._has_new_head = False

@@ -265,54 +265,36 @@ class ReferenceTable:
         tokens[mask] = torch.cat(kept).long()
         return tokens, mask
 
-    def check_ends(self, end_ids: Sequence[int]) -> None:
-        """Refuse a table whose responses other tokens ended than those that end a response in this run.
+    def check_tokens(self, vocabulary: int | None, end_ids: Sequence[int] | None = None) -> None:
+        """Refuse a table with token ids that a model does not have, or with other ends of responses than this run's.
 
-        No response goes on behind such a token, and those and only those that have one are finished.
+        No response goes on behind a token that ends one, and those and only those that have one are finished.
 
         Args:
-            end_ids: tokens that end a response.
+            vocabulary: how many tokens the model has; None where that is unknown, and nothing is checked of it.
+            end_ids: tokens that end a response; None where that does not matter.
 
         Raises:
             ReferenceTableError: naming the prompt and the token.
         """
-        found = self._retrying(lambda: self._load("response_tokens", _ends(frozenset(end_ids))))
-        finished = self._column("finished")
-        for key, ends in found.items():
-            problem = None
-            if ends is not None and ends.early:
-                problem = f"go on behind the token {ends.early[0]}, which ends a response in this run"
-            elif ends is not None and (told := finished[key]) is not None and not torch.equal(told, ends.at_end):
-                place = int((told != ends.at_end).nonzero()[0])
-                problem = (
-                    f"are said to be finished though no token at their end (response {place}) ends one in this run"
-                    if told[place]
-                    else f"are said to be cut though their last token (response {place}) ends one in this run"
+        if vocabulary is None and end_ids is None:
+            return
+        found = self._retrying(lambda: self._load("response_tokens", _seen(frozenset(end_ids or ()))))
+        finished = {} if end_ids is None else self._column("finished")
+        for key, seen in found.items():
+            if seen is None:
+                continue
+            if vocabulary is not None and seen.largest >= vocabulary:
+                raise ReferenceTableError(
+                    f"the reference table {self.path} has a response to {shorten(self.row(key).prompt)} with the token "
+                    f"id {seen.largest}, and the model has {vocabulary} tokens: name the model that the table was made "
+                    "with, or make it again in another directory"
                 )
+            problem = None if end_ids is None else _wrong_end(seen, finished[key])
             if problem is not None:
                 raise ReferenceTableError(
                     f"the reference table {self.path} has responses, first to {shorten(self.row(key).prompt)}, that "
                     f"{problem}: make it again, or name the model that it was made with"
-                )
-
-    def check_vocabulary(self, size: int | None) -> None:
-        """Refuse a table with token ids that a model does not have.
-
-        Args:
-            size: how many it has; None where that is unknown, and nothing is checked.
-
-        Raises:
-            ReferenceTableError: naming the prompt and the token.
-        """
-        if size is None:
-            return
-        found = self._retrying(lambda: self._load("response_tokens", _largest))
-        for key, token in found.items():
-            if token is not None and token >= size:
-                raise ReferenceTableError(
-                    f"the reference table {self.path} has a response to {self.row(key).prompt!r} with the token id "
-                    f"{token}, and the model has {size} tokens: name the model that the table was made with, or make "
-                    "it again in another directory"
                 )
 
     @property
@@ -454,28 +436,22 @@ def _numbers(lists: pa.ListArray) -> Callable[[int], Tensor]:
     return lambda i: torch.from_numpy(values[bounds[i] : bounds[i + 1]].copy())
 
 
-def _largest(lists: pa.ListArray) -> Callable[[int], int]:
-    """Return what finds the largest token id of a prompt's responses, -1 where they have none."""
-    bounds = lists.offsets.to_pylist()
-    edges = lists.values.offsets.to_numpy()
-    tokens = lists.values.values.to_numpy(zero_copy_only=False)
-    return lambda i: int(tokens[edges[bounds[i]] : edges[bounds[i + 1]]].max(initial=-1))
+class _Seen(NamedTuple):
+    """What there is to check of the tokens of a prompt's responses."""
 
-
-class _Ends(NamedTuple):
-    """Where end tokens stand in a prompt's responses."""
-
+    largest: int
+    """The largest token id, -1 where there is none."""
     early: list[int]
     """End tokens that are not a response's last."""
     at_end: Tensor
     """``[M]`` bool: whether a response's last token is one."""
 
 
-def _ends(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], _Ends]]:
-    """Return what finds the end tokens of a prompt's responses."""
-    ends = torch.tensor(sorted(end_ids))
+def _seen(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], _Seen]]:
+    """Return what finds the largest token and the end tokens of a prompt's responses."""
+    ends = torch.tensor(sorted(end_ids), dtype=torch.long)
 
-    def part(lists: pa.ListArray) -> Callable[[int], _Ends]:
+    def part(lists: pa.ListArray) -> Callable[[int], _Seen]:
         bounds = lists.offsets.to_pylist()
         edges = torch.from_numpy(lists.values.offsets.to_numpy().copy()).long()
         tokens = torch.from_numpy(lists.values.values.to_numpy(zero_copy_only=False).copy()).long()
@@ -486,14 +462,27 @@ def _ends(end_ids: frozenset[int]) -> Callable[[pa.ListArray], Callable[[int], _
         at_end[filled] = early[last]
         early[last] = False
 
-        def take(i: int) -> _Ends:
+        def take(i: int) -> _Seen:
             responses = slice(bounds[i], bounds[i + 1])
-            first, end = int(edges[responses.start]), int(edges[responses.stop])
-            return _Ends(tokens[first:end][early[first:end]].tolist(), at_end[responses])
+            own = slice(int(edges[responses.start]), int(edges[responses.stop]))
+            largest = int(tokens[own].max()) if own.start < own.stop else -1
+            return _Seen(largest, tokens[own][early[own]].tolist(), at_end[responses])
 
         return take
 
     return part
+
+
+def _wrong_end(seen: _Seen, finished: Tensor | None) -> str | None:
+    """Say what is wrong with where responses end, or whether they are said to be finished; None where nothing is."""
+    if seen.early:
+        return f"go on behind the token {seen.early[0]}, which ends a response in this run"
+    if finished is None or torch.equal(finished, seen.at_end):
+        return None
+    place = int((finished != seen.at_end).nonzero()[0])
+    if finished[place]:
+        return f"are said to be finished though no token at their end (response {place}) ends one in this run"
+    return f"are said to be cut though their last token (response {place}) ends one in this run"
 
 
 def _token_lists(lists: pa.ListArray) -> Callable[[int], TokenLists]:

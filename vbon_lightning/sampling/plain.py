@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from vbon_lightning.finite import NotFiniteError
 from vbon_lightning.models import ModelError
 from vbon_lightning.models.loading import evaluating
 
@@ -62,6 +63,7 @@ def runs_plain(model: PreTrainedModel) -> bool:
 
     Raises:
         ModelError: If what a model says of a token depends on what follows it: it is no decoder.
+        NotFiniteError: If what it says is NaN.
     """
     if model not in _PLAIN:
         uncast = torch.autocast(next(model.parameters()).device.type, enabled=False)
@@ -100,6 +102,12 @@ def _judge(model: PreTrainedModel) -> bool:
     texts = _texts(model).to(device)
     length = texts.shape[1]
     own = [_log_probs(model(input_ids=text[None], use_cache=False)) for text in texts]  # [1, L, V] each
+    if any(bool(found.isnan().any()) for found in own):
+        raise NotFiniteError(
+            f"what a model ({type(model).__name__}) says of a few tokens is NaN, though its weights are finite: it "
+            "comes from a run that diverged, or is broken; give another model, or export it again from its last good "
+            "checkpoint"
+        )
     limit = EXACT if own[0].dtype == torch.float32 and next(model.parameters()).dtype == torch.float32 else ROUNDED
     filled = torch.cat([texts, texts[:, :1]], dim=1)
     padded = _log_probs(model(input_ids=filled, use_cache=False))[:, :length]

@@ -121,7 +121,7 @@ def test_the_table_must_end_where_the_policy_does(files: Path, monkeypatch: pyte
     monkeypatch.setattr(base, "rank_zero_info", said.append)
     monkeypatch.setattr(base, "describe_ends", lambda tokenizer, ends: f"{tokenizer} {ends}")
     checked: list[Any] = []
-    table = SimpleNamespace(check_ends=checked.append, check_vocabulary=checked.append)
+    table = SimpleNamespace(check_tokens=lambda *given: checked.append(given))
     monkeypatch.setattr(base, "vocabulary_size", lambda policy: f"size of {policy}")
     data = SimpleNamespace(reference_table="there", table=lambda: table)
     module: Any = make_module("vbon", make_data(files))
@@ -129,11 +129,11 @@ def test_the_table_must_end_where_the_policy_does(files: Path, monkeypatch: pyte
     attach(module, FakeTrainer(datamodule=data))
     module.check_ends()
     assert said == ["A response ends at tokenizer (2,)"]
-    assert checked == [(2,), "size of policy"]
+    assert checked == [("size of policy", (2,))]
     for trainer in (FakeTrainer(datamodule=None), FakeTrainer(datamodule=SimpleNamespace(reference_table=None))):
         attach(module, trainer)
         module.check_ends()
     attach(module, FakeTrainer(datamodule=data))
     module.needs_reference = False
     module.check_ends()
-    assert checked == [(2,), "size of policy"]
+    assert checked == [("size of policy", (2,))]

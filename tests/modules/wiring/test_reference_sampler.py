@@ -79,14 +79,19 @@ def test_on_the_cpu_no_digit_depends_on_what_else_is_sampled(files: Path, monkey
     assert [request.noise.shape[1] for request in asked] == [10, 6, 8], "of 0 to 9, of 10 to 15, of 56 to 63"
 
 
-def test_prompts_in_groups_without_those_that_are_done(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_in_groups_without_those_that_are_done(files: Path, spy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data(files)
     module = ReferenceSampler(data.actors, samples=4, rows_per_pass=9)
     rows = data.prompts("train")
     batch = data.prompt_batch(rows)
     batch = batch._replace(valid=torch.tensor([True] * 9 + [False]))
     module.writer.taken = {row.key for row in rows} - {rows[2].key}  # the others are this process's
-    groups = list(module._groups(batch))
+    asked = spy(reference_sampler, "batch_keys")
+    given = list(module._groups(batch))
+    assert len(asked.calls) == 1, "a prompt's key is a hash of all that its rewards depend on"
+    groups, keys, ours = zip(*given, strict=True)
+    assert [key for some in keys for key in some] == [row.key for row in (*rows[:2], *rows[3:9])]
+    assert list(ours) == 4 * [[0, 1]]
     assert [group.index.tolist() for group in groups] == [[0, 1], [3, 4], [5, 6], [7, 8]]
     for group in groups:
         for place, number in enumerate(group.index.tolist()):
@@ -95,13 +100,19 @@ def test_prompts_in_groups_without_those_that_are_done(files: Path, monkeypatch:
         assert group.valid.all()
         assert bool(group.mask.any(0)[0]), "no wider than its longest prompt"
     module.rows_per_pass = 1
-    assert [len(group.text) for group in module._groups(batch)] == [1] * 8
+    assert [len(group.text) for group, _, _ in module._groups(batch)] == [1] * 8
     # Elsewhere a prompt's padding changes its last digits: groups are the same whoever makes them.
     module.rows_per_pass = 9
     monkeypatch.setattr(ReferenceSampler, "_in_blocks", False)
-    assert [group.index.tolist() for group in module._groups(batch)] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    assert [(group.index.tolist(), mine) for group, _, mine in module._groups(batch)] == [
+        ([0, 1], [0, 1]),
+        ([2, 3], [1]),
+        ([4, 5], [0, 1]),
+        ([6, 7], [0, 1]),
+        ([8], [0]),
+    ]
     module.writer.taken = {rows[5].key}
-    assert [group.index.tolist() for group in module._groups(batch)] == [[4, 5]]
+    assert [(group.index.tolist(), mine) for group, _, mine in module._groups(batch)] == [([4, 5], [1])]
     module.writer.taken = set()
     assert list(module._groups(batch)) == []
 
