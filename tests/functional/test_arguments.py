@@ -178,6 +178,7 @@ SHAPES = [
     ("token_statistics", "tokens", (2, 4), "tokens must have shape logits.shape[:-1] = [2, 5], got [2, 4]"),
     ("value_advantages", "token_kl", (2, 4, 4), "token_kl must have the shape of mask, [2, 4, 5]"),
     ("vocabulary_kl", "reference_logits", (2, 5, 6), "reference_logits must have the shape of logits, [2, 5, 7]"),
+    ("wind_loss", "rewards", (4,), "rewards must have shape [B, G], got [4]"),
     ("with_exact_end", "log_values", (2, 4, 5), "log_values must have shape [B, G, T + 1] = [2, 4, 6], got [2, 4, 5]"),
     ("with_exact_end", "log_weight", (2, 5), "log_weight must have shape [B, G] = [2, 4], got [2, 5]"),
 ]
@@ -385,6 +386,7 @@ def test_the_ends_of_a_range_are_taken(name: str, argument: str, value: object) 
         ("value_advantages", {"lam": 1.0, "siblings": True}),
         ("vbon_target", {"bound": "exact"}),
         ("vocabulary_kl", {"temperature": 1.0}),
+        ("wind_loss", {"fit": "squared"}),
     ],
 )
 def test_what_is_not_said_is_the_documented_default(name: str, defaults: dict[str, object]) -> None:
