@@ -6,7 +6,7 @@ python -m experiments.mutation.mutation report      # what there is so far: docs
 
 The mutants are mutmut's: an operator, a number, a name in a text, an argument left out, a branch forced. Those of
 vbon_lightning/functional are tried by tests/functional, those of vbon_lightning/modules by tests/modules, those of
-single files elsewhere (ELSEWHERE) by the tests of the same names, alone. The text of errors and warnings is not
+single files elsewhere (ELSEWHERE) by the tests of these names, alone. The text of errors and warnings is not
 mutated. What survives for a reason has it in reasons.yaml, by regular expressions of what is removed and what is added,
 for a file or for all.
 """
@@ -35,19 +35,16 @@ REASONS = Path(__file__).with_name("reasons.yaml")
 QUICK_ONLY = "MUTATION_QUICK_ONLY"  # which quick_runs.py reads
 RESULT = Path(__file__).with_name("result.json")
 REPORT = ROOT / "docs" / "mutation.md"
-# What decoders, anchors and costs compute outside of functional.
-ELSEWHERE = {
-    "actors": ["anchor"],
-    "decoding": [
-        "candidates",
-        "cost",
-        "inference_time_pessimism",
-        "sequential_monte_carlo",
-        "soft_best_of_n",
-        "speculative_rejection",
-    ],
-    "evaluation": ["costs"],
-}
+# What anchors, decoders and costs compute outside of functional, each file tried by the tests of these names.
+ELSEWHERE = [
+    "actors/anchor",
+    "decoding/cost",
+    "decoding/inference_time_pessimism",
+    "decoding/sequential_monte_carlo",
+    "decoding/soft_best_of_n",
+    "decoding/speculative_rejection",
+    "evaluation/costs",
+]
 
 
 class Part(NamedTuple):
@@ -65,8 +62,8 @@ PARTS = {
     "functional": Part(["functional/*.py"], ["tests/functional"]),
     "modules": Part(["modules/*.py"], ["tests/modules"], (True, False)),
     "elsewhere": Part(
-        [f"{folder}/{name}.py" for folder, names in ELSEWHERE.items() for name in names],
-        ["tests/actors/test_anchor.py", "tests/decoding", "tests/evaluation/test_costs.py"],
+        [*(f"{file}.py" for file in ELSEWHERE), "decoding/candidates.py"],  # what the decoders choose among
+        [f"tests/{folder}/test_{name}.py" for folder, name in (file.split("/") for file in ELSEWHERE)],
     ),
 }
 SETTINGS = """
