@@ -38,6 +38,7 @@ REPORT = ROOT / "docs" / "mutation.md"
 # What anchors, decoders and costs compute outside of functional, each file tried by the tests of these names.
 ELSEWHERE = [
     "actors/anchor",
+    "decoding/candidates",
     "decoding/cost",
     "decoding/inference_time_pessimism",
     "decoding/sequential_monte_carlo",
@@ -62,7 +63,7 @@ PARTS = {
     "functional": Part(["functional/*.py"], ["tests/functional"]),
     "modules": Part(["modules/*.py"], ["tests/modules"], (True, False)),
     "elsewhere": Part(
-        [*(f"{file}.py" for file in ELSEWHERE), "decoding/candidates.py"],  # what the decoders choose among
+        [f"{file}.py" for file in ELSEWHERE],
         [f"tests/{folder}/test_{name}.py" for folder, name in (file.split("/") for file in ELSEWHERE)],
     ),
 }

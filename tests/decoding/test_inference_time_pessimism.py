@@ -124,6 +124,11 @@ def test_a_bound_that_is_none(actors: Actors) -> None:
         decode(InferenceTimePessimism(8, reward_max=-2.0), actors, 4)
 
 
+def test_what_is_not_said() -> None:
+    default = InferenceTimePessimism()
+    assert (default.n, default.beta, default.reward_max, default.at_once) == (8, 0.5, None, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -174,6 +174,13 @@ def test_a_particle_without_a_reward_does_not_go_on(files: Path) -> None:
     assert found.rewards is not None and torch.equal(found.rewards.isnan()[0], hopeless)
 
 
+def test_what_is_not_said() -> None:
+    default = SequentialMonteCarlo()
+    assert (default.n, default.twist, default.temperature, default.aim) == (8, "reward", 1.0, None)
+    assert (default.every, default.threshold, default.resampling) == (4, 0.5, "systematic")
+    assert default.amortised is False and default.rows == 8
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
