@@ -100,8 +100,9 @@ def test_its_distribution(resampling: Any, threshold: float, actors: Actors) -> 
 def test_its_distribution_where_it_is_resampled_again(files: Path) -> None:
     """A particle's weight is what its twist has become since the last resampling."""
     actors = load(files, 3)
-    found = decode(SequentialMonteCarlo(2, temperature=LAMBDA, every=1, threshold=0.75), actors, 2500)
-    assert_distributed(found, expected_of(actors, by_reward, resampling="systematic", threshold=0.75, length=3))
+    found = decode(SequentialMonteCarlo(2, temperature=0.8, every=1, threshold=0.9), actors, 2500)
+    expected = expected_of(actors, lambda one: reward_of(one) / 0.8, resampling="systematic", threshold=0.9, length=3)
+    assert_distributed(found, expected)
 
 
 class FirstToken(Told):
@@ -113,22 +114,22 @@ class FirstToken(Told):
 
 def test_after_a_resampling_weights_begin_anew(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where later tokens change no reward there is nothing to resample for a second time."""
-    weighed, streams = [], set()
-    real_samples, real_noise = sequential_monte_carlo.effective_samples, sequential_monte_carlo.prompt_noise
+    weighed, streams = list[torch.Tensor](), set()
+    real_noise = sequential_monte_carlo.prompt_noise
 
-    def effective(log_weights: torch.Tensor) -> torch.Tensor:
-        weighed.append(log_weights)
-        return real_samples(log_weights)
+    def watched(function: Any) -> Any:
+        return lambda log_weights: (weighed.append(log_weights), function(log_weights))[1]
 
     def noise(*given: Any, stream: str, **options: Any) -> torch.Tensor:
         streams.add(stream)
         return real_noise(*given, stream=stream, **options)
 
-    monkeypatch.setattr(sequential_monte_carlo, "effective_samples", effective)
+    for name in ("effective_samples", "particle_weights"):
+        monkeypatch.setattr(sequential_monte_carlo, name, watched(getattr(sequential_monte_carlo, name)))
     monkeypatch.setattr(sequential_monte_carlo, "prompt_noise", noise)
     decode(SequentialMonteCarlo(2, every=1, threshold=1.0), load(files, 3, reward=FirstToken()), 50)
-    first, second = (logs[..., 0] - logs[..., 1] for logs in weighed)
-    assert first.any() and not second.any()
+    apart = [bool((logs[..., 0] != logs[..., 1]).any()) for logs in weighed]
+    assert apart == [True, True, False, False, False], "whether to resample and by what weights, and which to return"
     assert streams == {"test/resampling", "test/choice"}
 
 
@@ -155,6 +156,20 @@ def test_its_distribution_by_a_value_model(amortised: bool, actors: Actors) -> N
     assert found.cost.reward_calls == 0
     first = len(PROMPT) + 6000
     assert first + len(PROMPT) + 6000 < found.cost.value_tokens <= first + len(PROMPT) + 12000
+
+
+def test_what_the_value_model_aims_at_and_reads(actors: Actors) -> None:
+    tables = [torch.tensor([rewards]) for rewards in ([-0.2, 0.3, 1.0, 2.2], [2.0, 2.1, 2.2, 9.0])]
+
+    def tokens(table: int, **options: Any) -> torch.Tensor:
+        batch = batch_of([PROMPT])._replace(reference_rewards=tables[table])
+        decoder = SequentialMonteCarlo(3, twist="value", every=1, threshold=1.0, **options)
+        return decoder(actors, batch, num_samples=200, **OPTIONS).tokens
+
+    assert torch.equal(tokens(0), tokens(0, aim=3)) and not torch.equal(tokens(0), tokens(0, aim=64))
+    assert not torch.equal(tokens(0), tokens(1))
+    assert torch.equal(tokens(0, amortised=True), tokens(1, amortised=True)), "which reads no table"
+    assert not torch.equal(tokens(0), tokens(0, amortised=True))
 
 
 def test_many_particles_come_to_the_tilted_reference(actors: Actors) -> None:
