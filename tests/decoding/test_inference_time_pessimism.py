@@ -25,7 +25,7 @@ from tests.decoding.setting import (
 from tests.decoding.setting import score as reward_of
 from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors
-from vbon_lightning.decoding import InferenceTimePessimism
+from vbon_lightning.decoding import InferenceTimePessimism, inference_time_pessimism
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,25 @@ def test_how_many_are_drawn_at_once_changes_the_cost_alone(at_once: int, files: 
     calls = one.cost.reward_calls - n * samples
     assert samples <= calls <= (n + 1) * samples and found.cost.reward_calls >= one.cost.reward_calls
     assert found.kl_bound == pytest.approx(math.log(n + 1))
+
+
+def test_texts_are_read_behind_their_prompts_and_luck_is_its_own(actors: Actors, monkeypatch: Any) -> None:
+    behind, streams = list[bool](), set()
+    real_decode, real_noise = Actors.decode, inference_time_pessimism.prompt_noise
+
+    def read(self: Actors, ids: Any, prompts: Any = None) -> Any:
+        behind.append(prompts is not None)
+        return real_decode(self, ids, prompts)
+
+    def noise(*given: Any, stream: str, **options: Any) -> torch.Tensor:
+        streams.add(stream)
+        return real_noise(*given, stream=stream, **options)
+
+    monkeypatch.setattr(Actors, "decode", read)
+    monkeypatch.setattr(inference_time_pessimism, "prompt_noise", noise)
+    decode(InferenceTimePessimism(3), actors, 5)
+    assert len(behind) > 1 and all(behind)
+    assert streams == {"test/acceptance"}
 
 
 def test_a_bound_that_is_none(actors: Actors) -> None:
