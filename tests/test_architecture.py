@@ -52,7 +52,6 @@ TESTED_ELSEWHERE = {
     "callbacks/rollout_callback.py": "callbacks/test_rollout_metrics.py",
     "callbacks/reward_monitor.py": "callbacks/test_rollout_metrics.py",
     "commands/starting_config.py": "commands/test_init.py",
-    "decoding/candidates.py": "decoding/test_best_of_n.py",
     "decoding/further_models.py": "decoding/test_base.py",
     "decoding/growing.py": "decoding/test_base.py",
     "decoding/options.py": "decoding/test_drawing.py",

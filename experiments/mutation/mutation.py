@@ -1,13 +1,14 @@
 """Break every line of the mathematics and of the modules, one at a time, and count what their tests notice.
 
-python -m experiments.mutation.mutation             # both parts, then the report; it resumes
+python -m experiments.mutation.mutation             # all parts, then the report; it resumes
 python -m experiments.mutation.mutation functional  # one part
 python -m experiments.mutation.mutation report      # what there is so far: docs/mutation.md
 
 The mutants are mutmut's: an operator, a number, a name in a text, an argument left out, a branch forced. Those of
-vbon_lightning/functional are tried by tests/functional, those of vbon_lightning/modules by tests/modules, alone. The
-text of errors and warnings is not mutated. What survives for a reason has it in reasons.yaml, by regular expressions of
-what is removed and what is added, for a file or for all.
+vbon_lightning/functional are tried by tests/functional, those of vbon_lightning/modules by tests/modules, those of
+single files elsewhere (ELSEWHERE) by the tests of these names, alone. The text of errors and warnings is not
+mutated. What survives for a reason has it in reasons.yaml, by regular expressions of what is removed and what is added,
+for a file or for all.
 """
 
 from __future__ import annotations
@@ -34,15 +35,44 @@ REASONS = Path(__file__).with_name("reasons.yaml")
 QUICK_ONLY = "MUTATION_QUICK_ONLY"  # which quick_runs.py reads
 RESULT = Path(__file__).with_name("result.json")
 REPORT = ROOT / "docs" / "mutation.md"
-# The quick tests first, where there are some; what they leave is tried by all.
-PASSES = {"functional": [False], "modules": [True, False]}
-PARTS = tuple(PASSES)
+# What anchors, decoders and costs compute outside of functional, each file tried by the tests of these names.
+ELSEWHERE = [
+    "actors/anchor",
+    "decoding/candidates",
+    "decoding/cost",
+    "decoding/inference_time_pessimism",
+    "decoding/sequential_monte_carlo",
+    "decoding/soft_best_of_n",
+    "decoding/speculative_rejection",
+    "evaluation/costs",
+]
+
+
+class Part(NamedTuple):
+    """Files that are changed, and the tests that are run on them."""
+
+    files: list[str]
+    """Patterns of files below the package."""
+    tests: list[str]
+    """Files and folders of tests."""
+    passes: tuple[bool, ...] = (False,)
+    """The quick tests first, where there are some; what they leave is tried by all."""
+
+
+PARTS = {
+    "functional": Part(["functional/*.py"], ["tests/functional"]),
+    "modules": Part(["modules/*.py"], ["tests/modules"], (True, False)),
+    "elsewhere": Part(
+        [f"{file}.py" for file in ELSEWHERE],
+        [f"tests/{folder}/test_{name}.py" for folder, name in (file.split("/") for file in ELSEWHERE)],
+    ),
+}
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["vbon_lightning"]
-only_mutate = ["vbon_lightning/{part}/*"]
+only_mutate = {files}
 also_copy = ["configs", "README.md", "conftest.py"]
-pytest_add_cli_args_test_selection = ["tests/{part}"]
+pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
 process_isolation = "forkserver"
 timeout_constant = 60.0
@@ -82,13 +112,18 @@ def run(part: str) -> None:
                 shutil.rmtree(old, ignore_errors=True)
         shutil.copytree(ROOT / folder, where / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(Path(__file__).with_name("quick_runs.py"), where / "conftest.py")
-    for source in (where / "vbon_lightning" / part).glob("*.py"):
+    for source in _sources(part, where):
         source.write_text(move_decorators(source.read_text()))
     shutil.copy(ROOT / "README.md", where)
-    settings = SETTINGS.format(part=part, texts=json.dumps(TEXTS))
+    files, tests = [f"vbon_lightning/{pattern}" for pattern in PARTS[part].files], PARTS[part].tests
+    settings = SETTINGS.format(files=json.dumps(files), tests=json.dumps(tests), texts=json.dumps(TEXTS))
     (where / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
-    for quick in PASSES[part]:
+    for quick in PARTS[part].passes:
         _try_mutants(part, quick)
+
+
+def _sources(part: str, root: Path) -> list[Path]:
+    return sorted(path for pattern in PARTS[part].files for path in (root / "vbon_lightning").glob(pattern))
 
 
 def _try_mutants(part: str, quick: bool) -> None:
@@ -104,7 +139,8 @@ def _try_mutants(part: str, quick: bool) -> None:
 
 
 def _results(part: str) -> list[Path]:
-    return sorted((RUNS / part / "mutants" / "vbon_lightning" / part).glob("*.meta"))
+    sources = _sources(part, RUNS / part / "mutants")
+    return [meta for source in sources if (meta := source.with_name(f"{source.name}.meta")).exists()]
 
 
 def read(part: str) -> list[Mutant]:
@@ -114,7 +150,8 @@ def read(part: str) -> list[Mutant]:
     for meta in _results(part):
         codes = json.loads(meta.read_text())["exit_code_by_key"]
         tried = [(name, code) for name, code in codes.items() if code is not None]
-        mutants += [_read_mutant(where, meta.stem, name, code in KILLED) for name, code in tried]
+        file = meta.with_suffix("").relative_to(where / "mutants" / "vbon_lightning").as_posix()
+        mutants += [_read_mutant(where, file, name, code in KILLED) for name, code in tried]
     return mutants
 
 
@@ -134,29 +171,35 @@ def report() -> None:
     """Write docs/mutation.md and the result beside this file."""
     reasons: dict[str, Any] = yaml.safe_load(REASONS.read_text())
     parts = {part: read(part) for part in PARTS if (RUNS / part / "mutants").exists()}
-    rows, survivors = [], []
+    rows, survivors, stale, missing = [], [], [], []
     for part, mutants in parts.items():
         counts = Counter(mutant.file for mutant in mutants)
         killed = Counter(mutant.file for mutant in mutants if mutant.killed)
+        changed, untried = _since_then(part, set(counts))
+        stale, missing = stale + changed, missing + untried
         rows += [
-            [f"{part}/{file}", str(count), str(count - killed[file]), f"{killed[file] / count:.1%}"]
+            [file, str(count), str(count - killed[file]), f"{killed[file] / count:.1%}"]
             for file, count in counts.items()
         ]
         total = sum(killed.values())
-        rows.append([f"all of {part}/", str(len(mutants)), str(len(mutants) - total), f"{total / len(mutants):.1%}"])
-        survivors += [(f"{part}/{mutant.file}", mutant) for mutant in mutants if not mutant.killed]
+        name = part if part == "elsewhere" else f"{part}/"
+        rows.append([f"all of {name}", str(len(mutants)), str(len(mutants) - total), f"{total / len(mutants):.1%}"])
+        survivors += [mutant for mutant in mutants if not mutant.killed]
     listed = [
-        {"file": file, "change": mutant.change, "reason": _reason(reasons, file, mutant)} for file, mutant in survivors
+        {"file": mutant.file, "change": mutant.change, "reason": _reason(reasons, mutant)} for mutant in survivors
     ]
     summary = [dict(zip(("file", "mutants", "survived", "killed"), row, strict=True)) for row in rows]
     RESULT.write_text(json.dumps({"mutmut": version("mutmut"), "files": summary, "survivors": listed}, indent=1) + "\n")
     text = [
         "# Tests that can fail\n\n",
         "Every operator, number, name, argument and branch of `vbon_lightning/functional` and `vbon_lightning/modules`",
-        ", changed one at a time, and the tests of the same folder run on each until one fails: ",
+        ", and of what computes in single files elsewhere, changed one at a time, and the tests of the same folder or ",
+        "of the same names run on each until one fails: ",
         f"`python -m experiments.mutation.mutation` (mutmut {version('mutmut')}). ",
         "The text of errors and warnings is left alone.\n\n",
         markdown_table(["file", "mutants", "survived", "killed"], rows, align="lrrr"),
+        _listed("Changed since they were tried, so that these numbers are of an earlier state", stale),
+        _listed("Not tried yet", missing),
         "\n## The survivors\n\n",
         markdown_table(
             ["file", "change", "why it cannot be told"],
@@ -165,11 +208,28 @@ def report() -> None:
         ),
     ]
     REPORT.write_text("".join(text))
-    print("".join(text[:6]), f"{sum(not row['reason'] for row in listed)} survivors without a reason")
+    print("".join(text[:9]), f"{sum(not row['reason'] for row in listed)} survivors without a reason")
 
 
-def _reason(reasons: dict[str, Any], file: str, mutant: Mutant) -> str:
-    for kind in (*reasons.get(file, []), *reasons["everywhere"]):
+def _listed(what: str, files: list[str]) -> str:
+    return f"\n{what}: {', '.join(f'`{file}`' for file in files)}.\n" if files else ""
+
+
+def _since_then(part: str, tried: set[str]) -> tuple[list[str], list[str]]:
+    """Return the files of a part that have changed since they were tried, and those that have not been tried."""
+    changed, untried = [], []
+    for source in _sources(part, ROOT):
+        file = source.relative_to(ROOT / "vbon_lightning").as_posix()
+        then = RUNS / part / "vbon_lightning" / file
+        if file in tried and then.read_text() != move_decorators(source.read_text()):
+            changed.append(file)
+        elif file not in tried and not then.exists():
+            untried.append(file)
+    return changed, untried
+
+
+def _reason(reasons: dict[str, Any], mutant: Mutant) -> str:
+    for kind in (*reasons.get(mutant.file, []), *reasons["everywhere"]):
         if kind.get("function", mutant.function) != mutant.function:
             continue
         if apart := kind.get("apart_from"):

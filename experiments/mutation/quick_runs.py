@@ -62,6 +62,11 @@ def _prepare() -> None:
         made[repr(((), sorted(changes.items())))] = root
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the mark of the plugin that is off."""
+    config.addinivalue_line("markers", "filterwarnings: which warnings a test may give")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of one file together, or its fixtures would be made again and again."""
     files = {item.path: place for place, item in reversed(list(enumerate(items)))}

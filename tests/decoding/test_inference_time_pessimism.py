@@ -26,7 +26,7 @@ from tests.decoding.setting import (
 from tests.decoding.setting import score as reward_of
 from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors
-from vbon_lightning.decoding import InferenceTimePessimism
+from vbon_lightning.decoding import InferenceTimePessimism, inference_time_pessimism
 from vbon_lightning.rewards import RewardCalls
 
 
@@ -170,9 +170,33 @@ def test_where_none_is_accepted_and_the_next_has_no_reward(files: Path) -> None:
     assert found.kl_bound == pytest.approx(math.log(2 * n + 1))
 
 
+def test_texts_are_read_behind_their_prompts_and_luck_is_its_own(actors: Actors, monkeypatch: Any) -> None:
+    behind, streams = list[bool](), set()
+    real_decode, real_noise = Actors.decode, inference_time_pessimism.prompt_noise
+
+    def read(self: Actors, ids: Any, prompts: Any = None) -> Any:
+        behind.append(prompts is not None)
+        return real_decode(self, ids, prompts)
+
+    def noise(*given: Any, stream: str, **options: Any) -> torch.Tensor:
+        streams.add(stream)
+        return real_noise(*given, stream=stream, **options)
+
+    monkeypatch.setattr(Actors, "decode", read)
+    monkeypatch.setattr(inference_time_pessimism, "prompt_noise", noise)
+    decode(InferenceTimePessimism(3), actors, 5)
+    assert len(behind) > 1 and all(behind)
+    assert streams == {"test/acceptance"}
+
+
 def test_a_bound_that_is_none(actors: Actors) -> None:
     with pytest.raises(ValueError, match=r"^reward_max is -2, and a response has the reward 0\.\d+: give a number"):
         decode(InferenceTimePessimism(8, reward_max=-2.0), actors, 4)
+
+
+def test_what_is_not_said() -> None:
+    default = InferenceTimePessimism()
+    assert (default.n, default.beta, default.reward_max, default.at_once) == (8, 0.5, None, 4)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tests.decoding.setting import score as reward_of
 from tests.models.setting import bins_after, new_model, scramble
 from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors
-from vbon_lightning.decoding import BestOfN, SequentialMonteCarlo, SoftBestOfN
+from vbon_lightning.decoding import BestOfN, SequentialMonteCarlo, SoftBestOfN, sequential_monte_carlo
 from vbon_lightning.functional import bon_bin_log_weights, edge_log_cdf, predicted_log_cdf
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.rewards import RewardCalls
@@ -48,28 +48,42 @@ def actors(files: Path) -> Actors:
     return found
 
 
-def expected_of(actors: Actors, twist: Any, *, resampling: str, threshold: float) -> Outcomes:
-    """Two particles, which may be resampled after their first token."""
-    chances, expected = Continuations(actors.policy), Outcomes()
-    for begun, probability in chances.groups([()] * 2, 1):
-        weights = [math.exp(twist(response)) for response in begun]
-        share = weights[0] / sum(weights)
-        if 1 / (share**2 + (1 - share) ** 2) >= threshold * 2:
-            ways = [(begun, 1.0, weights)]
-        else:  # how often the first particle goes on: as independent draws, or by one place for two even steps
-            twice = share**2 if resampling == "multinomial" else max(0.0, 2 * share - 1)
-            never = (1 - share) ** 2 if resampling == "multinomial" else max(0.0, 1 - 2 * share)
-            first, second = begun
-            pairs = [([first, first], twice), ([second, second], never), ([first, second], 1 - twice - never)]
-            ways = [(pair, chance, [math.exp(twist(one)) for one in pair]) for pair, chance in pairs]
-        for pair, chance, before in ways:
-            resampled = len(ways) > 1
-            for (one, its), (two, others) in product(chances.after(pair[0], 1), chances.after(pair[1], 1)):
-                base = before if resampled else [1.0, 1.0]
-                final = [math.exp(twist(response)) / base[place] for place, response in enumerate((one, two))]
-                for response, weight in zip((one, two), final, strict=True):
-                    expected.add(response, probability * chance * its * others * weight / sum(final))
+def expected_of(actors: Actors, twist: Any, *, resampling: str, threshold: float, length: int = 2) -> Outcomes:
+    """Two particles, which may be resampled after each token but the last."""
+    chances, psi = Continuations(actors.policy), cache(lambda response: math.exp(twist(response)))
+    # A pair of particles, what their twists were when they were last resampled, and how likely that is.
+    states: dict[Any, float] = {((), (), 1.0, 1.0): 1.0}
+    for step in range(1, length + 1):
+        grown: dict[Any, float] = {}
+        for (left, right, *before), probability in states.items():
+            for (one, its), (two, others) in product(chances.after(left, 1), chances.after(right, 1)):
+                key = (one, two, *before)
+                grown[key] = grown.get(key, 0.0) + probability * its * others
+        if step == length:
+            break
+        states = {}
+        for (one, two, *before), probability in grown.items():
+            weights = [psi(one) / before[0], psi(two) / before[1]]
+            share = weights[0] / sum(weights)
+            if 1 / (share**2 + (1 - share) ** 2) >= threshold * 2 * (1 - 1e-9):
+                ways = [((one, two, *before), 1.0)]
+            else:  # how often the first particle goes on: as independent draws, or by one place for two even steps
+                twice = share**2 if resampling == "multinomial" else max(0.0, 2 * share - 1)
+                never = (1 - share) ** 2 if resampling == "multinomial" else max(0.0, 1 - 2 * share)
+                pairs = [((one, one), twice), ((two, two), never), ((one, two), 1 - twice - never)]
+                ways = [((*pair, *map(psi, pair)), chance) for pair, chance in pairs]
+            for key, chance in ways:
+                states[key] = states.get(key, 0.0) + probability * chance
+    expected = Outcomes()
+    for (one, two, *before), probability in grown.items():
+        final = [psi(one) / before[0], psi(two) / before[1]]
+        for response, weight in zip((one, two), final, strict=True):
+            expected.add(response, probability * weight / sum(final))
     return expected
+
+
+def by_reward(response: Any) -> float:
+    return reward_of(response) / LAMBDA
 
 
 @pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
@@ -77,14 +91,46 @@ def expected_of(actors: Actors, twist: Any, *, resampling: str, threshold: float
 def test_its_distribution(resampling: Any, threshold: float, actors: Actors) -> None:
     decoder = SequentialMonteCarlo(2, temperature=LAMBDA, every=1, threshold=threshold, resampling=resampling)
     found = decode(decoder, actors, 2500)
-
-    def twist(response: Any) -> float:
-        return reward_of(response) / LAMBDA
-
-    expected = expected_of(actors, twist, resampling=resampling, threshold=threshold)
+    expected = expected_of(actors, by_reward, resampling=resampling, threshold=threshold)
     assert_distributed(found, expected)
     assert_distributed(decode_apart(decoder, actors, 2500), expected)
-    assert statistic(found, expected_of(actors, twist, resampling=resampling, threshold=0.0)) > 1.5
+    assert statistic(found, expected_of(actors, by_reward, resampling=resampling, threshold=0.0)) > 1.5
+
+
+def test_its_distribution_where_it_is_resampled_again(files: Path) -> None:
+    """A particle's weight is what its twist has become since the last resampling."""
+    actors = load(files, 3)
+    found = decode(SequentialMonteCarlo(2, temperature=0.8, every=1, threshold=0.9), actors, 2500)
+    expected = expected_of(actors, lambda one: reward_of(one) / 0.8, resampling="systematic", threshold=0.9, length=3)
+    assert_distributed(found, expected)
+
+
+class FirstToken(Told):
+    """Rewards a response by how it begins."""
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> torch.Tensor:
+        return super().__call__(prompts, responses, [[ids[:1] for ids in rows] for rows in token_ids])
+
+
+def test_after_a_resampling_weights_begin_anew(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where later tokens change no reward there is nothing to resample for a second time."""
+    weighed, streams = list[torch.Tensor](), set()
+    real_noise = sequential_monte_carlo.prompt_noise
+
+    def watched(function: Any) -> Any:
+        return lambda log_weights: (weighed.append(log_weights), function(log_weights))[1]
+
+    def noise(*given: Any, stream: str, **options: Any) -> torch.Tensor:
+        streams.add(stream)
+        return real_noise(*given, stream=stream, **options)
+
+    for name in ("effective_samples", "particle_weights"):
+        monkeypatch.setattr(sequential_monte_carlo, name, watched(getattr(sequential_monte_carlo, name)))
+    monkeypatch.setattr(sequential_monte_carlo, "prompt_noise", noise)
+    decode(SequentialMonteCarlo(2, every=1, threshold=1.0), load(files, 3, reward=FirstToken()), 50)
+    apart = [bool((logs[..., 0] != logs[..., 1]).any()) for logs in weighed]
+    assert apart == [True, True, False, False, False], "whether to resample and by what weights, and which to return"
+    assert streams == {"test/resampling", "test/choice"}
 
 
 @pytest.mark.parametrize("amortised", [False, True])
@@ -110,6 +156,20 @@ def test_its_distribution_by_a_value_model(amortised: bool, actors: Actors) -> N
     assert found.cost.reward_calls == 0
     first = len(PROMPT) + 6000
     assert first + len(PROMPT) + 6000 < found.cost.value_tokens <= first + len(PROMPT) + 12000
+
+
+def test_what_the_value_model_aims_at_and_reads(actors: Actors) -> None:
+    tables = [torch.tensor([rewards]) for rewards in ([-0.2, 0.3, 1.0, 2.2], [2.0, 2.1, 2.2, 9.0])]
+
+    def tokens(table: int, **options: Any) -> torch.Tensor:
+        batch = batch_of([PROMPT])._replace(reference_rewards=tables[table])
+        decoder = SequentialMonteCarlo(3, twist="value", every=1, threshold=1.0, **options)
+        return decoder(actors, batch, num_samples=200, **OPTIONS).tokens
+
+    assert torch.equal(tokens(0), tokens(0, aim=3)) and not torch.equal(tokens(0), tokens(0, aim=64))
+    assert not torch.equal(tokens(0), tokens(1))
+    assert torch.equal(tokens(0, amortised=True), tokens(1, amortised=True)), "which reads no table"
+    assert not torch.equal(tokens(0), tokens(0, amortised=True))
 
 
 def test_many_particles_come_to_the_tilted_reference(actors: Actors) -> None:
@@ -138,6 +198,7 @@ def test_one_particle_or_no_twist_is_a_sample(options: dict[str, Any], files: Pa
     assert (groups == found.tokens[0, :, None]).all(-1).any(-1).all()
     same = decode(SoftBestOfN(n, math.inf), actors, 60)
     assert torch.equal(same.tokens, found.tokens)
+    assert n > 1 or found.cost.reward_calls == 60, "one is not judged on the way"
 
 
 def test_without_resampling_it_is_soft_best_of_n(files: Path) -> None:
@@ -178,6 +239,13 @@ def test_a_particle_without_a_reward_does_not_go_on(files: Path) -> None:
     assert 0 < int(hopeless.sum()) < 200
     assert torch.equal(found.tokens[0, :, 0] >= 3, hopeless)
     assert found.rewards is not None and torch.equal(found.rewards.isnan()[0], hopeless)
+
+
+def test_what_is_not_said() -> None:
+    default = SequentialMonteCarlo()
+    assert (default.n, default.twist, default.temperature, default.aim) == (8, "reward", 1.0, None)
+    assert (default.every, default.threshold, default.resampling) == (4, 0.5, "systematic")
+    assert default.amortised is False and default.rows == 8
 
 
 @pytest.mark.parametrize(

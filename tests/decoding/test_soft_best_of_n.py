@@ -65,6 +65,10 @@ def test_what_it_costs_and_how_far_it_goes(actors: Actors) -> None:
     assert found.kl_bound == pytest.approx(math.log(3))
 
 
+def test_what_is_not_said() -> None:
+    assert (SoftBestOfN().n, SoftBestOfN().temperature) == (4, 1.0)
+
+
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": math.nan}, {"n": 0}, {"n": 1.5}], ids=str)
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     (name,) = options

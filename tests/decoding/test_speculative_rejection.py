@@ -15,6 +15,7 @@ from tests.decoding.setting import (
     PROMPT,
     Continuations,
     Outcomes,
+    Told,
     assert_distributed,
     decode,
     load,
@@ -26,6 +27,7 @@ from tests.helpers import EOS
 from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding import BestOfN, SpeculativeRejection
+from vbon_lightning.rewards import RewardCalls
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,21 @@ def test_a_response_that_goes_on_was_not_cut(actors: Actors) -> None:
         kept = [response for place, response in enumerate(group) if place != rejected]
         expected.add(max(kept, key=fined_reward), probability)
     assert_distributed(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None")
+def test_a_response_without_a_reward_is_the_first_to_go(files: Path) -> None:
+    actors = load(files, 3, reward=Told(silent=[3, 4]), reward_calls=RewardCalls(on_missing="skip"))
+    found = decode(SpeculativeRejection(2, every=1), actors, 200)
+    drawn = actors.sample(actors.policy, batch_of([PROMPT]), num_samples=400, **OPTIONS)
+    hopeless = (drawn.tokens[0, :, 0] >= 3).view(200, 2).all(-1)
+    assert 0 < int(hopeless.sum()) < 200
+    assert torch.equal(found.tokens[0, :, 0] >= 3, hopeless)
+
+
+def test_what_is_not_said() -> None:
+    default = SpeculativeRejection()
+    assert (default.n, default.alpha, default.every, default.rows) == (16, 0.5, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def test_best_of_n_takes_n_samples_and_scores_each() -> None:
     assert sample_cost(length, 0.25, n=4) == {
         "generated_tokens": 44.0, "value_tokens": 0, "reward_calls": 4, "seconds": 1.0
     }  # fmt: skip
+    assert sample_cost(length, None, n=2)["reward_calls"] == 2
     assert sample_cost(None, 0.25, n=2) == {"seconds": 0.5}
     # Each of its samples is scored; a policy's one sample is not. A tilted policy's tower reads what the model samples.
     assert sample_cost(length, 0.25, n=4, scoring=0.5)["seconds"] == 3.0

@@ -140,7 +140,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "kl_k3": _BOTH,
     "kl_penalty": {"token_kl": _values(B, G, T), "mask": _bool(B, G, T)},
     "kl_rl_target": {"rewards": _values(B, G), "beta": 0.1},
-    "leave_one_out": {"values": _values(B, G)},
+    "leave_one_out": {"values": _values(B, G), "kept": _bool(B, G)},
     "log_ratio_regression": {**_REGRESSED, "goal": _values(B, G)},
     "length_weights": {"mask": _bool(B, G, T), "norm": "dapo", "max_length": T},
     "max_at_k_advantages": {"rewards": _values(B, G), "k": 2, "kept": _bool(B, G)},

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vbon_lightning.functional as functional
 from tests.functional.calls import CALLS, B, G, M, T, arguments, call
-from vbon_lightning.functional import Quantiles, RewardBins, Target
+from vbon_lightning.functional import Quantiles, RewardBins, RewardCDF, Target
 from vbon_lightning.functional._validate import working_dtype
 from vbon_lightning.functional.sequences import scaled_logits
 
@@ -142,6 +142,7 @@ SHAPES = [
     ("generalized_advantage_estimation", "token_rewards", (2, 4, 4), "token_rewards must have the shape of mask"),
     ("group_extremes", "rewards", (8,), "rewards must have shape [B, M], got [8]"),
     ("group_extremes", "rewards", (2, 7), "order must have the shape of rewards, [2, 7], got [2, 8]"),
+    ("implicit_reward", "mask", (2, 4, 4), "mask must have the shape of log_ratio, [2, 4, 5], got [2, 4, 4]"),
     ("kl_k1", "reference_log_probs", (2, 4, 4), "reference_log_probs must have the shape of log_probs, [2, 4, 5]"),
     ("kl_penalty", "token_kl", (2, 4, 4), "mask must have the shape of token_kl, [2, 4, 4], got [2, 4, 5]"),
     ("leave_one_out", "values", (4,), "values must have shape [B, G, ...], got [4]"),
@@ -157,6 +158,7 @@ SHAPES = [
     ("rao_blackwell_advantages", "token_kl", (2, 4, 4), "token_kl must have the shape of mask, [2, 4, 5]"),
     ("rao_blackwell_advantages", "log_ratio", (2, 4, 4), "log_ratio must have the shape of mask, [2, 4, 5]"),
     ("ranked_probability_score", "labels", (2,), "labels must have shape bin_log_probs.shape[:-1] = [2, 5], got [2]"),
+    ("realigned_logits", "reference", (2, 6), "reference must have the shape of policy, [2, 7], got [2, 6]"),
     ("reinforce_loss", "log_probs", (2, 4, 4), "log_probs must have the shape of mask, [2, 4, 5], got [2, 4, 4]"),
     ("reverse_divergence", "log_reference", (2, 5, 6), "log_reference must have the shape of logits, [2, 5, 7]"),
     ("reverse_divergence", "log_values", (2, 5, 3), "log_values must have the shape of candidates.tokens, [2, 5, 2]"),
@@ -176,6 +178,7 @@ SHAPES = [
     ("token_statistics", "tokens", (2, 4), "tokens must have shape logits.shape[:-1] = [2, 5], got [2, 4]"),
     ("value_advantages", "token_kl", (2, 4, 4), "token_kl must have the shape of mask, [2, 4, 5]"),
     ("vocabulary_kl", "reference_logits", (2, 5, 6), "reference_logits must have the shape of logits, [2, 5, 7]"),
+    ("wind_loss", "rewards", (4,), "rewards must have shape [B, G], got [4]"),
     ("with_exact_end", "log_values", (2, 4, 5), "log_values must have shape [B, G, T + 1] = [2, 4, 6], got [2, 4, 5]"),
     ("with_exact_end", "log_weight", (2, 5), "log_weight must have shape [B, G] = [2, 4], got [2, 5]"),
 ]
@@ -209,6 +212,12 @@ def test_a_wrong_shape_is_named(name: str, argument: str, shape: tuple[int, ...]
             )
             for name in ("reward_quantiles", "pooled_reward_cdf")
         ],
+        (
+            "bond_target",
+            {"second_term": False, "cdf": RewardCDF(torch.zeros(2, 4), torch.zeros(2, 4).long())},
+            TypeError,
+            "cdf.log_at_or_below must have a floating-point dtype",
+        ),
         *[
             ("qrpo_goal", {"quantiles": Quantiles(*parts)}, error, message)
             for parts, error, message in (
@@ -313,6 +322,8 @@ RANGES: list[tuple[str, str, list[object], list[tuple[object, type[Exception], s
     ("mixed_log_cdf", "samples", [1, 2], [(0, ValueError, "samples must be at least 1, got 0")]),
     ("mixed_log_cdf", "prior_samples", [0.0, 0.5], _real("prior_samples", AT_LEAST_0, -0.1)),
     ("normalise_advantages", "eps", [0.0, 0.5], _real("eps", AT_LEAST_0, -0.1)),
+    *[(f"pessimistic_{of}", "beta", [0.5, 2.0], _real("beta", ABOVE_0, 0.0)) for of in ("acceptance", "level")],
+    ("realigned_logits", "strength", [-1.0, 2.0], _real("strength", "")),
     *[
         (name, "temperature", [0.5, 2.0], _real("temperature", ABOVE_0, 0.0))
         for name in ("token_log_probs", "token_statistics", "vocabulary_kl")
@@ -363,6 +374,7 @@ def test_the_ends_of_a_range_are_taken(name: str, argument: str, value: object) 
         ("edge_log_cdf", {"estimator": "jeffreys"}),
         ("forecast_head", {"ridge": 1e-3}),
         ("generalized_advantage_estimation", {"gamma": 1.0, "lam": 0.95}),
+        ("infalign_target", {"transform": "exp", "slope": 7.0, "ties": "middle"}),
         ("log_ratio_regression", {"scale": 1.0}),
         ("normalise_advantages", {"eps": 1e-8}),
         ("pooled_reward_cdf", {"included": False}),
@@ -375,6 +387,7 @@ def test_the_ends_of_a_range_are_taken(name: str, argument: str, value: object) 
         ("value_advantages", {"lam": 1.0, "siblings": True}),
         ("vbon_target", {"bound": "exact"}),
         ("vocabulary_kl", {"temperature": 1.0}),
+        ("wind_loss", {"fit": "squared"}),
     ],
 )
 def test_what_is_not_said_is_the_documented_default(name: str, defaults: dict[str, object]) -> None:
@@ -411,6 +424,14 @@ def test_the_weight_of_the_kl_needs_more_than_one_sample() -> None:
         with pytest.raises(error, match=rf"^{re.escape(message)}"):
             functional.kl_weight(value)  # type: ignore[arg-type]
     assert functional.kl_weight(1.5) == 2.0
+
+
+def test_the_way_from_one_n_to_another_is_of_two_numbers() -> None:
+    for name, refused in (("n", _real("n", "greater than 1", 1.0)), ("wanted", _real("wanted", AT_LEAST_1, 0.9))):
+        for value, error, message in refused:
+            with pytest.raises(error, match=rf"^{re.escape(message)}"):
+                functional.realignment_strength(**{"n": 4.0, "wanted": 2.0, name: value})
+    assert functional.realignment_strength(1.5, 1.0) == 0.0
 
 
 def test_counts_of_order_weights_and_pairs() -> None:

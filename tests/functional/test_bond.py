@@ -89,6 +89,12 @@ def test_iterated_it_ends_at_best_of_n_to_the_stages(rewards: Tensor, n: float, 
     assert (anchor - best_of_n(REFERENCE, rewards, n)).abs().max() > 1e-2
 
 
+def test_rounding_beyond_a_probability_of_one_is_no_reward() -> None:
+    log_up_to = torch.tensor([[1e-3, -0.5]])
+    target = bond_target(torch.zeros(1, 2), RewardCDF(log_up_to - 1, log_up_to), n=2, second_term=False)
+    assert target.score.tolist() == [[0.0, -0.5]]
+
+
 def test_refusals() -> None:
     pair = torch.zeros(1, 2)
     for second_term in (True, False):

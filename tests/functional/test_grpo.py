@@ -88,6 +88,8 @@ def test_weights_make_a_sum_over_tokens_the_mean_that_is_asked_for(norm: str) ->
     found = (torch.where(MASK, values, 0.0).sum(-1) * weights).sum() / responses
     assert found.item() == pytest.approx(token_means(values, norm), abs=1e-6)
     assert length_weights(torch.zeros_like(MASK), norm=norm, max_length=6).isfinite().all()
+    one = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert length_weights(one, norm=norm, max_length=1).item() == 1, "a token alone is its own mean"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def phi(u: Tensor, transform: str, slope: float) -> Tensor:
     return torch.exp(-slope * (1 - u)) if slope > 0 else -torch.exp(slope * u)
 
 
-TRANSFORMS = pytest.mark.parametrize(("transform", "slope"), [("exp", 7.0), ("exp", -3.0), ("log", 7.0)])
+TRANSFORMS = pytest.mark.parametrize(("transform", "slope"), [("exp", 7.0), ("exp", 0.5), ("exp", -3.0), ("log", 7.0)])
 
 
 @TRANSFORMS
@@ -63,6 +63,9 @@ def test_an_average_over_nothing_is_the_value_there() -> None:
             for ties in ("average", "below")
         ]
         torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=0)
+        single = RewardCDF(log_u.float() - 1, log_u.float())
+        score = infalign_target(single, beta=1.0, transform=transform, ties="average").score
+        assert score.dtype == torch.float32
 
 
 @pytest.mark.parametrize("n", [1.5, 4, 32])
@@ -159,7 +162,11 @@ CDF = RewardCDF(torch.full((2, 3), -1.0), torch.full((2, 3), -0.5))
         ({"ties": "x"}, ValueError, "ties must be one of middle, average, below, got 'x'"),
         ({"cdf": CDF._replace(log_below=CDF.log_below.long())}, TypeError, "cdf.log_below must have a floating-point"),
         ({"cdf": CDF._replace(log_at_or_below=CDF.log_below.long())}, TypeError, "cdf.log_at_or_below must have a fl"),
-        ({"cdf": CDF._replace(log_below=torch.zeros(2, 2))}, ValueError, "cdf.log_at_or_below must have the shape of"),
+        (
+            {"cdf": CDF._replace(log_below=torch.zeros(2, 2))},
+            ValueError,
+            "cdf.log_at_or_below must have the shape of cdf.log_below",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict, error: type[Exception], message: str) -> None:

@@ -147,6 +147,11 @@ def test_samples_that_are_left_out(form: str, needed: int) -> None:
     assert not max_at_k_advantages(torch.full((1, 5), math.nan), k=2, form=form, kept=nothing).any()
 
 
+def test_the_best_of_one_is_that_one() -> None:
+    rewards, kept = torch.tensor([[0.5, -2.0, 3.0]]), torch.tensor([[False, True, False]])
+    assert max_at_k_advantages(rewards, k=1, form="plain", kept=kept).tolist() == [[0.0, -2.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -35,7 +35,9 @@ def by_rank(rewards: list[float], strategy: str) -> list[float]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("rewards", [[0.3, 2.0, -1.0, 0.5], [1.0, 0.0, 1.0, 0.0], [2.0, 1.0, 1.0, 0.0], [1.0] * 4])
+@pytest.mark.parametrize(
+    "rewards", [[0.3, 2.0, -1.0, 0.5], [1.0, 0.0, 1.0, 0.0], [2.0, 1.0, 1.0, 0.0], [1.0] * 4, [0.0, 1.0]]
+)
 def test_probabilities_by_rank(strategy: str, rewards: list[float]) -> None:
     found = filter_probabilities(torch.tensor([rewards], dtype=torch.float64), strategy=strategy)
     assert found[0].tolist() == pytest.approx(by_rank(rewards, strategy), abs=1e-12)
@@ -100,7 +102,7 @@ def test_what_the_filter_does_to_the_gradient() -> None:
         (
             lambda: filter_counts(torch.zeros(3), torch.zeros(1), count=1),
             ValueError,
-            r"probabilities must have shape \[",
+            r"probabilities must have shape \[B, G\]",
         ),
         (
             lambda: filter_counts(torch.ones(1, 3), torch.zeros(2), count=1),

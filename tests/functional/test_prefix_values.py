@@ -421,6 +421,21 @@ def test_value_advantages_against_loops(lam: float, siblings: bool) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+def test_a_response_without_a_token_is_nobodys_sibling() -> None:
+    noise = torch.Generator().manual_seed(0)
+    target, kl = Target(torch.randn(2, 3, generator=noise), 0.5), torch.rand(2, 3, 4, generator=noise)
+    values, mask = torch.randn(2, 3, 5, generator=noise), torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[0, 1] = mask[1, :2] = False
+    found = value_advantages(target, values, kl, mask)
+    two, row = [0, 2], slice(0, 1)
+    own = Target(target.score[row, two], target.kl_coef)
+    pair = value_advantages(own, values[row, two], kl[row, two], mask[row, two])
+    torch.testing.assert_close(found[row, two], pair)
+    alone = value_advantages(target, values, kl, mask, siblings=False)
+    torch.testing.assert_close(found[1], alone[1], msg="one that is left alone has the values for a baseline")
+    assert found[1, 2].any()
+
+
 def test_by_default_lambda_is_one_and_siblings_count() -> None:
     generator = torch.Generator().manual_seed(7)
     mask = torch.ones(2, 2, 3, dtype=torch.bool)

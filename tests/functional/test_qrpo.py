@@ -90,6 +90,8 @@ def test_quantiles_by_counting() -> None:
     assert torch.equal(
         reward_quantiles(rewards, references[:1]).below, reward_quantiles(rewards, references[:1], included=False).below
     )
+    pair = torch.tensor([[2.0, 1.0], [1.0, torch.nan]])  # one other beside each; a NaN is of its own prompt alone
+    assert reward_quantiles(pair, pair, included=True).below[0].tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("included", [True, False])

@@ -326,6 +326,27 @@ def test_advantages_against_loops() -> None:
     assert kl_penalty(dirty[0], mask).item() == pytest.approx(kl.sum().item() / (b * g))
 
 
+@pytest.mark.parametrize("form", ["sampled", "rao_blackwell", "prefix_baseline"])
+def test_a_response_without_a_token_is_nobodys_sibling(form: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    score, (kl, lp, ref) = torch.randn(2, 3, generator=noise), torch.randn(3, 2, 3, 4, generator=noise)
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[:, 1] = False
+    score[:, 1] = math.nan
+
+    def advantages(places: list[int]) -> Tensor:
+        target = Target(score[:, places], 0.3)
+        divergence, ours, theirs, kept = (part[:, places] for part in (kl, lp, ref, mask))
+        if form == "sampled":
+            return sampled_kl_advantages(target, ours, theirs, kept)
+        ratio = ours - theirs if form == "prefix_baseline" else None
+        return rao_blackwell_advantages(target, divergence, kept, log_ratio=ratio)
+
+    found = advantages([0, 1, 2])
+    assert not found[:, 1].any()
+    torch.testing.assert_close(found[:, [0, 2]], advantages([0, 2]))
+
+
 def test_advantages_carry_no_gradient() -> None:
     mask = torch.ones(1, 2, 3, dtype=torch.bool)
     values = torch.randn(1, 2, 3, requires_grad=True)

@@ -69,6 +69,13 @@ def test_the_fixed_point_is_the_equilibrium(rewards: Tensor, fit: str) -> None:
     assert expected_gradient(end.log(), end, rewards, fit, 3).abs().max() < 1e-10
 
 
+LOSSES = {
+    "squared": lambda p, t: (p - t) ** 2,
+    "kl": lambda p, t: -t * p.log() - (1 - t) * (1 - p).log(),
+    "nce": lambda p, t: (1 + 2 * t) * (1 + 2 * p).log() - 2 * t * (2 * p).log(),
+}
+
+
 def by_hand(log_ratio: list[float], rewards: list[float], fit: str) -> float:
     count, losses = len(rewards), []
 
@@ -78,15 +85,17 @@ def by_hand(log_ratio: list[float], rewards: list[float], fit: str) -> float:
     for i, j in itertools.permutations(range(count), 2):
         others = [k for k in range(count) if k not in (i, j)]
         t = (1 + sum(wins(i, k) - wins(j, k) for k in others) / len(others)) / 2
-        p = (1 + log_ratio[i] - log_ratio[j]) / 2
-        losses.append(
-            {
-                "squared": lambda p=p, t=t: (p - t) ** 2,
-                "kl": lambda p=p, t=t: -t * math.log(p) - (1 - t) * math.log(1 - p),
-                "nce": lambda p=p, t=t: (1 + 2 * t) * math.log(1 + 2 * p) - 2 * t * math.log(2 * p),
-            }[fit]()
-        )
+        losses.append(along_the_tangent((1 + log_ratio[i] - log_ratio[j]) / 2, t, fit))
     return sum(losses) / len(losses)
+
+
+def along_the_tangent(p: float, t: float, fit: str) -> float:
+    """The loss of a prediction, beyond 1/100 and, where it has another end, 99/100 by the slope it has there."""
+    low, high = {"squared": (-math.inf, math.inf), "kl": (0.01, 0.99), "nce": (0.01, math.inf)}[fit]
+    inside = torch.tensor(min(max(p, low), high), dtype=torch.float64, requires_grad=True)
+    value = LOSSES[fit](inside, t)
+    (slope,) = torch.autograd.grad(value, inside)
+    return value.item() + slope.item() * (p - inside.item())
 
 
 @FITS
@@ -95,9 +104,13 @@ def test_the_loss_by_hand(fit: str) -> None:
     rewards = torch.tensor([[1.0, 0.0, 1.0, 3.0], [2.0, 1.0, 0.0, 5.0]], dtype=torch.float64)
     want = [by_hand(g, r, fit) for g, r in zip(log_ratio.tolist(), rewards.tolist(), strict=True)]
     assert wind_loss(log_ratio, rewards, fit=fit).item() == pytest.approx(sum(want) / 2)  # type: ignore[arg-type]
-    # A response without a reward is left out, and a prompt that keeps fewer than three.
-    rewards[0, 1], rewards[1, :2] = math.nan, math.nan
+    assert wind_loss(log_ratio.float(), rewards, fit=fit).dtype == torch.float32  # type: ignore[arg-type]
+    # A response without a reward is left out, prompts count alike, and one that keeps fewer than three does not.
+    rewards[0, 1] = math.nan
     kept = by_hand(log_ratio[0, [0, 2, 3]].tolist(), rewards[0, [0, 2, 3]].tolist(), fit)
+    both = wind_loss(log_ratio, rewards, fit=fit).item()  # type: ignore[arg-type]
+    assert both == pytest.approx((kept + want[1]) / 2)
+    rewards[1, :2] = math.nan
     assert wind_loss(log_ratio, rewards, fit=fit).item() == pytest.approx(kept)  # type: ignore[arg-type]
 
 
@@ -107,7 +120,7 @@ def test_predictions_beyond_all_win_rates_are_pulled_back(fit: str, spread: floa
     log_ratio = torch.tensor([[0.0, spread, 0.0]], dtype=torch.float64, requires_grad=True)
     loss = wind_loss(log_ratio, torch.zeros(1, 3, dtype=torch.float64), fit=fit)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(loss, log_ratio)
-    assert loss.isfinite()
+    assert loss.item() == pytest.approx(by_hand([0.0, spread, 0.0], [0.0] * 3, fit))
     assert gradient[0, 1] * spread > 0
     torch.testing.assert_close(gradient.sum(), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0)
     nearer = wind_loss(log_ratio.detach() / 2, torch.zeros(1, 3, dtype=torch.float64), fit=fit)  # type: ignore[arg-type]

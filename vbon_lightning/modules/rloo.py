@@ -14,9 +14,9 @@ class RLOO(KLRL):
 
     With :math:`R_i = r_i - \beta \log \pi(y_i)/\pi_{ref}(y_i)` the advantage of each of G responses to a prompt is
     :math:`A_i = R_i - \frac{1}{G-1} \sum_{j \neq i} R_j`: Ahmadian and others, "Back to Basics: Revisiting
-    REINFORCE-Style Optimization for Learning from Human Feedback in LLMs", 2024, and TRL's ``RLOOTrainer`` by default. A preset
-    of :class:`~vbon_lightning.modules.kl_rl.KLRL`, from which only ``kl_estimator`` differs by default: both are
-    unbiased, and KLRL's exact KL is the less noisy one away from the optimum.
+    REINFORCE-Style Optimization for Learning from Human Feedback in LLMs", 2024, and TRL's ``RLOOTrainer`` by
+    default. A preset of :class:`~vbon_lightning.modules.kl_rl.KLRL`, from which only ``kl_estimator`` differs by
+    default: both are unbiased, and KLRL's exact KL is the less noisy one away from the optimum.
 
     ``kl_estimator: k3`` makes it RLOO with k3: the reward alone in the advantages, and the KL in the loss as GRPO has
     it, so that the two differ in their advantages alone. Its gradient is that of KL(reference || policy) at the sampled
