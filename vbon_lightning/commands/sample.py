@@ -153,7 +153,7 @@ def sample_command(
         return
     actors = load_actors(spec, chosen, device)
     if "reference_rewards" in drawing:
-        data.table().check_ends(actors.end_ids)
+        data.table().check_tokens(vocabulary_size(actors.policy), actors.end_ids)
     costs: list[DecodingCost] = []
     drawn = draw(actors, iter(left), batch_size=batch_size, costs=costs, **drawing)
     shown = tqdm(drawn, total=len(left) * samples, unit="response", disable=None, file=sys.stderr)
