@@ -35,6 +35,7 @@ from vbon_lightning.decoding import (
 from vbon_lightning.decoding.cost import DecodingCost, describe_cost
 from vbon_lightning.decoding.drawing import Drawn, check_decoding, device_named, draw, load_actors, sampling_spec
 from vbon_lightning.decoding.options import check_counts
+from vbon_lightning.models import vocabulary_size
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.whole_files import atomic_file
 
