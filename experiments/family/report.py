@@ -28,7 +28,7 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
 NOTHING_YET = (
     "Nothing is committed yet: `make family` measures, and `python -m experiments.family.report` puts it here.\n"
 )
-HALF = 0.5
+HALF, OFTEN = 0.5, 0.05
 
 
 def measured(result: Mapping[str, Any] | None) -> str:
@@ -106,6 +106,12 @@ def _failures(
     furthest = max((report.kl.mean for report in reports if report.method == BEST_OF_N), default=math.inf)
     if beyond := [report.name for report in rows if report.kl.mean > furthest and report.name not in bounded]:
         lines.append(f"Further from the reference than any Best-of-N here, so not compared with it: {_listed(beyond)}.")
+    lines += [
+        f"{report.name} accepted none of its responses, and fell back to a plain sample, in "
+        f"{100 * (report.cost or {}).get('fallbacks', 0.0):.0f}% of cases."
+        for report in rows
+        if (report.cost or {}).get("fallbacks", 0.0) > OFTEN
+    ]
     lines += [f"Not done: {name}, {why.split(':')[0]}." for name, why in result["failed"].items()]
     lines = lines or ["All rows are better than the reference, and keep at least half of Best-of-N's gain."]
     return "What does not work:\n\n" + "".join(f"- {markdown_cell(line)}\n" for line in lines)

@@ -267,9 +267,15 @@ def test_a_splits_table_is_read_as_vbon_compare_reads_it(
     amortised: bool, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewards, given = torch.tensor([[0.5, 1.5]]), list[Any]()
+
+    def check(vocabulary: int | None, end_ids: tuple[int, ...]) -> None:
+        given.append((vocabulary, end_ids))
+
     monkeypatch.setattr(AlignmentDataModule, "table_rewards", lambda *_: rewards)
-    monkeypatch.setattr(AlignmentDataModule, "table", lambda *_: SimpleNamespace(check_ends=given.append))
-    loaded = SimpleNamespace(end_ids=(2,), record=SimpleNamespace(missing=0))
+    monkeypatch.setattr(AlignmentDataModule, "table", lambda *_: SimpleNamespace(check_tokens=check))
+    policy = torch.nn.Embedding(7, 2)
+    monkeypatch.setattr(command, "vocabulary_size", lambda model: model.num_embeddings)
+    loaded = SimpleNamespace(policy=policy, end_ids=(2,), record=SimpleNamespace(missing=0))
     monkeypatch.setattr(command, "load_actors", lambda *_: loaded)
     monkeypatch.setattr(command, "draw", lambda *_, **how: given.append(how.get("reference_rewards")) or iter(()))
     table = ("--data.test", "[{text: ab}]", "--split", "test", "--data.reference_table", "./table")
@@ -282,7 +288,7 @@ def test_a_splits_table_is_read_as_vbon_compare_reads_it(
         str(amortised).lower(),
     )
     vbon(*table, *valued)
-    assert given == ([None] if amortised else [(2,), rewards])
+    assert given == ([None] if amortised else [(7, (2,)), rewards])
 
 
 def test_a_length_and_a_temperature_beside_a_policy() -> None:
