@@ -45,3 +45,11 @@ def test_files_that_are_gone_or_broken_are_named(copy: Path) -> None:
     (copy / "config.json").unlink()
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         check_saved(str(copy))
+
+
+def test_what_cannot_be_dialled_is_told_before_it_is_loaded(copy: Path) -> None:
+    with pytest.raises(ModelError, match="^only a tilted policy can be dialled to an N, and .*copy' is none"):
+        check_saved(ModelSpec(name=str(copy), dial=4.0))
+    check_saved(ModelSpec(name=str(copy), tilt=str(copy), dial=4.0))
+    (copy / "config.json").write_text('{"model_type": "vbon_tilted_lm"}')
+    check_saved(ModelSpec(name=str(copy), dial=4.0))

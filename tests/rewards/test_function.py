@@ -173,6 +173,19 @@ def test_import_errors_say_what_is_wrong(function, message):
         reward(PROMPTS, RESPONSES, TOKENS)
 
 
+def appending(prompts, responses):
+    responses[0].append("more")
+    prompts[0] = "changed"
+    return [[1.0, 2.0], [3.0, 4.0]] if len(prompts) == 2 else [[0.0] * 3]
+
+
+def test_rewards_are_held_against_what_was_asked_and_not_what_a_function_made_of_it():
+    reward = CallableReward(f"{__name__}.appending")
+    assert reward(["xx", "yy"], [["a", "b"], ["c", "d"]]).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    with pytest.raises(RewardError, match="row 0 has 3 rewards for 2 responses.*prompt 'xx'"):
+        reward(["xx"], [["a", "b"]])
+
+
 def test_a_function_needs_a_path():
     with pytest.raises(RewardError, match="'score', expected an import path"):
         CallableReward("score")

@@ -16,6 +16,7 @@ from vbon_lightning.models.loading import (
     new_model,
     pretrained_model,
 )
+from vbon_lightning.models.saved import NOT_TILTED
 from vbon_lightning.models.spec import ModelSpec, as_spec
 from vbon_lightning.models.tilted import TiltedLM, new_tilted_lm
 from vbon_lightning.models.tokenizer import check_same_vocabulary, load_tokenizer
@@ -75,9 +76,7 @@ def load_causal_lm(
 def _turn(model: PreTrainedModel, spec: ModelSpec) -> None:
     """Turn a tilted model to an N."""
     if not isinstance(model, TiltedLM):
-        raise ModelError(
-            f"only a tilted policy can be dialled to an N, and {spec.name or 'a new model'!r} is none: leave `dial` out"
-        )
+        raise ModelError(NOT_TILTED.format(spec.name or "a new model"))
     assert spec.dial is not None
     try:
         model.turn(spec.dial)

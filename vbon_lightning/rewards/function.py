@@ -68,7 +68,9 @@ class CallableReward(RewardModel):
         how = self._loaded()
         check_columns(self.function, how.required, columns or {})
         call = call_flat if how.layout == "flat" else call_grouped
-        found = call(self._target, how, self._passed, Asked(prompts, responses, token_ids, columns or {}))
+        # Lists of its own: what the function changes in them is not what its rewards are held against.
+        asked = Asked(list(prompts), [list(group) for group in responses], token_ids, columns or {})
+        found = call(self._target, how, self._passed, asked)
         return check_rewards(found, prompts, responses, abstains=True)  # which whoever asks may take, or refuse
 
     def identity(self) -> dict[str, str]:
