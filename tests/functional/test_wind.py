@@ -121,6 +121,8 @@ def test_predictions_beyond_all_win_rates_are_pulled_back(fit: str, spread: floa
     loss = wind_loss(log_ratio, torch.zeros(1, 3, dtype=torch.float64), fit=fit)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(loss, log_ratio)
     assert loss.item() == pytest.approx(by_hand([0.0, spread, 0.0], [0.0] * 3, fit))
+    ranked = wind_loss(log_ratio.detach(), torch.tensor([[1.0, 0.0, 2.0]]), fit=fit)  # type: ignore[arg-type]
+    assert ranked.item() == pytest.approx(by_hand([0.0, spread, 0.0], [1.0, 0.0, 2.0], fit))
     assert gradient[0, 1] * spread > 0
     torch.testing.assert_close(gradient.sum(), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0)
     nearer = wind_loss(log_ratio.detach() / 2, torch.zeros(1, 3, dtype=torch.float64), fit=fit)  # type: ignore[arg-type]
