@@ -46,6 +46,7 @@ VARIANTS = {
     "`VBoN`, forward": "vbon_forward.yaml",
     "`VBoN`, Jeffreys": "vbon_jeffreys.yaml",
     "`VBoN`, annealed N": "vbon_annealed.yaml",
+    "`RLOO`, k3": "rloo_k3.yaml",
 }
 """Rows of options that come with a configuration of the demo."""
 

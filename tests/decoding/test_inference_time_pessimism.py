@@ -192,11 +192,17 @@ def test_texts_are_read_behind_their_prompts_and_luck_is_its_own(actors: Actors,
 def test_a_bound_that_is_none(actors: Actors) -> None:
     with pytest.raises(ValueError, match=r"^reward_max is -2, and a response has the reward 0\.\d+: give a number"):
         decode(InferenceTimePessimism(8, reward_max=-2.0), actors, 4)
+    # One that the level's own responses keep, and a fresh one does not.
+    first = actors.sample(actors.policy, batch_of([PROMPT]), stream="test/level", num_samples=1, seed=3, step=2)
+    (begun,) = actors.token_ids(first)[0]
+    assert reward_of(begun) < 0.5
+    with pytest.raises(ValueError, match=r"^reward_max is .*, and a response has the reward"):
+        decode(InferenceTimePessimism(1, reward_max=reward_of(begun) + 1e-5), actors, 1)
 
 
 def test_what_is_not_said() -> None:
     default = InferenceTimePessimism()
-    assert (default.n, default.beta, default.reward_max, default.at_once) == (8, 0.5, None, 4)
+    assert (default.n, default.beta, default.reward_max, default.at_once) == (32, 0.5, None, 4)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ class InferenceTimePessimism(Decoder):
             ids = actors.token_ids(drawn)
             scores = actors.score(some, actors.decode(ids, some), ids, drawn.finished)
             generated, calls = generated + int(drawn.mask.sum()), calls + scores.numel()
+            self._check_highest(scores)
             probs = pessimistic_acceptance(scores, level[waiting], best[waiting], beta=self.beta)
             probs = torch.where(level[waiting, None].isnan(), 1.0, probs)  # without a level any reward will do
             accepted = (luck[places, start:stop].to(device) < probs) & ~scores.isnan()
@@ -120,9 +121,14 @@ class InferenceTimePessimism(Decoder):
         highest = rewards.nan_to_num(nan=-math.inf).amax(-1)
         if self.reward_max is None:
             return highest
-        if bool((highest > self.reward_max).any()):
-            raise ValueError(
-                f"reward_max is {self.reward_max:g}, and a response has the reward {float(highest.max()):g}: give a "
-                "number that no reward exceeds, or leave it out"
-            )
+        self._check_highest(highest)
         return torch.full_like(highest, self.reward_max)
+
+    def _check_highest(self, rewards: Tensor) -> None:
+        """Refuse rewards above what was said to be the highest."""
+        if self.reward_max is not None and bool((rewards > self.reward_max).any()):
+            highest = float(rewards[rewards > self.reward_max].max())
+            raise ValueError(
+                f"reward_max is {self.reward_max:g}, and a response has the reward {highest:g}: give a number that no "
+                "reward exceeds, or leave it out"
+            )
