@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from vbon_lightning.functional import (
     branch_places,
@@ -139,3 +141,21 @@ def test_weights_of_particles() -> None:
     weights = REWARDS.exp()
     expected = weights.sum(-1) ** 2 / weights.square().sum(-1)
     assert torch.allclose(effective_samples(REWARDS), expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda values: soft_selection_probs(values, temperature=0),
+        lambda values: soft_selection_probs(values, temperature=0.5),
+        lambda values: pessimistic_level(values, beta=0.5),
+        lambda values: implicit_reward(values, values > -1),
+        lambda values: particle_weights(values.nan_to_num(nan=-INF)),
+        lambda values: effective_samples(values.nan_to_num(nan=-INF)),
+    ],
+)
+def test_groups_of_prompts_are_as_rows(function: Callable[[Tensor], Tensor]) -> None:
+    values = REWARDS.clone()
+    values[0], values[1, 2], values[4, 3:] = NAN, NAN, NAN
+    found = function(values.view(2, 3, 7)).flatten(0, 1)
+    torch.testing.assert_close(found, function(values), rtol=0, atol=0, equal_nan=True)
