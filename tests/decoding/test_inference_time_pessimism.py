@@ -189,6 +189,18 @@ def test_texts_are_read_behind_their_prompts_and_luck_is_its_own(actors: Actors,
     assert streams == {"test/acceptance"}
 
 
+def test_what_is_known_of_a_response(actors: Actors) -> None:
+    found = decode(InferenceTimePessimism(3), actors, 5)
+    assert found.rewards is not None and found.cost.value_tokens == 0
+    assert found.rewards[0].tolist() == pytest.approx([reward_of(ids) for ids in actors.token_ids(found)[0]])
+
+
+def test_the_bound_is_the_highest_reward_that_is_known() -> None:
+    rewards = torch.tensor([[[math.nan, -2.0]]])
+    for reward_max in (None, -2.0):
+        assert InferenceTimePessimism(reward_max=reward_max)._bound(rewards).tolist() == [[-2.0]]
+
+
 def test_a_bound_that_is_none(actors: Actors) -> None:
     with pytest.raises(ValueError, match=r"^reward_max is -2, and a response has the reward 0\.\d+: give a number"):
         decode(InferenceTimePessimism(8, reward_max=-2.0), actors, 4)
