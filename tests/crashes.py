@@ -87,6 +87,12 @@ def _watch(directory: Path, fatal: int | None) -> list[int]:
         seen[0] += 1
         if seen[0] == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
+        if event == "open" and _empties(arguments):  # between the call and the first byte what was there is gone
+            seen[0] += 1
+            if seen[0] == fatal:
+                seen[0] = sys.maxsize // 2  # the hook's own calls are not counted
+                os.truncate(str(arguments[0]), 0)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     sync = os.fsync
@@ -112,6 +118,13 @@ def _writes(arguments: tuple[object, ...]) -> bool:
     if isinstance(mode, str):
         return any(letter in mode for letter in "wax+")
     return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+
+def _empties(arguments: tuple[object, ...]) -> bool:
+    """Tell whether a call opens a file that is there, and holds something, to write it anew in its place."""
+    path, mode, flags = arguments
+    anew = "w" in mode if isinstance(mode, str) else isinstance(flags, int) and bool(flags & os.O_TRUNC)
+    return anew and isinstance(path, str | os.PathLike) and os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def _in_child(work: Callable[[], object]) -> str:
