@@ -130,7 +130,9 @@ def cells(block: str) -> dict[str, list[str]]:
 def test_what_does_not_work_comes_first() -> None:
     rows = [row("as Best-of-4", crowd(0)[2].kl.mean, 0.8), row("half", crowd(0)[2].kl.mean, 0.62)]
     rows += [row("nothing", 0.1, 0.515), row("too far", 5.0, 0.9)]
-    rows += [replace(row(name, 0.1, 0.7), cost={"fallbacks": share}) for name, share in (("drawn", 0.21), ("seldom", 0.01))]
+    rows += [
+        replace(row(name, 0.1, 0.7), cost={"fallbacks": share}) for name, share in (("drawn", 0.21), ("seldom", 0.01))
+    ]
     block = measured(result(*rows, failed={"dpo-s0": "ended with status 1: runs/family/logs/dpo-s0.log"}))
     first = block.split("![")[0]
     assert "- No better than the reference, within the interval: nothing.\n" in first
