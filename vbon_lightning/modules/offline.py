@@ -9,11 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vbon_lightning.actors import ActorSpec
-from vbon_lightning.modules.base import AlignmentModule, LRSchedulerCallable, OptimizerCallable
-from vbon_lightning.types import PromptBatch, Responses, Rollout, TableBatch
+from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable
+from vbon_lightning.modules.sampled_evaluation import SampledEvaluation
+from vbon_lightning.types import Responses, TableBatch
 
 
-class FromTable(AlignmentModule):
+class FromTable(SampledEvaluation):
     """Learn from the M responses a prompt that the reference table holds, or from their rewards; a subclass says how.
 
     Args:
@@ -101,19 +102,6 @@ class FromTable(AlignmentModule):
             step: The number of the step, for the noise.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it learns")
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score responses; the callbacks do the rest."""
-        return {"rollout": self._evaluate(batch, "val")}
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score responses; the callbacks do the rest."""
-        return {"rollout": self._evaluate(batch, "test")}
-
-    def _evaluate(self, batch: PromptBatch, stage: str) -> Rollout:
-        rollout = self.loaded.rollout(batch, num_samples=self.eval_samples, seed=self.seed, stream=stage, step=0)
-        self.log_missing(rollout, stage)
-        return rollout
 
 
 class OfflineBestOfN(FromTable):

@@ -32,6 +32,7 @@ from vbon_lightning.modules.policy_gradient_options import (
     check_numbers,
     check_value_model_options,
 )
+from vbon_lightning.modules.sampled_evaluation import SampledEvaluation
 from vbon_lightning.sampling import noise_seed
 from vbon_lightning.types import PromptBatch, Rollout, ScoredResponses, select_prompts
 
@@ -47,7 +48,7 @@ class ExtraLoss(NamedTuple):
     """What to log of it."""
 
 
-class PolicyGradient(Anchored):
+class PolicyGradient(Anchored, SampledEvaluation):
     """Maximise E[score] - kl_coef * KL(policy || reference) by policy gradients; a subclass names the target.
 
     Args:
@@ -484,28 +485,6 @@ class PolicyGradient(Anchored):
             return self._loss(experience, live, None)
         live, values = self._evaluate_responses(rollout)
         return self._loss(experience, live, values)
-
-    # -- validation and test ---------------------------------------------------------------------------
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score responses; the callbacks do the rest."""
-        return {"rollout": self._evaluate(batch, "val")}
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score responses; the callbacks do the rest."""
-        return {"rollout": self._evaluate(batch, "test")}
-
-    def _evaluate(self, batch: PromptBatch, stage: str) -> Rollout:
-        rollout = self.loaded.rollout(
-            batch,
-            num_samples=self.eval_samples,
-            seed=self.seed,
-            stream=stage,
-            step=0,
-            reference_samples=self.reference_samples,
-        )
-        self.log_missing(rollout, stage)
-        return rollout
 
     # -- checkpoints -------------------------------------------------------------------------------
 
