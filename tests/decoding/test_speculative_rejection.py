@@ -127,7 +127,7 @@ def test_a_response_without_a_reward_is_the_first_to_go(files: Path) -> None:
 
 def test_what_is_not_said() -> None:
     default = SpeculativeRejection()
-    assert (default.n, default.alpha, default.every, default.rows) == (16, 0.5, 16, 16)
+    assert (default.n, default.alpha, default.every, default.rows) == (16, 0.5, None, 16)
 
 
 @pytest.mark.parametrize(
