@@ -15,7 +15,7 @@ from vbon_lightning.evaluation import PolicyReport
 FOLDER = Path(__file__).parent.parent / "experiments" / "sentiment"
 sys.path.insert(0, str(FOLDER))
 
-from budgets import _kept, costs_table, gain_table  # noqa: E402
+from budgets import _kept, costs_table, family_table, gain_table  # noqa: E402
 from report import with_tables, write_report  # noqa: E402
 from results import Baseline, Result, _result, read_results  # noqa: E402
 from sweep import read_sweep  # noqa: E402
@@ -243,6 +243,17 @@ def test_a_gain_between_two_strengths_is_on_the_line_between_them() -> None:
     part = (math.sqrt(bon_kl(4)) - low) / (high - low)
     kept = _kept(two, bon, 4)
     assert kept is not None and kept.mean == pytest.approx((below + part * (above - below) - 0.5) / 0.3)
+
+
+def test_a_single_run_that_cannot_be_compared_comes_after_those_that_can() -> None:
+    _, bon = equal_budgets()
+    made = {"less": (bon_kl(4), 0.6), "far": (9.0, 0.9), "more": (bon_kl(4), 0.7), "most": (bon_kl(4), 0.75)}
+    runs = [result(name, name, 2, 0, kl, gain, group="family") for name, (kl, gain) in made.items()]
+    for one in runs:
+        one["training"] |= {"table_responses": 500}
+    text = family_table([_result(one) for one in runs], bon)
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:6]] == ["| most", "| more", "| less", "| far"]
+    assert cells(text, "far")[3] == "-"
 
 
 def test_costs_count_the_stages_before_and_a_dialled_policy_once() -> None:

@@ -58,7 +58,12 @@ def family_table(runs: Sequence[Result], bon: Baseline) -> str:
     """What share of Best-of-N's gain single runs keep, each at its own KL."""
     curve = [(bon.kls[n], rate) for n, rate in bon.win_rates.items()]
     rows = []
-    for run in sorted(runs, key=lambda run: -_share_at_its_kl(run, curve)):
+
+    def order(run: Result) -> tuple[bool, float]:
+        share = _share_at_its_kl(run, curve)
+        return math.isnan(share), -share  # what cannot be compared comes last
+
+    for run in sorted(runs, key=order):
         share, report = _share_at_its_kl(run, curve), run.report
         assert report.win_rate is not None
         cost = training_cost(run, bon)
@@ -66,8 +71,8 @@ def family_table(runs: Sequence[Result], bon: Baseline) -> str:
         rows.append([run.title, run.strength, *cells, f"{cost.sampled:,}", f"{cost.cached:,}"])
     note = (
         "Seed 0, 96 held-out prompts x 32 responses; *gain kept* is the share of the gain in win rate that Best-of-N\n"
-        "has at the row's own KL; intervals are over prompts. Sampled responses are the policy's and those of its\n"
-        "anchor."
+        "has at the row's own KL, - for one further from the reference than any Best-of-N; intervals are over prompts.\n"
+        "Sampled responses are the policy's and those of its anchor."
     )
     header = ["method", "strength", "KL (nats)", "win rate", "gain kept", "sampled", "of the table"]
     return table(header, rows, note, words=2)

@@ -194,7 +194,10 @@ def runs_table(runs: Sequence[Result]) -> str:
         rows.append([run.title, run.group, run.setting, run.strength, str(run.seed), *cells, *costs])
     header = ["method", "group", "setting", "strength", "seed", "win rate", "reward", "KL", "judge's reward"]
     header += ["seconds", "steps", "responses"]
-    return table(header, rows, "Means over prompts ± half of the 95% interval.", words=4)
+    note = "Means over prompts ± half of the 95% interval."
+    if any(run.group == "family" for run in runs):
+        note += " The family group was trained beside other work on the machine: its seconds\nsay little."
+    return table(header, rows, note, words=4)
 
 
 def win_rate(run: Result) -> float:
