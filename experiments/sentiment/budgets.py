@@ -71,8 +71,8 @@ def family_table(runs: Sequence[Result], bon: Baseline) -> str:
         rows.append([run.title, run.strength, *cells, f"{cost.sampled:,}", f"{cost.cached:,}"])
     note = (
         "Seed 0, 96 held-out prompts x 32 responses; *gain kept* is the share of the gain in win rate that Best-of-N\n"
-        "has at the row's own KL, - for one further from the reference than any Best-of-N; intervals are over prompts.\n"
-        "Sampled responses are the policy's and those of its anchor."
+        "has at the row's own KL, - for one further from the reference than any Best-of-N; intervals are over\n"
+        "prompts. Sampled responses are the policy's and those of its anchor."
     )
     header = ["method", "strength", "KL (nats)", "win rate", "gain kept", "sampled", "of the table"]
     return table(header, rows, note, words=2)
