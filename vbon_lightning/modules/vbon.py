@@ -142,7 +142,12 @@ class VBoN(ForwardTerm):
         """Also warn of a training too short for its N."""
         super().on_train_start()
         if self.n_schedule is not None:
-            self.n_schedule.check_length(self.n, self.trainer.estimated_stepping_batches)
+            self.n_schedule.check_length(
+                self.n,
+                self.trainer.estimated_stepping_batches,
+                batches_per_update=self.trainer.accumulate_grad_batches,
+                batches_per_rollout=self.updates_per_rollout,
+            )
 
     @property
     def current_n(self) -> float:
