@@ -62,6 +62,7 @@ class NSchedule:
         if not math.isclose(last := self.at(sampled_at, n), n):
             rank_zero_warn(
                 f"model.n_schedule comes to model.n = {n:g} after {self.updates} updates, and the training ends after "
-                f"{updates:g} (trainer.max_steps, or trainer.max_epochs): its last rollout, sampled after {sampled_at}, is "
-                f"of n = {last:.3g}, while the export says {n:g}: train longer, or lower model.n_schedule.updates"
+                f"{updates:g} (trainer.max_steps, or trainer.max_epochs): its last rollout, sampled after "
+                f"{sampled_at}, is of n = {last:.3g}, while the export says {n:g}: train longer, or lower "
+                "model.n_schedule.updates"
             )
