@@ -124,6 +124,15 @@ def test_it_prints_as_a_whole_config(method: str, monkeypatch: pytest.MonkeyPatc
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == 200
 
 
+def test_losses_that_add_up_tokens_have_larger_gradients_to_clip() -> None:
+    clipped = {
+        method: written(method=method, output=f"{method}.yaml")["trainer"]["gradient_clip_val"]
+        for method in get_args(command.Method)
+    }
+    assert {method for method, value in clipped.items() if value == 20.0} == {"vbon", "kl_rl", "rloo"}
+    assert set(clipped.values()) == {20.0, 1.0}
+
+
 def test_splits_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     data = written()["data"]
     assert (data["test"]["start"], data["test"]["stop"]) == (0, 2)

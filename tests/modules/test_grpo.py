@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from tests.modules.fake import FakeTrainer, attach
-from tests.modules.one_update import assert_same_gradient, move, set_up, token_log_probs
-from tests.modules.setting import make_files
+from tests.modules.one_update import assert_same_gradient, gradient, move, set_up, token_log_probs
+from tests.modules.setting import make_data, make_files
 from vbon_lightning import GRPO
 from vbon_lightning.types import Rollout
 
@@ -107,7 +110,40 @@ def test_a_mean_over_tokens_is_over_those_of_all_ranks(files: Path) -> None:
     ],
 )
 def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files: Path) -> None:
-    from tests.modules.setting import make_data
-
     with pytest.raises(ValueError, match=message):
         GRPO(make_data(files).actors, **changes)
+
+
+def said(text: str) -> dict[str, Any]:
+    """Return the options that a text names, each as it would be written in a config."""
+    return {name: yaml.safe_load(value) for name, value in re.findall(r"`(\w+): ([\w.]+)", text)}
+
+
+@pytest.mark.parametrize("name", ["Dr. GRPO", "DAPO"])
+def test_the_recipes_that_are_printed_are_taken(name: str, files: Path) -> None:
+    page = Path(__file__).parents[2].joinpath("docs/estimators.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} (")]
+    recipe = said(row.split("|")[2])
+    begin, end = {"Dr. GRPO": ('"Dr. GRPO"', "Of DAPO"), "DAPO": ("Of DAPO", "not its sampling")}[name]
+    prose = " ".join((inspect.getdoc(GRPO) or "").split())
+    assert recipe == said(prose[prose.index(begin) : prose.index(end)])
+    module = GRPO(make_data(files).actors, **recipe)
+    assert len(recipe) >= 2 and all(module.hparams[option] == value for option, value in recipe.items())
+
+
+def test_the_mean_that_holds_the_sample_leaves_the_kl_more_weight(files: Path) -> None:
+    """RLOO with beta G/(G - 1) has GRPO's gradient over (G - 1)/G, where nothing else sets the two apart."""
+    unscaled = {"scale_rewards": False, "minibatches": 1, "epochs_per_rollout": 1, "samples_per_prompt": 4}
+    exact = {"kl_estimator": "rao_blackwell", "length_norm": "dr_grpo"}
+    grpo, batch = set_up("grpo", files, beta=BETA, **unscaled, **exact)
+    rloo, _ = set_up("rloo", files, beta=BETA * 4 / 3, kl_estimator="rao_blackwell", samples_per_prompt=4)
+    move(grpo)
+    move(rloo)
+    scored = grpo._sample(batch, 0)
+    gradients = []
+    for module in (grpo, rloo):
+        loss, _, _ = module._on_policy_update(scored)
+        gradients.append(gradient(module, loss))
+    shrunk = gradients[1] * 3 / 4 / grpo.loaded.max_new_tokens
+    torch.testing.assert_close(gradients[0], shrunk, rtol=1e-3, atol=1e-6)
+    assert gradients[0].norm() > 1e-2

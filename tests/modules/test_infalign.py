@@ -78,6 +78,20 @@ def test_defaults_follow_from_n(files: Path) -> None:
     assert InfAlignCTRL(data.actors, slope=2.0).slope == 2.0
 
 
+@pytest.mark.parametrize("given", [{"slope": 3.0}, {"transform": "log", "beta": 0.5}], ids=str)
+def test_n_is_still_what_decodes_where_the_loss_has_none_of_it(given: dict[str, Any], files: Path) -> None:
+    (few, batch), (many, _) = (set_up("infalign", files, n=n, **given) for n in (2, 16))
+    rollout, _ = few._evaluate_responses(few._sample(batch, 0))
+    assert torch.equal(few.target(rollout).score, many.target(rollout).score)
+    assert few.target(rollout).kl_coef == many.target(rollout).kl_coef
+    assert {name: many.hparams[name] for name in ("n", *given)} == {"n": 16, **given}, "the record has both"
+    data = make_data(files)
+    module: Any = make_module("infalign", data, n=30, **given)
+    attach(module, FakeTrainer(datamodule=data))
+    with pytest.raises(ValueError, match="fewer than n = 30"):
+        module.setup("fit")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

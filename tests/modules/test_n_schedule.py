@@ -92,13 +92,41 @@ def test_n_is_logged_and_the_final_one_is_what_the_export_says(files: Path, tmp_
 def test_a_training_that_ends_before_its_n_warns(limit: dict[str, int], files: Path, tmp_path: Path) -> None:
     data = make_data(files, val=None, batch_size=2)
     module: Any = make_module("annealed", data, n=6.0, n_schedule=LINEAR)
-    with pytest.warns(UserWarning, match="the training after 3 .*: the last update is of n = 4, not of model.n = 6"):
+    with pytest.warns(UserWarning, match="ends after 3 .*: its last rollout, sampled after 2, is of n = 4, .* says 6"):
         make_trainer(tmp_path, callbacks=[], enable_checkpointing=False, **limit).fit(module, data)
 
 
-@pytest.mark.parametrize("updates", [4, -1, math.inf])
-def test_a_training_that_is_long_enough_does_not(updates: float, recwarn: pytest.WarningsRecorder) -> None:
-    LINEAR.check_length(6.0, updates)
+def test_a_rollout_of_several_updates_counts_by_where_it_was_sampled(files: Path, tmp_path: Path) -> None:
+    """Six updates of three a rollout: the last rollout is sampled after three, amid the four of the schedule."""
+    data = make_data(files, val=None)
+    module: Any = make_module("annealed", data, n=6.0, n_schedule=LINEAR, estimator="clipped", epochs_per_rollout=3)
+    with pytest.warns(UserWarning, match="its last rollout, sampled after 3, is of n = 5, while the export says 6"):
+        make_trainer(tmp_path, callbacks=[], steps=6, enable_checkpointing=False).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("updates", "batches", "last"),
+    [
+        (4, {}, "after 3, is of n = 5"),  # the fourth update's N, not that of the policy after it
+        (2, {"batches_per_update": 2}, "after 1, is of n = 3"),
+        (7, {"batches_per_rollout": 4}, None),
+        (4, {"batches_per_rollout": 4}, "after 0, is of n = 2"),
+        (5, {}, None),
+        (5, {"batches_per_update": 3}, None),
+        (-1, {}, None),
+        (math.inf, {}, None),
+    ],
+)
+def test_what_the_last_rollout_is_of(
+    updates: float, batches: dict[str, int], last: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    LINEAR.check_length(6.0, updates, **batches)
+    assert [last in str(warning.message) for warning in recwarn.list if last] == ([True] if last else [])
+    assert len(recwarn.list) == (last is not None)
+
+
+def test_a_schedule_that_stays_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    NSchedule(start=6.0, updates=10).check_length(6.0, 5)
     assert not recwarn.list
 
 

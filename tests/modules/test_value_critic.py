@@ -260,6 +260,25 @@ def test_options_that_make_no_sense(kind: str, model: dict[str, Any], named: boo
         make_module(kind, data, **model)
 
 
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("vbon", {"bound": "lower"}),
+        ("vbon", {"bound": "untied"}),
+        ("bond", {"second_term": False, "anchor_every": 0, "divergence": "backward"}),
+    ],
+    ids=readable,
+)
+def test_a_value_model_foretells_the_exact_target_alone(kind: str, target: dict[str, Any], files: Path) -> None:
+    """At lambda 1 what it says is a baseline, which may be of anything; below it is a part of the target."""
+    data = value_data(files)
+    assert prepared(kind, data, **target).uses_value_model
+    with pytest.raises(ValueError, match=r"^model.value_lambda=0.5 has the value model foretell the exact log-ratio"):
+        make_module(kind, data, value_lambda=0.5, **target)
+    exact = {name: value for name, value in target.items() if name not in ("bound", "second_term")}
+    assert prepared(kind, data, value_lambda=0.5, **exact).value_lambda == 0.5
+
+
 # -- without a reference table --
 
 

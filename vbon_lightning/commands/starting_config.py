@@ -248,7 +248,7 @@ def _trainer(run: str, method: str) -> str:
         "  check_val_every_n_epoch: null",
         "  val_check_interval: 50",
         "  num_sanity_val_steps: 0",
-        f"  gradient_clip_val: {20.0 if method in ('vbon', 'kl_rl') else 1.0}",
+        f"  gradient_clip_val: {20.0 if method in ('vbon', 'kl_rl', 'rloo') else 1.0}",
         "  log_every_n_steps: 5",
         f"  # Reward, KL, win rates and samples: tensorboard --logdir {run}",
         f"  default_root_dir: {run}",

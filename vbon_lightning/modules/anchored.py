@@ -146,4 +146,8 @@ def check_anchor(anchor_every: int, anchor_rate: float) -> None:
     if not 0 <= anchor_rate <= 1:
         raise ValueError(f"model.anchor_rate must be in [0, 1], got {anchor_rate}")
     if anchor_every and anchor_rate:
-        raise ValueError("the anchor is replaced or averaged: set model.anchor_every or model.anchor_rate, not both")
+        raise ValueError(
+            f"model.anchor_every={anchor_every} replaces the anchor and model.anchor_rate={anchor_rate:g} averages it, "
+            "one of them perhaps by default: set model.anchor_rate to 0 to replace it, or model.anchor_every to 0 to "
+            "average it"
+        )

@@ -69,6 +69,11 @@ class BOND(VBoN):
         own = {"second_term": self.second_term, "divergence": self.divergence, "anchor_every": self.anchor_every}
         super().record_settings(**(own | settings))
 
+    @property
+    def target_is_exact(self) -> bool:
+        """Return whether both terms of the reward are there."""
+        return self.second_term and super().target_is_exact
+
     def target_of(self, log_reference: Tensor, cdf: RewardCDF) -> Target:
         """Return BOND's reward, and the KL's weight 1/(N - 1)."""
         if self.second_term:

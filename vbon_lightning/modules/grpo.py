@@ -32,17 +32,18 @@ class GRPO(PolicyGradient):
     prompt). Its successors are options. "Dr. GRPO" (Liu and others, "Understanding R1-Zero-Like Training: A Critical
     Perspective", 2025, arXiv 2503.20783) is ``scale_rewards: false`` and ``length_norm: dr_grpo``. Of DAPO (Yu and
     others, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 2025, arXiv 2503.14476) there are the
-    mean over tokens, ``length_norm: dapo``, the upper clip range, ``clip_high: 0.28``, and ``beta: 0``; not its
-    sampling until a prompt's rewards differ, nor its reward for overlong responses. Of TRL's trainer there are no
-    ratios of whole responses (GSPO), no ``scale_rewards: batch``, no two-sided clip (``delta``) and no mask of
-    truncated responses.
+    mean over tokens, ``length_norm: dapo``, the upper clip range, ``clip_high: 0.28``, for which a rollout needs
+    several updates, as with ``minibatches: 4``, and ``beta: 0``; not its sampling until a prompt's rewards differ, nor
+    its reward for overlong responses. Of TRL's trainer there are no ratios of whole responses (GSPO), no
+    ``scale_rewards: batch``, no two-sided clip (``delta``) and no mask of truncated responses.
 
     What is biased about it, in TRL as here: the division by the spread weighs prompts by its inverse and counts the
-    KL's weight in units of it, so that its optimum is not ``ref exp(r / beta)``; the mean that holds the sample itself
-    shrinks advantages by (G - 1)/G; ``grpo`` punishes long wrong responses less a token than short ones; and the
-    gradient of k3 as a loss is that of KL(reference || policy) at the sampled prefixes. ``scale_rewards: false``,
-    ``length_norm: dr_grpo`` and ``kl_estimator: rao_blackwell`` take these away one by one;
-    :class:`~vbon_lightning.modules.kl_rl.KLRL` has none.
+    KL's weight in units of it, so that its optimum is not ``ref exp(r / beta)``; ``grpo`` punishes long wrong responses
+    less a token than short ones; and the gradient of k3 as a loss is that of KL(reference || policy) at the sampled
+    prefixes. ``scale_rewards: false``, ``length_norm: dr_grpo`` and ``kl_estimator: rao_blackwell`` take these away one
+    by one. What stays is the papers' own mean, which holds the sample itself: it shrinks the reward's advantages by
+    (G - 1)/G, and not the KL, whose weight is then that of ``beta G/(G - 1)``: 2 beta at G = 2, 1.14 beta at G = 8.
+    :class:`~vbon_lightning.modules.kl_rl.KLRL` has none of it.
 
     Args:
         actors: The policy, reference and reward, as the data module names them.

@@ -36,14 +36,16 @@ class InfAlignCTRL(PolicyGradient):
 
     Args:
         actors: The policy, reference and reward, as the data module names them.
-        n: N of what decodes, any real number > 1.
+        n: N of what decodes, any real number > 1. The loss has it from ``slope``, or from ``beta`` of ``log``, where
+            these are left out, and else has none of it: it then says what win rates are against in validation, and how
+            many reference rewards these need.
         procedure: ``best_of_n``, or ``worst_of_n`` for a policy whose worst of N responses is to be good.
         transform: ``exp``: ``exp(-t (1 - u))``, the paper's ``exp(t u)`` in units of its largest value, or
             ``-exp(-t u)`` for ``worst_of_n``; or ``log``: ``log u``, for ``best_of_n``. With ``ties: below`` and
             beta = 1/(n - 1) the latter is vBoN's lower bound, with the others where no reward ties with one of the
             reference's.
-        slope: t of ``exp``, > 0; 2n - 1 by default, the slope that the win rate of Best-of-n over Best-of-n has at the
-            reference (:func:`~vbon_lightning.functional.infalign_slope`).
+        slope: t of ``exp``, > 0, in place of the one that n implies: 2n - 1 by default, the slope that the win rate of
+            Best-of-n over Best-of-n has at the reference (:func:`~vbon_lightning.functional.infalign_slope`).
         beta: Weight of the KL, > 0, in units of the transformed quantile a nat; 1/(n - 1) by default for ``log``, else
             0.1. Of ``best_of_n`` with ``exp`` it is ``exp(-t)`` times the weight that belongs to ``exp(t u)`` itself:
             0.1 at t = 7 stands for 110 there, and that paper's 1 for 0.0009 here.

@@ -19,7 +19,7 @@ class NSchedule:
 
     Args:
         start: N at the first update, any real number > 1; above the module's ``n`` it falls to it.
-        updates: Optimizer updates until N is the module's.
+        updates: Optimizer updates until N is the module's; training must go on for a rollout more.
         shape: ``linear``, ``geometric`` (the same to log N at each update) or ``cosine``.
     """
 
@@ -44,16 +44,25 @@ class NSchedule:
         """Return N after a number of updates, on the way to n."""
         return annealed_n(update, start=self.start, end=n, updates=self.updates, shape=self.shape)
 
-    def check_length(self, n: float, updates: float) -> None:
+    def check_length(
+        self, n: float, updates: float, *, batches_per_update: int = 1, batches_per_rollout: int = 1
+    ) -> None:
         """Warn where training ends before N is what the exported policy is said to be of.
 
         Args:
             n: The module's n.
             updates: Updates of the training; infinite, or -1, where nobody knows.
+            batches_per_update: Batches whose gradients make an update.
+            batches_per_rollout: Batches that learn from a rollout, whose N is that of the updates before it.
         """
-        if 0 < updates < self.updates:
+        if not 0 < updates < math.inf:
+            return
+        last_batch = int(updates) * batches_per_update - 1
+        sampled_at = last_batch // batches_per_rollout * batches_per_rollout // batches_per_update
+        if not math.isclose(last := self.at(sampled_at, n), n):
             rank_zero_warn(
-                f"model.n_schedule ends after {self.updates} updates and the training after {updates:g} "
-                f"(trainer.max_steps, or trainer.max_epochs): the last update is of n = "
-                f"{self.at(int(updates) - 1, n):.3g}, not of model.n = {n:g}"
+                f"model.n_schedule comes to model.n = {n:g} after {self.updates} updates, and the training ends after "
+                f"{updates:g} (trainer.max_steps, or trainer.max_epochs): its last rollout, sampled after "
+                f"{sampled_at}, is of n = {last:.3g}, while the export says {n:g}: train longer, or lower "
+                "model.n_schedule.updates"
             )

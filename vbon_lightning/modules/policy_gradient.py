@@ -244,7 +244,7 @@ class PolicyGradient(Anchored, SampledEvaluation):
     @property
     def follows_objective(self) -> bool:
         """Return whether the updates follow the gradient of that mean, which else is logged by another name."""
-        return self.follows_target and self.kl_estimator != "k3"
+        return self.follows_target and self.kl_estimator != "k3" and not self.normalise
 
     @property
     def updates_per_rollout(self) -> int:

@@ -77,6 +77,7 @@ class VBoN(ForwardTerm):
         super().__init__(actors, **kwargs)
         check_above_one(n)
         check_choice("bound", bound, get_args(Bound))
+        self.bound = bound
         check_cdf_estimator(cdf_estimator)
         check_log_ratio_floor(log_ratio_floor)
         if log_ratio_floor is not None and bound != "exact":
@@ -94,9 +95,15 @@ class VBoN(ForwardTerm):
                 log_ratio_floor=log_ratio_floor,
                 prior_samples=prior_samples,
             )
+        if not self.target_is_exact and self.value_lambda < 1:
+            raise ValueError(
+                f"model.value_lambda={self.value_lambda:g} has the value model foretell the exact log-ratio of "
+                "Best-of-N, and another is the target: set model.value_lambda to 1, or the target to the exact one "
+                "(model.bound to exact, BOND's model.second_term to true)"
+            )
         if prior_samples and not self.uses_value_model:
             raise ValueError("model.prior_samples counts a value model's prediction: set data.value_model")
-        self.n, self.bound, self.cdf_estimator = n, bound, cdf_estimator
+        self.n, self.cdf_estimator = n, cdf_estimator
         self.log_ratio_floor, self.prior_samples = log_ratio_floor, prior_samples
         self.n_schedule = NSchedule.of(n_schedule)
         self._updates_before = 0
@@ -114,6 +121,11 @@ class VBoN(ForwardTerm):
             **({"prior_samples": prior_samples} if prior_samples else {}),
             **({"n_schedule": asdict(self.n_schedule)} if self.n_schedule else {}),
         )
+
+    @property
+    def target_is_exact(self) -> bool:
+        """Return whether the target is the log-ratio of Best-of-N itself, which is what a value model foretells."""
+        return self.bound == "exact"
 
     @property
     def best_of(self) -> float:
@@ -142,7 +154,12 @@ class VBoN(ForwardTerm):
         """Also warn of a training too short for its N."""
         super().on_train_start()
         if self.n_schedule is not None:
-            self.n_schedule.check_length(self.n, self.trainer.estimated_stepping_batches)
+            self.n_schedule.check_length(
+                self.n,
+                self.trainer.estimated_stepping_batches,
+                batches_per_update=self.trainer.accumulate_grad_batches,
+                batches_per_rollout=self.updates_per_rollout,
+            )
 
     @property
     def current_n(self) -> float:

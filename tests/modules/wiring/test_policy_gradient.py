@@ -121,6 +121,8 @@ def test_advantages_of_a_value_model(files: Path, spy: Any) -> None:
         ),
         ("pfppo", {}, "penalised_score"),
         ("klrl", {"kl_estimator": "k3"}, "penalised_score"),
+        ("klrl", {"kl_estimator": "sampled", "normalise": True}, "penalised_score"),
+        ("klrl", {"kl_estimator": "sampled"}, "objective"),
         ("rloo", {}, "objective"),
         ("maxatk", {}, "objective"),
     ],
