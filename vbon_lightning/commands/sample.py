@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -193,13 +194,8 @@ def _spec(
     max_new_tokens: int | None,
     temperature: float | None,
 ) -> ActorSpec:
-    """Say what to sample with: what is given, before what the data say, before the policy's generation config."""
+    """Say what to sample with: what is given, before what data with a policy say, or its own generation config."""
     if policy is not None and not said.policy:
-        unsaid = ActorSpec(policy)
-        if said.max_new_tokens != unsaid.max_new_tokens:
-            max_new_tokens = max_new_tokens or said.max_new_tokens
-        if said.temperature != unsaid.temperature:
-            temperature = temperature or said.temperature
         own = sampling_spec(policy, None, max_new_tokens, temperature)
         max_new_tokens, temperature = own.max_new_tokens, own.temperature
     return said.replaced(
@@ -390,9 +386,23 @@ def _converse(actors: Actors, data: AlignmentDataModule, drawing: dict[str, Any]
             print(shown if one.reward is None else f"{shown}    [reward {one.reward:.3f}]")
 
 
+class _SampleParser(ArgumentParser):
+    """Says what to do about arguments of a decoder that is given by its name, or not at all."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        found = re.search(r'key "decoder":.*?import path string: (\w+)', message, re.DOTALL)
+        if found and found[1] in NAMED:
+            named = "best_of_n" if NAMED[found[1]] is None else found[1]
+            message = (
+                f"--decoder.OPTION is for a decoder that is given by its class, and --decoder is {found[1]}: give "
+                f"--decoder {named} --n N, or --decoder {NAMED[named].__name__} with that one's own options"
+            )
+        super().error(message, ex)
+
+
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon sample``."""
-    parser = ArgumentParser(prog="vbon sample", description=description_of(sample_command))
+    parser = _SampleParser(prog="vbon sample", description=description_of(sample_command))
     parser.add_argument(
         "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
     )
@@ -405,4 +415,11 @@ def build_parser() -> ArgumentParser:
 
 def main(args: Sequence[str]) -> None:
     """Parse the arguments of ``vbon sample`` and run it."""
-    sample_command(**parse_beside_run(build_parser(), args))
+    parser = build_parser()
+    values = parse_beside_run(parser, args)
+    # What is said of the data counts, were it what they have by default; their policy need not be named.
+    said = parser.parse_args(["--data.policy", "", *args], defaults=False)
+    for name in ("max_new_tokens", "temperature"):
+        if values[name] is None:
+            values[name] = said.get(f"data.{name}")
+    sample_command(**values)
