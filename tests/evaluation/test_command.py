@@ -417,8 +417,11 @@ def test_responses_without_a_reward_are_counted(tmp_path: Path) -> None:
     )
     write_table(data, prompts, samples=6)
     settings: dict[str, Any] = {"n": [2], "samples": 24, "device": "cpu", "judge": judge, "temperatures": [1.5]}
-    mine = compare(data, {"mine": model}, {"Best-of-2 drawn": BestOfN(2)}, output=str(tmp_path / "out"), **settings)[-1]
+    drawn, mine = compare(
+        data, {"mine": model}, {"Best-of-2 drawn": BestOfN(2)}, output=str(tmp_path / "out"), **settings
+    )[-2:]
     assert 0 < mine.missing < 72
+    assert drawn.judge_reward is not None and drawn.judge_reward.mean == pytest.approx(drawn.reward.mean)
     assert mine.judge_reward is not None
     assert mine.judge_reward.mean == pytest.approx(mine.reward.mean), "of the same responses"
     assert reward.sizes == judge.sizes == {1}, "each prompt by itself"

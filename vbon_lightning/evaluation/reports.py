@@ -255,6 +255,8 @@ class DecodedBatch(NamedTuple):
     texts: list[list[str]]
     rewards: Tensor
     """``[B, G]``."""
+    judge_rewards: Tensor | None = None
+    """``[B, G]`` a second scorer's rewards."""
 
 
 def evaluate_decoder(
@@ -310,6 +312,8 @@ def evaluate_decoder(
         columns.add("finished", decoded.finished, valid, judged)
         for opponent, rates in win_rates(rewards, reference, cdf, n_values=n_values).items():
             columns.add(f"win_rate_{opponent}", rates, valid, judged)
+        if batch.judge_rewards is not None:
+            columns.add("judge", batch.judge_rewards, valid, judged & ~batch.judge_rewards.isnan())
         cost, responses = cost.plus(decoded.cost), responses + rewards.numel()
     if len(columns) == 0:
         raise ValueError(f"there are no prompts to evaluate {name!r} on")
@@ -329,6 +333,7 @@ def evaluate_decoder(
         win_rate_estimator=estimator,
         length=columns.need("length"),
         finished=columns.need("finished"),
+        judge_reward=columns.estimate("judge"),
         cost=cost.per_response(responses),
         missing=missing,
     )
