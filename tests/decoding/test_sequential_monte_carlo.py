@@ -158,6 +158,15 @@ def test_its_distribution_by_a_value_model(amortised: bool, actors: Actors) -> N
     assert first + len(PROMPT) + 6000 < found.cost.value_tokens <= first + len(PROMPT) + 12000
 
 
+def test_reading_the_prompt_to_predict_its_rewards_is_counted(actors: Actors) -> None:
+    batch = batch_of([PROMPT])._replace(reference_rewards=torch.tensor([[-0.2, 0.3, 1.0, 2.2]]))
+    known, predicted = (
+        SequentialMonteCarlo(1, twist="value", amortised=amortised)(actors, batch, num_samples=5, **OPTIONS).cost
+        for amortised in (False, True)
+    )
+    assert predicted.value_tokens == known.value_tokens + len(PROMPT)
+
+
 def test_what_the_value_model_aims_at_and_reads(actors: Actors) -> None:
     tables = [torch.tensor([rewards]) for rewards in ([-0.2, 0.3, 1.0, 2.2], [2.0, 2.1, 2.2, 9.0])]
 

@@ -119,7 +119,10 @@ class SequentialMonteCarlo(Decoder):
             return lambda: (particles.rewards().double() / self.temperature).nan_to_num(nan=-math.inf)
         scorer, prompts = actors.value, particles.prompts
         assert scorer is not None
-        log_cdf = scorer.log_cdf(prompts, None if self.amortised else prompts.reference_rewards)
+        known = None if self.amortised else prompts.reference_rewards
+        log_cdf = scorer.log_cdf(prompts, known)
+        if known is None:
+            particles.value_tokens += int(prompts.mask.sum())
         aim = self.n if self.aim is None else self.aim
         log_weights = scorer.bon_log_weights(log_cdf, n=aim).to(prompts.tokens.device)
 

@@ -24,7 +24,7 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
-from vbon_lightning.evaluation.costs import sample_cost, scoring_seconds, timed_sampling
+from vbon_lightning.evaluation.costs import TimedSampler, sample_cost, scoring_seconds, timed_sampling
 from vbon_lightning.evaluation.guards import (
     check_decoder,
     check_methods,
@@ -208,7 +208,13 @@ def compare(
         reports += predicted_bon_reports(torch.cat(predicted), scorer.bins, n_values=n)
     scoring = scoring_seconds(actors, *last[0])
     for report in reports:
-        report.cost = sample_cost(reports[0].length, watch.seconds_a_response, n=report.n or 1, scoring=scoring)
+        report.cost = sample_cost(
+            reports[0].length,
+            watch.seconds_a_response,
+            n=report.n or 1,
+            scoring=scoring,
+            value_tokens=_tower_tokens(actors.policy, watch),
+        )
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=visible(name), leave=False):
@@ -229,9 +235,8 @@ def compare(
                 judge=judged,
                 scorer=scorer,
             )
-        tilted = isinstance(actors.policy, TiltedLM)
         report.cost = sample_cost(
-            report.length, watch.seconds_a_response, value_tokens=watch.tokens_read_a_response if tilted else 0.0
+            report.length, watch.seconds_a_response, value_tokens=_tower_tokens(actors.policy, watch)
         )
         reports.append(report)
         shown[name] = kept
@@ -256,6 +261,11 @@ def compare(
         )
     print(visible("\n".join(f"wrote {path}" for path in written)))
     return reports
+
+
+def _tower_tokens(policy: PreTrainedModel, watch: TimedSampler) -> float:
+    """Return how many tokens of a sample a tilted policy's tower reads, beside the language model."""
+    return watch.tokens_read_a_response if isinstance(policy, TiltedLM) else 0.0
 
 
 def _directory(model: str | ModelSpec) -> str | None:
