@@ -22,6 +22,7 @@ from vbon_lightning.commands import sample as command
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn
+from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import CallableReward, RewardCalls, RewardError
 
 REWARD = """
@@ -290,6 +291,16 @@ def test_a_splits_table_is_read_as_vbon_compare_reads_it(
     )
     vbon(*table, *valued)
     assert given == ([None] if amortised else [(7, (2,)), rewards])
+
+
+def test_prompts_that_the_table_lacks(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any) -> Any:
+        raise ReferenceTableError("prompt 'ab' is not in the table: add it with `vbon predict`")
+
+    monkeypatch.setattr(AlignmentDataModule, "table_rewards", lacking)
+    table = ("--data.test", "[{text: ab}]", "--split", "test", "--data.reference_table", "./table")
+    with pytest.raises(command.SampleError, match=r"`vbon predict`; or .* ValueGuided amortised: true, or --data\.ref"):
+        vbon(*table, "--data.value_model", "./policy", "--decoder", "ValueGuided")
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from vbon_lightning.decoding.cost import DecodingCost, describe_cost
 from vbon_lightning.decoding.drawing import Drawn, check_decoding, device_named, draw, load_actors, sampling_spec
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.models import vocabulary_size
+from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.whole_files import atomic_file
 
@@ -145,7 +146,13 @@ def sample_command(
         return
     encoded = _encoded(prompts or "-", data, bool(chat)) if split is None else data.prompts(split)
     if split is not None and chosen is not None and chosen.reads_table and data.reference_table is not None:
-        drawing["reference_rewards"] = data.table_rewards(encoded)
+        try:
+            drawing["reference_rewards"] = data.table_rewards(encoded)
+        except ReferenceTableError as problem:
+            raise SampleError(
+                f"{problem}; or let the value model predict the reference's rewards: give {type(chosen).__name__} "
+                "amortised: true, or --data.reference_table null"
+            ) from problem
     done = 0
     if output is not None:
         done = _resumed(Path(output), settings_of(spec, **drawing), encoded, samples, batch_size)
