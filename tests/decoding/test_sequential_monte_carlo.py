@@ -273,3 +273,11 @@ def test_what_is_not_said() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         SequentialMonteCarlo(**options)
+
+
+def test_a_plain_sample_has_no_kl(actors: Actors) -> None:
+    for temperature, bound in ((math.inf, 0.0), (1e9, 2 * math.log(4))):
+        decoder = SequentialMonteCarlo(4, temperature=temperature, every=1)
+        found = decoder(actors, batch_of([PROMPT]), num_samples=2, **OPTIONS)
+        assert found.kl_bound == bound
+        assert (found.cost.reward_calls == 8) == (bound == 0), "whole responses alone, which are to have their rewards"

@@ -242,6 +242,7 @@ def win_rates(
 
 
 _BOUNDED_KL = "not known, but at most log c, no response being more than c times as likely as under the reference"
+_NO_KL = "0, for with these options it is a plain sample of the reference"
 _DECODER_KL = "KL of the decoder's choice to the reference at each token, an upper bound where candidates are drawn"
 
 
@@ -325,7 +326,7 @@ def evaluate_decoder(
         reward=columns.need("reward"),
         kl=columns.need("kl"),
         kl_estimator=_kl_estimator(decoded, predicted=estimator is not None),
-        kl_is_bound=decoded.token_kl is None and decoded.kl_bound is not None,
+        kl_is_bound=decoded.token_kl is None and bool(decoded.kl_bound),  # a bound of 0 is the KL
         win_rate=columns.estimate("win_rate_1"),
         win_rate_vs_bon={
             other: value for other in sorted(n_values) if (value := columns.estimate(f"win_rate_{other}")) is not None
@@ -343,7 +344,7 @@ def _kl_estimator(decoded: Decoded, *, predicted: bool) -> str:
     if decoded.token_kl is not None:
         return _DECODER_KL
     if decoded.kl_bound is not None:
-        return _BOUNDED_KL
+        return _BOUNDED_KL if decoded.kl_bound else _NO_KL
     return PREDICTED_KL if predicted else KL_ESTIMATOR
 
 
