@@ -256,7 +256,7 @@ class Plan:
         settings["decoders"] = {name: decoder for name, decoder in known.items() if name not in lost}
         methods = dict.fromkeys(known, "decoding") | own.get("methods", {})
         settings["methods"] = {name: methods[name] for name in settings["decoders"]}
-        settings.pop("judge", None)  # it says nothing of decoders
+        settings.pop("judge", None)  # the results hold decoders without one
         job = self._compare("compare-decoders", settings, used, self.decoders)
         return (job if settings["decoders"] else None), lost
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.helpers import save_tiny_model
 from tests.modules.setting import ALPHABET
@@ -21,6 +22,7 @@ from vbon_lightning.commands import sample as command
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.decoding import BestOfN, ValueGuided
 from vbon_lightning.decoding.drawing import Drawn
+from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import CallableReward, RewardCalls, RewardError
 
 REWARD = """
@@ -291,11 +293,45 @@ def test_a_splits_table_is_read_as_vbon_compare_reads_it(
     assert given == ([None] if amortised else [(7, (2,)), rewards])
 
 
-def test_a_length_and_a_temperature_beside_a_policy() -> None:
-    said = ActorSpec("", max_new_tokens=7, temperature=0.5, missing_eos_penalty=1.0)
-    found = command._spec(said, "./policy", None, None, 0.25)
-    assert (found.policy, found.max_new_tokens, found.temperature) == ("./policy", 7, 0.25)
-    assert found.missing_eos_penalty == 1
+def test_prompts_that_the_table_lacks(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any) -> Any:
+        raise ReferenceTableError("prompt 'ab' is not in the table: add it with `vbon predict`")
+
+    monkeypatch.setattr(AlignmentDataModule, "table_rewards", lacking)
+    table = ("--data.test", "[{text: ab}]", "--split", "test", "--data.reference_table", "./table")
+    with pytest.raises(command.SampleError, match=r"`vbon predict`; or .* ValueGuided amortised: true, or --data\.ref"):
+        vbon(*table, "--data.value_model", "./policy", "--decoder", "ValueGuided")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (3, 0.5)),  # the generation config's
+        (["--data.max_new_tokens", "7"], (7, 0.5)),
+        (["--data.max_new_tokens", "32", "--data.temperature", "1.0"], (32, 1.0)),  # the data's defaults, but said
+        (["--config", "data.yaml"], (32, 1.0)),
+        (["--config", "data.yaml", "--max_new_tokens", "4", "--temperature", "0.25"], (4, 0.25)),
+        (["--config", "data.yaml", "--data.temperature", "0.75"], (32, 0.75)),
+        (["--data.policy", "./policy"], (32, 1.0)),  # data with a policy count as a whole
+    ],
+)
+def test_what_is_said_of_length_and_temperature_counts(
+    arguments: list[str], expected: tuple[int, float], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saying = GenerationConfig(do_sample=True, temperature=0.5, max_new_tokens=3)
+    saying.save_pretrained(files / "policy")
+    (files / "data.yaml").write_text("data:\n  max_new_tokens: 32\n  temperature: 1.0\n")
+    seen: list[ActorSpec] = []
+
+    def load(spec: ActorSpec, *rest: Any) -> Any:
+        seen.append(spec)
+        raise InterruptedError
+
+    monkeypatch.setattr(command, "load_actors", load)
+    with pytest.raises(InterruptedError):
+        command.main([*PLAIN, "--data.missing_eos_penalty", "1", *arguments])
+    assert (seen[0].max_new_tokens, seen[0].temperature) == expected
+    assert seen[0].missing_eos_penalty == 1
 
 
 def test_the_penalty_for_a_missing_end_counts(files: Path) -> None:
@@ -433,6 +469,24 @@ def test_what_does_not_go_together(
     monkeypatch.setattr(sys, "argv", ["vbon", "sample", *arguments])
     with pytest.raises(SystemExit, match=message):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--decoder", "soft_best_of_n"],
+            "--decoder is soft_best_of_n: give --decoder soft_best_of_n --n N, or --decoder SoftBestOfN with that",
+        ),
+        ([], "--decoder is policy: give --decoder best_of_n --n N, or --decoder BestOfN with that one's own options"),
+    ],
+)
+def test_an_option_of_a_class_beside_a_name(
+    arguments: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main([*PLAIN, *arguments, "--decoder.n", "8"])
+    assert message in capsys.readouterr().err
 
 
 def test_conversations_are_answered_through_the_chat_template(

@@ -158,6 +158,15 @@ def test_its_distribution_by_a_value_model(amortised: bool, actors: Actors) -> N
     assert first + len(PROMPT) + 6000 < found.cost.value_tokens <= first + len(PROMPT) + 12000
 
 
+def test_reading_the_prompt_to_predict_its_rewards_is_counted(actors: Actors) -> None:
+    batch = batch_of([PROMPT])._replace(reference_rewards=torch.tensor([[-0.2, 0.3, 1.0, 2.2]]))
+    known, predicted = (
+        SequentialMonteCarlo(1, twist="value", amortised=amortised)(actors, batch, num_samples=5, **OPTIONS).cost
+        for amortised in (False, True)
+    )
+    assert predicted.value_tokens == known.value_tokens + len(PROMPT)
+
+
 def test_what_the_value_model_aims_at_and_reads(actors: Actors) -> None:
     tables = [torch.tensor([rewards]) for rewards in ([-0.2, 0.3, 1.0, 2.2], [2.0, 2.1, 2.2, 9.0])]
 
@@ -264,3 +273,11 @@ def test_what_is_not_said() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         SequentialMonteCarlo(**options)
+
+
+def test_a_plain_sample_has_no_kl(actors: Actors) -> None:
+    for temperature, bound in ((math.inf, 0.0), (1e9, 2 * math.log(4))):
+        decoder = SequentialMonteCarlo(4, temperature=temperature, every=1)
+        found = decoder(actors, batch_of([PROMPT]), num_samples=2, **OPTIONS)
+        assert found.kl_bound == bound
+        assert (found.cost.reward_calls == 8) == (bound == 0), "whole responses alone, which are to have their rewards"

@@ -74,3 +74,9 @@ def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=f"^{name} must be"):
         SoftBestOfN(**options)
+
+
+def test_a_plain_sample_has_no_kl(actors: Actors) -> None:
+    for temperature, bound in ((math.inf, 0.0), (1e9, math.log(4)), (0, None)):
+        found = SoftBestOfN(4, temperature)(actors, batch_of([PROMPT]), num_samples=2, **OPTIONS)
+        assert found.kl_bound == bound

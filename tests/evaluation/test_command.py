@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from vbon_lightning.decoding import BestOfN, DeRa, SpeculativeRejection, TreeBoN
 from vbon_lightning.evaluation import PolicyReport, command, logs, pareto_figure
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
-from vbon_lightning.models import ModelError, ModelSpec
+from vbon_lightning.models import ModelError, ModelSpec, load_causal_lm
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.rewards import RewardCalls
 
@@ -287,6 +288,13 @@ def test_decoders_come_before_policies_and_need_no_value_model_unless_they_say(
     assert other.cost["value_tokens"] == pytest.approx(other.length.mean - 1 + 2 / 2)
 
 
+def test_the_tower_of_a_tilted_reference_is_counted(decoded: AlignmentDataModule, tmp_path: Path) -> None:
+    tilted = ModelSpec(str(tmp_path / "model"), tilt=str(tmp_path / "value"))
+    watch: Any = SimpleNamespace(tokens_read_a_response=3.5)
+    assert command._tower_tokens(load_causal_lm(tilted, trainable=False), watch) == 3.5
+    assert command._tower_tokens(load_causal_lm(ModelSpec(str(tmp_path / "model")), trainable=False), watch) == 0
+
+
 def test_a_decoders_own_model_and_a_kl_that_is_bounded(decoded: AlignmentDataModule, tmp_path: Path) -> None:
     mine = save_tiny_model(tmp_path / "mine", alphabet=ALPHABET, seed=5)
     turned = DeRa(0.5, policy=mine)
@@ -417,8 +425,11 @@ def test_responses_without_a_reward_are_counted(tmp_path: Path) -> None:
     )
     write_table(data, prompts, samples=6)
     settings: dict[str, Any] = {"n": [2], "samples": 24, "device": "cpu", "judge": judge, "temperatures": [1.5]}
-    mine = compare(data, {"mine": model}, {"Best-of-2 drawn": BestOfN(2)}, output=str(tmp_path / "out"), **settings)[-1]
+    drawn, mine = compare(
+        data, {"mine": model}, {"Best-of-2 drawn": BestOfN(2)}, output=str(tmp_path / "out"), **settings
+    )[-2:]
     assert 0 < mine.missing < 72
+    assert drawn.judge_reward is not None and drawn.judge_reward.mean == pytest.approx(drawn.reward.mean)
     assert mine.judge_reward is not None
     assert mine.judge_reward.mean == pytest.approx(mine.reward.mean), "of the same responses"
     assert reward.sizes == judge.sizes == {1}, "each prompt by itself"

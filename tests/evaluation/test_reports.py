@@ -161,7 +161,7 @@ def test_a_decoders_choice_without_a_reward_is_left_out() -> None:
     def batch(part: Rollout) -> DecodedBatch:
         tokens, mask, finished, _ = part.completions
         decoded = Decoded(tokens, mask, finished, part.token_kl, DecodingCost(1, 1, 1))
-        return DecodedBatch(part.prompts, decoded, part.responses, part.rewards)
+        return DecodedBatch(part.prompts, decoded, part.responses, part.rewards, 2 * part.rewards.nan_to_num(100.0))
 
     found = evaluate_decoder([batch(silent)], name="mine", method="mine", n=2, n_values=[3])
     left = [
@@ -169,6 +169,14 @@ def test_a_decoders_choice_without_a_reward_is_left_out() -> None:
         for row, kept in LEFT
     ]
     assert (found.prompts, found.missing) == (2, 8)
-    for name in ("reward", "kl", "win_rate", "length", "finished"):
+    free = batch(rollout)
+    free = free._replace(decoded=free.decoded._replace(token_kl=None, kl_bound=0.0))
+    sample = evaluate_decoder([free], name="mine", method="mine", n=2)
+    assert (sample.kl.mean, sample.kl_is_bound) == (0, False) and "plain sample" in sample.kl_estimator
+    half = batch(silent)._replace(judge_rewards=silence(rollout, *MISSING, (0, 0)).rewards)
+    judged = evaluate_decoder([half], name="mine", method="mine", n=2).judge_reward
+    assert judged.mean == pytest.approx((rollout.rewards[0, [2, 3]].mean() + rollout.rewards[1, 1]) / 2)
+    assert evaluate_decoder([half._replace(judge_rewards=None)], name="mine", method="mine", n=2).judge_reward is None
+    for name in ("reward", "kl", "win_rate", "length", "finished", "judge_reward"):
         values = [getattr(report, name).mean for report in left]
         assert getattr(found, name).mean == pytest.approx(np.mean(values)), name

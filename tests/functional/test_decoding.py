@@ -75,6 +75,9 @@ def test_what_is_accepted() -> None:
     for row, (one, top) in enumerate(zip(level.tolist(), best.tolist(), strict=True)):
         expected = [min(max(reward - one, 0.0) / (top - one), 1.0) for reward in (-9.0, 0.2, 1.0, 9.0)]
         assert found[row].tolist() == pytest.approx([*expected, 0.0], abs=1e-12)
+    tiny = torch.tensor([[0.0, 1.0, 1.0, NAN]], dtype=torch.float64)  # the level is the bound, rounded
+    beside = pessimistic_acceptance(tiny, pessimistic_level(tiny, beta=1e-20), torch.ones(1).double(), beta=1e-20)
+    assert beside.tolist() == [[0.0, 1.0, 1.0, 0.0]]
     none = pessimistic_acceptance(fresh, torch.full((6,), NAN), torch.full((6,), -INF), beta=0.7)
     assert not none.any()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,6 +37,7 @@ from vbon_lightning.decoding.cost import DecodingCost, describe_cost
 from vbon_lightning.decoding.drawing import Drawn, check_decoding, device_named, draw, load_actors, sampling_spec
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.models import vocabulary_size
+from vbon_lightning.reference_table import ReferenceTableError
 from vbon_lightning.rewards import RewardModel
 from vbon_lightning.whole_files import atomic_file
 
@@ -144,7 +146,13 @@ def sample_command(
         return
     encoded = _encoded(prompts or "-", data, bool(chat)) if split is None else data.prompts(split)
     if split is not None and chosen is not None and chosen.reads_table and data.reference_table is not None:
-        drawing["reference_rewards"] = data.table_rewards(encoded)
+        try:
+            drawing["reference_rewards"] = data.table_rewards(encoded)
+        except ReferenceTableError as problem:
+            raise SampleError(
+                f"{problem}; or let the value model predict the reference's rewards: give {type(chosen).__name__} "
+                "amortised: true, or --data.reference_table null"
+            ) from problem
     done = 0
     if output is not None:
         done = _resumed(Path(output), settings_of(spec, **drawing), encoded, samples, batch_size)
@@ -193,13 +201,8 @@ def _spec(
     max_new_tokens: int | None,
     temperature: float | None,
 ) -> ActorSpec:
-    """Say what to sample with: what is given, before what the data say, before the policy's generation config."""
+    """Say what to sample with: what is given, before what data with a policy say, or its own generation config."""
     if policy is not None and not said.policy:
-        unsaid = ActorSpec(policy)
-        if said.max_new_tokens != unsaid.max_new_tokens:
-            max_new_tokens = max_new_tokens or said.max_new_tokens
-        if said.temperature != unsaid.temperature:
-            temperature = temperature or said.temperature
         own = sampling_spec(policy, None, max_new_tokens, temperature)
         max_new_tokens, temperature = own.max_new_tokens, own.temperature
     return said.replaced(
@@ -390,9 +393,23 @@ def _converse(actors: Actors, data: AlignmentDataModule, drawing: dict[str, Any]
             print(shown if one.reward is None else f"{shown}    [reward {one.reward:.3f}]")
 
 
+class _SampleParser(ArgumentParser):
+    """Says what to do about arguments of a decoder that is given by its name, or not at all."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        found = re.search(r'key "decoder":.*?import path string: (\w+)', message, re.DOTALL)
+        if found and found[1] in NAMED:
+            named = "best_of_n" if NAMED[found[1]] is None else found[1]
+            message = (
+                f"--decoder.OPTION is for a decoder that is given by its class, and --decoder is {found[1]}: give "
+                f"--decoder {named} --n N, or --decoder {NAMED[named].__name__} with that one's own options"
+            )
+        super().error(message, ex)
+
+
 def build_parser() -> ArgumentParser:
     """Return the parser of ``vbon sample``."""
-    parser = ArgumentParser(prog="vbon sample", description=description_of(sample_command))
+    parser = _SampleParser(prog="vbon sample", description=description_of(sample_command))
     parser.add_argument(
         "-c", "--config", action="config", help="Path to a YAML file with these options, or that of a run."
     )
@@ -405,4 +422,11 @@ def build_parser() -> ArgumentParser:
 
 def main(args: Sequence[str]) -> None:
     """Parse the arguments of ``vbon sample`` and run it."""
-    sample_command(**parse_beside_run(build_parser(), args))
+    parser = build_parser()
+    values = parse_beside_run(parser, args)
+    # What is said of the data counts, were it what they have by default; their policy need not be named.
+    said = parser.parse_args(["--data.policy", "", *args], defaults=False)
+    for name in ("max_new_tokens", "temperature"):
+        if values[name] is None:
+            values[name] = said.get(f"data.{name}")
+    sample_command(**values)

@@ -89,7 +89,10 @@ class SequentialMonteCarlo(Decoder):
         """Choose G responses a prompt."""
         identities = prompts.index.tolist()
         how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
-        stops = checkpoints(actors.max_new_tokens, self.every) if self.threshold and self.n > 1 else []
+        # Nothing to resample by: a plain sample, unless those without a reward are passed over.
+        plain = self.twist == "reward" and self.temperature == math.inf and not actors.reward_calls.skips
+        resampled = self.threshold and self.n > 1 and not plain
+        stops = checkpoints(actors.max_new_tokens, self.every) if resampled else []
         few = self.threshold * self.n * (1 - 1e-9)  # rounding alone does not make equal weights unequal
         with grove(actors, prompts, n=self.n, stream=stream, **how) as particles:
             device, log_twist = particles.growing.tokens.device, self._log_twist(actors, particles)
@@ -110,7 +113,7 @@ class SequentialMonteCarlo(Decoder):
             choice = prompt_noise(identities, length=1, stream=f"{stream}/choice", **how)
             chosen, _ = choose_tokens(weights.log(), choice.to(device).flatten(0, 1), 1.0)
             # Each resampling makes a particle stand in n places at the most.
-            bound = (1 + len(stops)) * math.log(self.n)
+            bound = 0.0 if plain else (1 + len(stops)) * math.log(self.n)
             return particles.chosen(chosen.view(particles.shape[:2]), kl_bound=bound)
 
     def _log_twist(self, actors: Actors, particles: Grove) -> Callable[[], Tensor]:
@@ -119,7 +122,10 @@ class SequentialMonteCarlo(Decoder):
             return lambda: (particles.rewards().double() / self.temperature).nan_to_num(nan=-math.inf)
         scorer, prompts = actors.value, particles.prompts
         assert scorer is not None
-        log_cdf = scorer.log_cdf(prompts, None if self.amortised else prompts.reference_rewards)
+        known = None if self.amortised else prompts.reference_rewards
+        log_cdf = scorer.log_cdf(prompts, known)
+        if known is None:
+            particles.value_tokens += int(prompts.mask.sum())
         aim = self.n if self.aim is None else self.aim
         log_weights = scorer.bon_log_weights(log_cdf, n=aim).to(prompts.tokens.device)
 

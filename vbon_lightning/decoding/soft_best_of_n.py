@@ -53,5 +53,7 @@ class SoftBestOfN(Decoder):
         probs = soft_selection_probs(found.rewards, temperature=self.temperature).flatten(0, 1)
         noise = prompt_noise(prompts.index.tolist(), length=1, stream=f"{stream}/choice", **how)
         chosen, _ = choose_tokens(probs.log(), noise.to(probs.device).flatten(0, 1), 1.0)
-        bound = math.log(self.n) if self.temperature else None
+        # At infinity one of n at random, which is a sample, unless those without a reward are passed over.
+        plain = self.temperature == math.inf and not actors.reward_calls.skips
+        bound = 0.0 if plain else math.log(self.n) if self.temperature else None
         return keep(found, chosen.view(found.rewards.shape[:2]), kl_bound=bound)

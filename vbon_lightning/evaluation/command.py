@@ -24,7 +24,7 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
-from vbon_lightning.evaluation.costs import sample_cost, scoring_seconds, timed_sampling
+from vbon_lightning.evaluation.costs import TimedSampler, sample_cost, scoring_seconds, timed_sampling
 from vbon_lightning.evaluation.guards import (
     check_decoder,
     check_methods,
@@ -105,9 +105,9 @@ def compare(
         samples: Responses sampled a prompt and policy.
         split: Which of the data's splits has the held-out prompts.
         title: Title of the table and the picture.
-        judge: A second reward, one that no policy was trained against.
-        temperatures: Also sample the reference and the policies at each of these temperatures and report reward and win
-            rate over the reference at its own (``temperatures.json``, ``.md`` and ``.png``).
+        judge: A second reward, one that no policy was trained against and no decoder chooses by.
+        temperatures: Also sample the reference and the policies, not the decoders, at each of these temperatures and
+            report reward and win rate over the reference at its own (``temperatures.json``, ``.md`` and ``.png``).
         judge_table: Whether the judge scores the table's responses too, for the reference and Best-of-N: the same at
             every comparison, and many.
         shown_prompts: How many prompts to show with their responses.
@@ -208,11 +208,17 @@ def compare(
         reports += predicted_bon_reports(torch.cat(predicted), scorer.bins, n_values=n)
     scoring = scoring_seconds(actors, *last[0])
     for report in reports:
-        report.cost = sample_cost(reports[0].length, watch.seconds_a_response, n=report.n or 1, scoring=scoring)
+        report.cost = sample_cost(
+            reports[0].length,
+            watch.seconds_a_response,
+            n=report.n or 1,
+            scoring=scoring,
+            value_tokens=_tower_tokens(actors.policy, watch),
+        )
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
         for batch in tqdm(data.split_dataloader(split), desc=visible(name), leave=False):
-            found.append(_decode(actors, decoder, on_device(batch, place), samples=samples, seed=seed))
+            found.append(_decode(actors, decoder, on_device(batch, place), judge, samples=samples, seed=seed))
         decoder.release()  # the next one's models take its place
         reports.append(
             evaluate_decoder(found, name=name, method=method_of[name], n=decoder.n, n_values=n, scorer=scorer)
@@ -229,9 +235,8 @@ def compare(
                 judge=judged,
                 scorer=scorer,
             )
-        tilted = isinstance(actors.policy, TiltedLM)
         report.cost = sample_cost(
-            report.length, watch.seconds_a_response, value_tokens=watch.tokens_read_a_response if tilted else 0.0
+            report.length, watch.seconds_a_response, value_tokens=_tower_tokens(actors.policy, watch)
         )
         reports.append(report)
         shown[name] = kept
@@ -256,6 +261,11 @@ def compare(
         )
     print(visible("\n".join(f"wrote {path}" for path in written)))
     return reports
+
+
+def _tower_tokens(policy: PreTrainedModel, watch: TimedSampler) -> float:
+    """Return how many tokens of a sample a tilted policy's tower reads, beside the language model."""
+    return watch.tokens_read_a_response if isinstance(policy, TiltedLM) else 0.0
 
 
 def _directory(model: str | ModelSpec) -> str | None:
@@ -288,13 +298,16 @@ def _settings(data: AlignmentDataModule, seed: int, judge: RewardModel | None) -
     }
 
 
-def _decode(actors: Actors, decoder: Decoder, batch: PromptBatch, *, samples: int, seed: int) -> DecodedBatch:
+def _decode(
+    actors: Actors, decoder: Decoder, batch: PromptBatch, judge: RewardModel | None, *, samples: int, seed: int
+) -> DecodedBatch:
     decoded = decoder(actors, batch, num_samples=samples, seed=seed, stream="compare", step=0)
     ids = actors.token_ids(decoded)
     texts = actors.decode(ids, batch)
     known = decoded.rewards
     rewards = actors.score(batch, texts, ids, decoded.finished) if known is None else known
-    return DecodedBatch(batch, decoded, texts, rewards)
+    judged = None if judge is None else _judged(actors, judge, batch, texts, ids)
+    return DecodedBatch(batch, decoded, texts, rewards, judged)
 
 
 def _best_of_n(
@@ -322,12 +335,17 @@ def _best_of_n(
 
 def _judge(actors: Actors, judge: RewardModel) -> Judge:
     def score(rollout: Rollout) -> Tensor:
-        ids = actors.token_ids(rollout.completions)
-        with RewardCaller(judge, actors.reward_calls, actors.record, ahead=False) as caller:
-            asked = caller.start(rollout.prompts.text, rollout.responses, ids, rollout.prompts.beside)
-            return asked.result().rewards
+        return _judged(actors, judge, rollout.prompts, rollout.responses, actors.token_ids(rollout.completions))
 
     return score
+
+
+def _judged(
+    actors: Actors, judge: RewardModel, prompts: PromptBatch, texts: list[list[str]], ids: list[list[list[int]]]
+) -> Tensor:
+    """Return the judge's rewards of responses, ``[B, G]``."""
+    with RewardCaller(judge, actors.reward_calls, actors.record, ahead=False) as caller:
+        return caller.start(prompts.text, texts, ids, prompts.beside).result().rewards
 
 
 def _keep(rollouts: Iterator[Rollout], kept: list[Rollout], prompts: int) -> Iterator[Rollout]:

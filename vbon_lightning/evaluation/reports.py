@@ -242,6 +242,7 @@ def win_rates(
 
 
 _BOUNDED_KL = "not known, but at most log c, no response being more than c times as likely as under the reference"
+_NO_KL = "0, for with these options it is a plain sample of the reference"
 _DECODER_KL = "KL of the decoder's choice to the reference at each token, an upper bound where candidates are drawn"
 
 
@@ -255,6 +256,8 @@ class DecodedBatch(NamedTuple):
     texts: list[list[str]]
     rewards: Tensor
     """``[B, G]``."""
+    judge_rewards: Tensor | None = None
+    """``[B, G]`` a second scorer's rewards."""
 
 
 def evaluate_decoder(
@@ -310,6 +313,8 @@ def evaluate_decoder(
         columns.add("finished", decoded.finished, valid, judged)
         for opponent, rates in win_rates(rewards, reference, cdf, n_values=n_values).items():
             columns.add(f"win_rate_{opponent}", rates, valid, judged)
+        if batch.judge_rewards is not None:
+            columns.add("judge", batch.judge_rewards, valid, judged & ~batch.judge_rewards.isnan())
         cost, responses = cost.plus(decoded.cost), responses + rewards.numel()
     if len(columns) == 0:
         raise ValueError(f"there are no prompts to evaluate {name!r} on")
@@ -321,7 +326,7 @@ def evaluate_decoder(
         reward=columns.need("reward"),
         kl=columns.need("kl"),
         kl_estimator=_kl_estimator(decoded, predicted=estimator is not None),
-        kl_is_bound=decoded.token_kl is None and decoded.kl_bound is not None,
+        kl_is_bound=decoded.token_kl is None and bool(decoded.kl_bound),  # a bound of 0 is the KL
         win_rate=columns.estimate("win_rate_1"),
         win_rate_vs_bon={
             other: value for other in sorted(n_values) if (value := columns.estimate(f"win_rate_{other}")) is not None
@@ -329,6 +334,7 @@ def evaluate_decoder(
         win_rate_estimator=estimator,
         length=columns.need("length"),
         finished=columns.need("finished"),
+        judge_reward=columns.estimate("judge"),
         cost=cost.per_response(responses),
         missing=missing,
     )
@@ -338,7 +344,7 @@ def _kl_estimator(decoded: Decoded, *, predicted: bool) -> str:
     if decoded.token_kl is not None:
         return _DECODER_KL
     if decoded.kl_bound is not None:
-        return _BOUNDED_KL
+        return _BOUNDED_KL if decoded.kl_bound else _NO_KL
     return PREDICTED_KL if predicted else KL_ESTIMATOR
 
 

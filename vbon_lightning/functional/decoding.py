@@ -101,7 +101,9 @@ def pessimistic_acceptance(rewards: Tensor, level: Tensor, best: Tensor, *, beta
     check_real("beta", beta, above=0)
     weight = ((rewards.double() - level.double()[..., None]) / beta).clamp(min=0)
     most = (best.double() - level.double()) / beta
-    return (weight / most[..., None]).clamp(max=1).nan_to_num(nan=0.0)
+    # So small a beta that the level is the bound, rounded: the best are accepted, for their weight is the bound's.
+    reached = rewards.double() >= torch.maximum(best, level).double()[..., None]
+    return torch.where(reached, 1.0, weight / most[..., None]).clamp(max=1).nan_to_num(nan=0.0)
 
 
 def realigned_logits(policy: Tensor, reference: Tensor, *, strength: float) -> Tensor:
