@@ -37,18 +37,6 @@ class StubActors:
         return ("responses", batch, options)
 
 
-@pytest.mark.parametrize("stage", ["val", "test"])
-def test_what_is_sampled_to_evaluate(stage: str, files: Path) -> None:
-    data = make_data(files, reference_table=str(files / "table"))
-    online: Any = make_module("vbon", data, seed=7, eval_samples=3, reference_samples=16)
-    offline: Any = make_module("bonsft", data, seed=7, eval_samples=3)
-    common = {"num_samples": 3, "seed": 7, "stream": stage, "step": 0}
-    for module, options in ((online, {**common, "reference_samples": 16}), (offline, common)):
-        module.actors = StubActors()
-        step = module.validation_step if stage == "val" else module.test_step
-        assert step("batch", 5) == {"rollout": ("rollout", "batch", options)}
-
-
 def test_what_is_sampled_to_learn_from(files: Path) -> None:
     data = make_data(files, value_model=str(files / "value"))
     for kind, options, predicts in (
