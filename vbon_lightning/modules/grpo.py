@@ -14,8 +14,9 @@ from vbon_lightning.functional import (
     kl_rl_target,
     length_weights,
 )
-from vbon_lightning.modules.base import check_choice, check_not_negative, check_positive, check_unused
+from vbon_lightning.modules.base import check_choice, check_positive, check_unused
 from vbon_lightning.modules.policy_gradient import KLEstimator, PolicyGradient
+from vbon_lightning.modules.policy_gradient_options import ONE_UPDATE, check_kl_weight
 from vbon_lightning.types import Rollout
 
 
@@ -74,14 +75,12 @@ class GRPO(PolicyGradient):
         **kwargs: Any,
     ) -> None:
         super().__init__(actors, estimator=estimator, kl_estimator=kl_estimator, **kwargs)
-        check_not_negative("beta", beta)
-        if beta == 0 and not self.normalise:  # which needs one of them
-            check_unused(type(self), "model.beta=0", kl_estimator=self.kl_estimator)
+        check_kl_weight(type(self), beta, self.kl_estimator, normalise=self.normalise)
         check_choice("length_norm", length_norm, get_args(LengthNorm))
         if clip_high is not None:
             check_positive("clip_high", clip_high)
         if self.updates_per_rollout == 1:
-            check_unused(type(self), "model.epochs_per_rollout=1 and model.minibatches=1", clip_high=clip_high)
+            check_unused(type(self), ONE_UPDATE, clip_high=clip_high)
         self.beta, self.scale_rewards, self.length_norm, self.clip_high = beta, scale_rewards, length_norm, clip_high
         self.mean_over = "tokens" if length_norm == "dapo" else "responses"
         self.record_settings(beta=beta, scale_rewards=scale_rewards, length_norm=length_norm, clip_high=clip_high)

@@ -9,8 +9,9 @@ from torch import Tensor
 from vbon_lightning.actors import ActorSpec
 from vbon_lightning.functional import MaxAtKForm, Target, kl_rl_target, max_at_k_advantages
 from vbon_lightning.functional.max_at_k import MIN_K, samples_for_max_at_k
-from vbon_lightning.modules.base import check_choice, check_not_negative, check_unused
+from vbon_lightning.modules.base import check_choice
 from vbon_lightning.modules.policy_gradient import PolicyGradient
+from vbon_lightning.modules.policy_gradient_options import check_kl_weight
 from vbon_lightning.types import Rollout
 
 
@@ -41,9 +42,7 @@ class MaxAtK(PolicyGradient):
         self, actors: ActorSpec, k: int = 4, beta: float = 0.1, form: MaxAtKForm = "centred", **kwargs: Any
     ) -> None:
         super().__init__(actors, **kwargs)
-        check_not_negative("beta", beta)
-        if beta == 0 and not self.normalise:  # which needs one of them
-            check_unused(type(self), "model.beta=0", kl_estimator=self.kl_estimator)
+        check_kl_weight(type(self), beta, self.kl_estimator, normalise=self.normalise)
         check_choice("form", form, get_args(MaxAtKForm))
         if isinstance(k, bool) or not isinstance(k, int) or k < MIN_K[form]:
             raise ValueError(f"model.k must be an integer >= {MIN_K[form]} for model.form={form}, got {k!r}")

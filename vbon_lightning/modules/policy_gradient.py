@@ -27,6 +27,7 @@ from vbon_lightning.modules.anchored import Anchored
 from vbon_lightning.modules.base import LRSchedulerCallable, OptimizerCallable, check_unused
 from vbon_lightning.modules.experience import Experience, from_plain, to_plain
 from vbon_lightning.modules.policy_gradient_options import (
+    ONE_UPDATE,
     check_estimator,
     check_group_estimator,
     check_numbers,
@@ -167,8 +168,7 @@ class PolicyGradient(Anchored, SampledEvaluation):
         if estimator == "reinforce":
             check_unused(type(self), f"model.estimator={estimator}", clip=clip)
         elif epochs_per_rollout * minibatches == 1:  # where the policy is the one that sampled
-            one = "model.epochs_per_rollout=1 and model.minibatches=1"
-            check_unused(type(self), one, clip=clip, value_clip=value_clip)
+            check_unused(type(self), ONE_UPDATE, clip=clip, value_clip=value_clip)
         self.samples_per_prompt = samples_per_prompt
         self.eval_samples = samples_per_prompt if eval_samples is None else eval_samples
         self.estimator, self.kl_estimator = estimator, kl_estimator

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from vbon_lightning.modules.base import check_choice
+from vbon_lightning.modules.base import check_choice, check_not_negative, check_unused
+
+ONE_UPDATE = "model.epochs_per_rollout=1 and model.minibatches=1"
+"""What leaves clip ranges without effect: the policy is the one that sampled."""
 
 
 def check_estimator(
@@ -109,3 +112,14 @@ def check_numbers(
         raise ValueError(f"model.value_coef must be >= 0, got {value_coef}")
     if not 0 <= gae_lambda <= 1:
         raise ValueError(f"model.gae_lambda must be in [0, 1], got {gae_lambda}")
+
+
+def check_kl_weight(method: type, beta: float, kl_estimator: str, *, normalise: bool) -> None:
+    """Refuse a weight that is none, and at 0 an estimator of a KL that is not paid for.
+
+    Raises:
+        ValueError: Naming the option and what to do.
+    """
+    check_not_negative("beta", beta)
+    if beta == 0 and not normalise:  # which needs one of them
+        check_unused(method, "model.beta=0", kl_estimator=kl_estimator)
