@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from vbon_lightning.checks import ConfigMismatchError, check_same_settings, differences, plain
+from vbon_lightning.checks import ConfigMismatchError, check_same_settings, check_without_effect, differences, plain
 
 
 def test_equal_settings_have_no_differences() -> None:
@@ -46,3 +46,33 @@ def test_the_error_names_all_and_says_what_to_do() -> None:
 def test_plain_keeps_what_compares() -> None:
     settings = {"lr": 0.1, "betas": (0.9, 0.95), "foreach": None, "fn": print, "t": torch.ones(1), "l": [print, 1]}
     assert plain(settings) == {"lr": 0.1, "betas": [0.9, 0.95], "foreach": None, "l": [1]}
+
+
+class Base:
+    def __init__(self, width: int = 2, depth: int | None = None) -> None: ...
+
+
+class Derived(Base):
+    def __init__(self, depth: int = 5, **others: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"width": 2, "depth": 5}, None),
+        ({"width": 3}, "at.width=3"),
+        ({"depth": None}, "at.depth=None"),  # by the nearest class that has it
+        ({"width": 2, "depth": 6}, "at.depth=6"),
+    ],
+)
+def test_options_without_effect_are_measured_by_their_defaults(options: dict[str, int], refused: str | None) -> None:
+    if refused is None:
+        check_without_effect(Derived, "flat", options, prefix="at.")
+        return
+    with pytest.raises(ValueError, match=f"^{refused} has no effect with flat: leave it out, or set that otherwise$"):
+        check_without_effect(Derived, "flat", options, prefix="at.")
+
+
+def test_options_that_a_user_names_plainly() -> None:
+    with pytest.raises(ValueError, match="^width=1 has no effect with flat"):
+        check_without_effect(Base, "flat", {"width": 1})

@@ -1,7 +1,8 @@
-"""Comparing the settings a checkpoint was made with to those of the run that resumes it."""
+"""Settings compared: a checkpoint's with those of the run that resumes it, options with their defaults."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,3 +57,22 @@ def check_same_settings(old: Mapping[str, Any], new: Mapping[str, Any], *, what:
             + "\nResume with the settings the checkpoint was made with, or start a new run from the exported "
             "policy (`data.policy: <export directory>`) without `--ckpt_path`."
         )
+
+
+def check_without_effect(cls: type, why: str, options: Mapping[str, Any], *, prefix: str = "") -> None:
+    """Refuse options that are not what they are by default where nothing reads them.
+
+    Args:
+        cls: The class whose defaults count, its own and those it inherits.
+        why: The options that leave them without effect, as ``NAME=VALUE``.
+        options: Their values, by name.
+        prefix: What the names have before them where a user sets them.
+
+    Raises:
+        ValueError: Naming the option and those that leave it without effect.
+    """
+    taken = [inspect.signature(vars(kind)["__init__"]).parameters for kind in cls.__mro__ if "__init__" in vars(kind)]
+    for name, value in options.items():
+        default = next(parameters[name].default for parameters in taken if name in parameters)
+        if value != default:
+            raise ValueError(f"{prefix}{name}={value} has no effect with {why}: leave it out, or set that otherwise")

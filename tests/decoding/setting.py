@@ -22,6 +22,7 @@ Tokens = tuple[int, ...]
 ALPHABET, SIZE = "ab", 5
 PROMPT = [3, 4, 4]
 OPTIONS: dict[str, Any] = {"seed": 3, "stream": "test", "step": 2}
+REMEDY = "leave it out, or set that otherwise"
 
 
 def score(ids: Sequence[int]) -> float:

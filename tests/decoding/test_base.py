@@ -35,7 +35,7 @@ from vbon_lightning.decoding import (
 )
 from vbon_lightning.decoding.growing import Grove
 from vbon_lightning.functional import reinforce_loss, sequence_log_prob
-from vbon_lightning.models import ModelError, load_causal_lm, new_tilted_lm
+from vbon_lightning.models import ModelError, ModelSpec, TiltedLM, load_causal_lm, new_tilted_lm
 from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.rewards import ClassifierReward, RewardCalls, RewardModel
 from vbon_lightning.sampling import cache as cache_module
@@ -309,6 +309,46 @@ def test_any_policy(
     expected = decode(DECODERS[name](files), dataclasses.replace(actors, policy=policy, reference=policy))
     assert actors.token_ids(found) == actors.token_ids(expected)
     assert found.cost[:3] == expected.cost[:3]
+
+
+def towers_read(models: list[Any], run: Callable[[], Decoded]) -> tuple[Decoded, int]:
+    """Count the tokens that the towers among some models are given while something runs, padding left out."""
+    read = 0
+
+    def note(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal read
+        ids, mask = named["input_ids"], named.get("attention_mask")
+        read += ids.numel() if mask is None else int(mask[..., -ids.shape[-1] :].sum())
+
+    towers = [model.tower for model in models if isinstance(model, TiltedLM)]
+    hooks = [tower.register_forward_pre_hook(note, with_kwargs=True) for tower in towers]
+    try:
+        return run(), read
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "dera with two towers", "tree by a tilted policy"])
+def test_what_towers_read_is_counted(name: str, files: Path, actors: Actors) -> None:
+    """That of the policy and that of a decoder's own model, beside what it counts of other models."""
+    where = str(files / "other")
+    own = {
+        "dera with two towers": lambda: DeRa(0.5, policy=ModelSpec(where, tilt=where)),
+        "tree by a tilted policy": lambda: TreeBoN(4, layers=2, preference_policy=ModelSpec(where, tilt=where)),
+    }
+    decoder = own[name]() if name in own else DECODERS[name](files)
+    # No response ends, so that all rows are run to the last.
+    endless = dataclasses.replace(actors, end_ids=(99,))
+    policy: Any = load_causal_lm(ModelSpec(str(files / "policy"), tilt=where), trainable=False)
+    models = [policy, *(model.load(endless) for model in decoder.models)]
+    tilted = dataclasses.replace(endless, policy=policy, reference=policy)
+    decode(decoder, tilted)  # the first time it is tried out how such models can be run
+    found, read = towers_read(models, lambda: decode(decoder, tilted))
+    plain = "dera" if name.startswith("dera") else "tree by a policy" if name in own else name
+    beside = decode(DECODERS[plain](files), endless).cost
+    assert found.cost.generated_tokens == beside.generated_tokens
+    assert read > 0 and found.cost.value_tokens == beside.value_tokens + read
 
 
 def without_cache(policy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -14,6 +14,7 @@ import torch
 from tests.decoding.setting import (
     OPTIONS,
     PROMPT,
+    REMEDY,
     Continuations,
     Outcomes,
     Told,
@@ -212,7 +213,7 @@ def test_one_particle_or_no_twist_is_a_sample(options: dict[str, Any], files: Pa
 
 def test_without_resampling_it_is_soft_best_of_n(files: Path) -> None:
     actors = load(files, 4)
-    ours = decode(SequentialMonteCarlo(4, temperature=LAMBDA, every=1, threshold=0.0), actors, 60)
+    ours = decode(SequentialMonteCarlo(4, temperature=LAMBDA, threshold=0.0), actors, 60)
     theirs = decode(SoftBestOfN(4, LAMBDA), actors, 60)
     for name in ("tokens", "mask", "finished", "rewards"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
@@ -268,6 +269,14 @@ def test_what_is_not_said() -> None:
         ({"aim": 1}, "aim must be greater than 1, got 1"),
         ({"threshold": 1.5}, "threshold must be at most 1, got 1.5"),
         ({"threshold": -1}, "threshold must be at least 0, got -1"),
+        ({"twist": "value", "temperature": 0.5}, f"temperature=0.5 has no effect with twist=value: {REMEDY}"),
+        ({"aim": 4}, f"aim=4 has no effect with twist=reward: {REMEDY}"),
+        ({"amortised": True}, f"amortised=True has no effect with twist=reward: {REMEDY}"),
+        ({"threshold": 0, "every": 2}, f"every=2 has no effect with threshold=0: {REMEDY}"),
+        (
+            {"threshold": 0.0, "resampling": "multinomial"},
+            f"resampling=multinomial has no effect with threshold=0: {REMEDY}",
+        ),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from tests.decoding.setting import (
     OPTIONS,
     PROMPT,
+    REMEDY,
     Continuations,
     Outcomes,
     Told,
@@ -53,9 +54,8 @@ def test_its_distribution(actors: Actors) -> None:
     assert statistic(found, best_of_three) > 3, "which another decoder's is not"
 
 
-@pytest.mark.parametrize("every", [1, 2, None])
-def test_where_nothing_is_rejected_it_is_best_of_n(every: int | None, actors: Actors) -> None:
-    ours, theirs = (decode(one, actors, 50) for one in (SpeculativeRejection(4, 0.0, every), BestOfN(4)))
+def test_where_nothing_is_rejected_it_is_best_of_n(actors: Actors) -> None:
+    ours, theirs = (decode(one, actors, 50) for one in (SpeculativeRejection(4, alpha=0), BestOfN(4)))
     for name in ("tokens", "mask", "finished", "rewards"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
     assert ours.cost[:3] == theirs.cost[:3] and ours.kl_bound is None, "its KL is Best-of-N's"
@@ -74,6 +74,11 @@ def test_an_interval_at_which_nothing_is_judged(length: int, every: int | None, 
     with pytest.raises(ValueError, match=message):
         decode(SpeculativeRejection(4, every=every), load(files, length), 1)
     decode(SpeculativeRejection(1, every=every), load(files, length), 1)  # of one there is nothing to reject
+
+
+def test_the_least_that_is_rejected_is_one(actors: Actors) -> None:
+    found = decode(SpeculativeRejection(4, alpha=0.2, every=1), actors, 1)
+    assert found.kl_bound == pytest.approx(math.log(4)), "which is not Best-of-N"
 
 
 def test_what_it_costs(files: Path) -> None:
@@ -137,6 +142,11 @@ def test_what_is_not_said() -> None:
         ({"alpha": 1.0}, "alpha must be less than 1, got 1.0"),
         ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
         ({"every": 0}, "every must be an integer >= 1, got 0"),
+        ({"alpha": 0.0, "every": 2}, f"every=2 has no effect with alpha=0: {REMEDY}"),
+        (
+            {"n": 4, "alpha": 0.1},
+            "alpha=0.1 rejects none of n=4 responses, which is Best-of-N: raise one.*",
+        ),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from tests.decoding.setting import (
     OPTIONS,
     PROMPT,
+    REMEDY,
     Continuations,
     Outcomes,
     Tokens,
@@ -95,7 +96,7 @@ def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
                         token = sum(sum(probs[: count + 1]) <= group[place][at] for count in range(4))
                         nodes[place], tokens = (*nodes[place], token), tokens + 1
             if layer < 2:
-                read += sum(map(len, nodes))
+                read += sum(min(len(node), 2 * layer + 1) for node in nodes)  # the last one's place says nothing more
                 scores = [sum(ratio(node[:k], node[k]) / (k + 1) for k in range(len(node))) for node in nodes]
                 dealt: list[int] = []
                 for place in sorted(range(4), key=lambda place: -scores[place]):
@@ -108,16 +109,16 @@ def test_three_layers_of_more_nodes_by_hand(files: Path) -> None:
     assert found.kl_bound == pytest.approx(math.log(4 * 2 * 2))
 
 
-@pytest.mark.parametrize("branches", [1, 2])
-def test_with_one_layer_it_is_best_of_n(branches: int, actors: Actors) -> None:
-    ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, layers=1, branches=branches), BestOfN(4)))
+def test_with_one_layer_it_is_best_of_n(actors: Actors) -> None:
+    ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, layers=1), BestOfN(4)))
     for name in ("tokens", "mask", "finished", "rewards"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
     assert ours.cost[:3] == theirs.cost[:3] and ours.kl_bound is None
 
 
-def test_without_branches_it_is_best_of_n(actors: Actors) -> None:
-    ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, layers=3, branches=1), BestOfN(4)))
+def test_without_branches_it_is_best_of_n(files: Path) -> None:
+    actors = load(files, 4)
+    ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, branches=1), BestOfN(4)))
     assert torch.equal(ours.tokens, theirs.tokens) and ours.kl_bound is None
 
 
@@ -128,6 +129,10 @@ def test_without_branches_it_is_best_of_n(actors: Actors) -> None:
         ({"layers": 0}, "layers must be an integer >= 1, got 0"),
         ({"branches": 1.5}, "branches must be an integer >= 1, got 1.5"),
         ({"n": 9, "branches": 2}, "n must be a multiple of branches, which 9 is not of 2"),
+        ({"layers": 1, "branches": 4}, f"branches=4 has no effect with layers=1: {REMEDY}"),
+        ({"layers": 1, "preference_policy": "a"}, f"preference_policy=a has no effect with layers=1: {REMEDY}"),
+        ({"branches": 1, "layers": 2}, f"layers=2 has no effect with branches=1: {REMEDY}"),
+        ({"branches": 1, "preference_policy": "a"}, f"preference_policy=a has no effect with branches=1: {REMEDY}"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

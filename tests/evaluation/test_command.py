@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from vbon_lightning.decoding import BestOfN, DeRa, SpeculativeRejection, TreeBoN
 from vbon_lightning.evaluation import PolicyReport, command, logs, pareto_figure
 from vbon_lightning.evaluation.command import compare
 from vbon_lightning.functional import binned_bon_kl, binned_bon_reward, binned_reward_cdf, bon_win_rate
-from vbon_lightning.models import ModelError, ModelSpec, load_causal_lm
+from vbon_lightning.models import ModelError, ModelSpec
 from vbon_lightning.reference_table import ReferenceTable, ReferenceTableError
 from vbon_lightning.rewards import RewardCalls
 
@@ -286,13 +285,6 @@ def test_decoders_come_before_policies_and_need_no_value_model_unless_they_say(
     # A tower reads along: all but the last token of a response, and its share of the prompt, which two responses have.
     assert other.cost is not None and other.length is not None and other.cost["reward_calls"] == 0
     assert other.cost["value_tokens"] == pytest.approx(other.length.mean - 1 + 2 / 2)
-
-
-def test_the_tower_of_a_tilted_reference_is_counted(decoded: AlignmentDataModule, tmp_path: Path) -> None:
-    tilted = ModelSpec(str(tmp_path / "model"), tilt=str(tmp_path / "value"))
-    watch: Any = SimpleNamespace(tokens_read_a_response=3.5)
-    assert command._tower_tokens(load_causal_lm(tilted, trainable=False), watch) == 3.5
-    assert command._tower_tokens(load_causal_lm(ModelSpec(str(tmp_path / "model")), trainable=False), watch) == 0
 
 
 def test_a_decoders_own_model_and_a_kl_that_is_bounded(decoded: AlignmentDataModule, tmp_path: Path) -> None:

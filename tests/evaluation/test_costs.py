@@ -11,6 +11,7 @@ from tests.helpers import tiny_llama, tiny_tokenizer
 from vbon_lightning.actors import Actors
 from vbon_lightning.evaluation import Estimate
 from vbon_lightning.evaluation.costs import TimedSampler, sample_cost, scoring_seconds, timed_sampling
+from vbon_lightning.models import new_tilted_lm
 from vbon_lightning.sampling import SamplingRequest, sample_completions
 from vbon_lightning.sampling.passes import InPasses
 from vbon_lightning.types import Completions, PromptBatch
@@ -69,9 +70,18 @@ def test_sampling_is_timed_alone_and_for_a_while(max_rows: int | None) -> None:
     passes = 1 if max_rows is None else 2
     assert watch.responses == 8 and 0.02 * passes <= watch.seconds < 0.02 * passes + 0.08
     assert watch.seconds_a_response == watch.seconds / 8
+    assert TimedSampler(Slow()).tower_tokens_a_response == watch.tower_tokens_a_response == 0, "it has none"
+
+
+@pytest.mark.parametrize("max_rows", [None, 4])
+def test_what_a_tower_reads_is_shared_by_the_responses(max_rows: int | None) -> None:
+    policy = new_tilted_lm(tiny_llama(), tiny_llama(seed=1).base_model).eval()
+    sampler = sample_completions if max_rows is None else InPasses(sample_completions, max_rows)
+    actors = Actors(policy, None, None, tiny_tokenizer(), (99,), 5, 1.0, sampler=sampler)
+    with timed_sampling(actors) as watch:
+        actors.sampler(policy, request()._replace(end_ids=(99,)))
     # Four prompts of three tokens, read once each, and all but the last of five tokens of eight responses.
-    assert watch.tokens_read == 4 * 3 + 8 * 4 and watch.tokens_read_a_response == 5.5
-    assert TimedSampler(Slow()).tokens_read_a_response == 0
+    assert watch.tower_tokens == 4 * 3 + 8 * 4 and watch.tower_tokens_a_response == 5.5
 
 
 def prompt_batch(rows: int) -> PromptBatch:

@@ -17,6 +17,7 @@ from vbon_lightning.checks import plain
 from vbon_lightning.decoding.cost import DecodingCost
 from vbon_lightning.decoding.further_models import FurtherModel
 from vbon_lightning.sampling.memory import metered_caches
+from vbon_lightning.sampling.towers import metered_towers
 from vbon_lightning.types import PromptBatch, select_prompts
 
 
@@ -142,7 +143,7 @@ class Decoder(ABC):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
-        with metered_caches() as meter:
+        with metered_caches() as meter, metered_towers() as towers:
             parts = []
             for start in range(0, count, at_once):
                 rows = list(range(start, min(start + at_once, count)))
@@ -156,6 +157,7 @@ class Decoder(ABC):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         cost = found.cost._replace(
+            value_tokens=found.cost.value_tokens + towers.tokens,
             seconds=time.perf_counter() - began,
             peak_cache_bytes=meter.peak,
             peak_cuda_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,

@@ -13,8 +13,8 @@ class DecodingCost(NamedTuple):
     generated_tokens: int
     """Tokens sampled from the language model, those of responses that were thrown away included."""
     value_tokens: int
-    """Tokens that a value model, or another model beside the one that is sampled, read, candidates included; not those
-    of the tower of a tilted model that is decoded from, which reads what that one reads."""
+    """Tokens that a value model, or another model beside the one that is sampled, read, candidates included; so is the
+    tower of a tilted model, which reads what that one reads."""
     reward_calls: int
     """Responses that the reward scored, partial ones included."""
     seconds: float = 0.0

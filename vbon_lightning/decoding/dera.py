@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
@@ -120,6 +121,10 @@ class _Mixed(Reader):
         self.policy, self.reference = policy, reference
         self.strength, self.temperature, self.model = strength, temperature, policy.model
         self.logits = self._mixed(policy.logits, reference.logits)
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return self.policy.model, self.reference.model
 
     def select(self, rows: Tensor) -> None:
         self.policy.select(rows)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vbon_lightning.actors import Actors
+from vbon_lightning.checks import check_without_effect
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.growing import Grove, check_every, checkpoints, grove
 from vbon_lightning.decoding.options import check_counts
@@ -63,6 +64,10 @@ class SequentialMonteCarlo(Decoder):
         if aim is not None:
             check_real("aim", aim, above=1)
         check_real("threshold", threshold, at_least=0, at_most=1)
+        of_a_twist = {"temperature": temperature} if twist == "value" else {"aim": aim, "amortised": amortised}
+        check_without_effect(type(self), f"twist={twist}", of_a_twist)
+        if threshold == 0:
+            check_without_effect(type(self), "threshold=0", {"every": every, "resampling": resampling})
         self.n: int = n
         self.twist, self.temperature, self.aim, self.every = twist, temperature, aim, every
         self.threshold, self.resampling, self.amortised, self.rows = threshold, resampling, amortised, n

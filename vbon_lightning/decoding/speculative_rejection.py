@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from vbon_lightning.actors import Actors
+from vbon_lightning.checks import check_without_effect
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of
 from vbon_lightning.decoding.growing import check_every, checkpoints, grove
@@ -34,12 +35,22 @@ class SpeculativeRejection(Decoder):
         check_real("alpha", alpha, at_least=0, below=1)
         self.n: int = n
         self.alpha, self.every, self.rows = alpha, every, n
+        if alpha == 0:
+            check_without_effect(type(self), "alpha=0", {"every": every})
+        elif n > 1 and self._kept(n) == n:
+            raise ValueError(
+                f"alpha={alpha:g} rejects none of n={n} responses, which is Best-of-N: raise one of them, or take "
+                "BestOfN or alpha: 0"
+            )
 
     def check_fits(self, *, longest: int, max_rows: int | None) -> None:
         """Refuse to judge no response before it is whole as well."""
         super().check_fits(longest=longest, max_rows=max_rows)
         if self.alpha and self.n > 1:
             check_every(self._every(longest), longest, instead="Best-of-N, which is BestOfN or alpha: 0")
+
+    def _kept(self, responses: int) -> int:
+        return max(1, round((1 - self.alpha) * responses))
 
     def _every(self, longest: int) -> int:
         return math.ceil(longest / 4) if self.every is None else self.every
@@ -61,7 +72,7 @@ class SpeculativeRejection(Decoder):
             left = self.n
             for length in checkpoints(actors.max_new_tokens, self._every(actors.max_new_tokens)):
                 rows.growing.grow(length)
-                kept = max(1, round((1 - self.alpha) * left))
+                kept = self._kept(left)
                 if kept < left:
                     ranked = rows.rewards().nan_to_num(nan=-math.inf).argsort(dim=-1, descending=True, stable=True)
                     rows.select(ranked[..., :kept].sort(dim=-1).values)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vbon_lightning.actors import Actors
+from vbon_lightning.checks import check_without_effect
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of
 from vbon_lightning.decoding.further_models import FurtherModel
@@ -16,6 +17,7 @@ from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import branch_places, implicit_reward
 from vbon_lightning.models import ModelSpec
 from vbon_lightning.sampling import response_log_probs
+from vbon_lightning.sampling.towers import note_read
 from vbon_lightning.types import PromptBatch
 
 
@@ -46,6 +48,11 @@ class TreeBoN(Decoder):
         check_counts(n=n, layers=layers, branches=branches)
         if n % branches:
             raise ValueError(f"n must be a multiple of branches, which {n} is not of {branches}")
+        if layers == 1:
+            of_layers = {"branches": branches, "preference_policy": preference_policy}
+            check_without_effect(type(self), "layers=1", of_layers)
+        if branches == 1:  # all nodes go on
+            check_without_effect(type(self), "branches=1", {"layers": layers, "preference_policy": preference_policy})
         self.n: int = n
         self.layers, self.branches, self.rows = layers, branches, n
         if preference_policy is not None:
@@ -88,5 +95,7 @@ class TreeBoN(Decoder):
         responses, ours = nodes.responses(), nodes.growing.completions().log_probs
         preferring = self.models[0].load(actors)
         theirs = response_log_probs(preferring, nodes.prompts, responses, temperature=actors.temperature)
-        nodes.value_tokens += int(nodes.prompts.mask.sum()) + int(responses.mask.sum())
+        read = int(nodes.prompts.mask.sum()) + int(responses.mask[..., :-1].sum())
+        nodes.value_tokens += read
+        note_read(preferring, read)
         return implicit_reward((theirs - ours).to(torch.float64), responses.mask).view(nodes.shape)

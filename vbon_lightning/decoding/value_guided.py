@@ -27,6 +27,7 @@ from vbon_lightning.sampling.distilling import join_candidates
 from vbon_lightning.sampling.lookahead import extend_trunk, look_ahead_one, prompt_trunk
 from vbon_lightning.sampling.memory import note_cache
 from vbon_lightning.sampling.request import check_request
+from vbon_lightning.sampling.towers import note_read
 from vbon_lightning.types import PromptBatch
 
 
@@ -103,6 +104,7 @@ class ValueGuided(Decoder):
 
         padded = not bool(prompts.mask.all())
         cache, logits = prefill(model, prompts.tokens, prompts.mask, padded)
+        note_read(model, prompts.mask)
         cache.batch_repeat_interleave(samples)
         logits = logits.repeat_interleave(samples, dim=0)
         attended = prompts.mask.long().repeat_interleave(samples, dim=0)
@@ -130,6 +132,7 @@ class ValueGuided(Decoder):
             logits = _next_logits(model, cache, attended, chosen, padded)
             states = extend_trunk(scorer.model, trunk, attended, chosen[:, None])
             cost[1] += len(active)
+            note_read(model, len(active))
             note_cache(cache)
             note_cache(trunk)
             attended = torch.nn.functional.pad(attended, (0, 1), value=1)

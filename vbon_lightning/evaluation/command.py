@@ -24,7 +24,7 @@ from vbon_lightning.data.encoding import EncodedPrompt
 from vbon_lightning.decoding import Decoder
 from vbon_lightning.decoding.drawing import device_named, on_device
 from vbon_lightning.evaluation.cards import write_cards
-from vbon_lightning.evaluation.costs import TimedSampler, sample_cost, scoring_seconds, timed_sampling
+from vbon_lightning.evaluation.costs import sample_cost, scoring_seconds, timed_sampling
 from vbon_lightning.evaluation.guards import (
     check_decoder,
     check_methods,
@@ -48,7 +48,6 @@ from vbon_lightning.evaluation.texts import text_samples
 from vbon_lightning.evaluation.writing import comparison_markdown, write_comparison
 from vbon_lightning.models import (
     ModelSpec,
-    TiltedLM,
     as_spec,
     load_causal_lm,
     locate,
@@ -213,7 +212,7 @@ def compare(
             watch.seconds_a_response,
             n=report.n or 1,
             scoring=scoring,
-            value_tokens=_tower_tokens(actors.policy, watch),
+            value_tokens=watch.tower_tokens_a_response,
         )
     for name, decoder in decoders.items():
         found: list[DecodedBatch] = []
@@ -235,9 +234,7 @@ def compare(
                 judge=judged,
                 scorer=scorer,
             )
-        report.cost = sample_cost(
-            report.length, watch.seconds_a_response, value_tokens=_tower_tokens(actors.policy, watch)
-        )
+        report.cost = sample_cost(report.length, watch.seconds_a_response, value_tokens=watch.tower_tokens_a_response)
         reports.append(report)
         shown[name] = kept
         at_temperatures(name)
@@ -261,11 +258,6 @@ def compare(
         )
     print(visible("\n".join(f"wrote {path}" for path in written)))
     return reports
-
-
-def _tower_tokens(policy: PreTrainedModel, watch: TimedSampler) -> float:
-    """Return how many tokens of a sample a tilted policy's tower reads, beside the language model."""
-    return watch.tokens_read_a_response if isinstance(policy, TiltedLM) else 0.0
 
 
 def _directory(model: str | ModelSpec) -> str | None:

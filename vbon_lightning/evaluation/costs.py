@@ -12,6 +12,7 @@ from vbon_lightning.actors import Actors
 from vbon_lightning.evaluation.intervals import Estimate
 from vbon_lightning.sampling import Sampler, SamplingRequest
 from vbon_lightning.sampling.passes import InPasses
+from vbon_lightning.sampling.towers import metered_towers
 from vbon_lightning.types import Completions, PromptBatch
 
 
@@ -23,7 +24,7 @@ class TimedSampler:
     """
 
     def __init__(self, sampler: Sampler) -> None:
-        self.sampler, self.seconds, self.responses, self.tokens_read = sampler, 0.0, 0, 0
+        self.sampler, self.seconds, self.responses, self.tower_tokens = sampler, 0.0, 0, 0
 
     @property
     def mismatch(self) -> float | None:
@@ -33,12 +34,12 @@ class TimedSampler:
     def __call__(self, model: PreTrainedModel, request: SamplingRequest) -> Completions:
         """Sample responses."""
         began = time.perf_counter()
-        found = self.sampler(model, request)
+        with metered_towers() as towers:
+            found = self.sampler(model, request)
         found.tokens.cpu()  # waits for a GPU
         self.seconds += time.perf_counter() - began
         self.responses += found.finished.numel()
-        # A prompt is read once for all its responses, and the last token of none.
-        self.tokens_read += int(request.prompt_mask.sum() + found.mask.sum()) - found.finished.numel()
+        self.tower_tokens += towers.tokens
         return found
 
     @property
@@ -47,9 +48,12 @@ class TimedSampler:
         return self.seconds / self.responses if self.responses else None
 
     @property
-    def tokens_read_a_response(self) -> float:
-        """Return how many tokens a model reads to sample a response: its share of the prompt, and its own."""
-        return self.tokens_read / self.responses if self.responses else 0.0
+    def tower_tokens_a_response(self) -> float:
+        """Return how many tokens the tower of a tilted policy reads beside the language model: 0 where there is none.
+
+        A prompt is read once for all its responses, and the last token of a response never.
+        """
+        return self.tower_tokens / self.responses if self.responses else 0.0
 
 
 @contextmanager

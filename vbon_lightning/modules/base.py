@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from vbon_lightning.callbacks import (
 )
 from vbon_lightning.callbacks.defaults import GUARDS, missing_callbacks
 from vbon_lightning.checkpoints import read_checkpoint
-from vbon_lightning.checks import check_same_settings, plain
+from vbon_lightning.checks import check_same_settings, check_without_effect, plain
 from vbon_lightning.models import describe_ends, vocabulary_size
 from vbon_lightning.sampling.request import check_context
 from vbon_lightning.sharding import is_sharded, spread_state
@@ -475,7 +474,7 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def check_unused(method: type, why: str, **options: Any) -> None:
-    """Refuse options that are not what they are by default where nothing reads them.
+    """Refuse options of a module that are not what they are by default where nothing reads them.
 
     Args:
         method: The module's class, whose defaults count, its own and those it inherits.
@@ -483,13 +482,9 @@ def check_unused(method: type, why: str, **options: Any) -> None:
         **options: Their values, by name.
 
     Raises:
-        ValueError: Naming the option and those that leave it without effect.
+        ValueError: As :func:`~vbon_lightning.checks.check_without_effect`.
     """
-    taken = [inspect.signature(vars(cls)["__init__"]).parameters for cls in method.__mro__ if "__init__" in vars(cls)]
-    for name, value in options.items():
-        default = next(parameters[name].default for parameters in taken if name in parameters)
-        if value != default:
-            raise ValueError(f"model.{name}={value} has no effect with {why}: leave it out, or set that otherwise")
+    check_without_effect(method, why, options, prefix="model.")
 
 
 def check_not_negative(name: str, value: float) -> None:

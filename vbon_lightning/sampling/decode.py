@@ -17,6 +17,7 @@ from vbon_lightning.sampling.cache import SHARE_FROM, SamplingCache, can_extend,
 from vbon_lightning.sampling.memory import note_cache
 from vbon_lightning.sampling.plain import prompts_with_room, refuse_plain, runs_plain
 from vbon_lightning.sampling.request import SamplingRequest, check_request
+from vbon_lightning.sampling.towers import note_read
 from vbon_lightning.sharding import Lockstep
 from vbon_lightning.types import Completions
 
@@ -155,6 +156,11 @@ class Reader(ABC):
     compact_below: float
     """Finished rows are to be dropped once the running ones are fewer than this share of all."""
 
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """Return all models that read the rows."""
+        return (self.model,)
+
     @abstractmethod
     def select(self, rows: Tensor) -> None:
         """Keep some rows; a row may be kept several times, and those of a prompt stay together."""
@@ -259,6 +265,7 @@ class Growing:
         self.lockstep = Lockstep(reader.model)
         self.active = torch.arange(self.rows, device=device)
         """The row that each of the reader's is."""
+        self._note_read(request.prompt_mask)
 
     def grow(self, until: int | None = None) -> None:
         """Choose tokens until the rows that have not finished have so many; the most there may be by default."""
@@ -279,7 +286,12 @@ class Growing:
         if keep.numel() < self.reader.compact_below * self.active.numel():
             self.reader.select(keep)
             self.active = self.active[keep]
+        self._note_read(keep.numel())
         return self.reader.advance(self.tokens[self.active, self.length - 1])
+
+    def _note_read(self, tokens: int | Tensor) -> None:
+        for model in self.reader.models:
+            note_read(model, tokens)
 
     def _choose(self, logits: Tensor) -> None:
         active, place = self.active, self.length
