@@ -71,7 +71,7 @@ SETTINGS = """
 [tool.mutmut]
 source_paths = ["vbon_lightning"]
 only_mutate = {files}
-also_copy = ["configs", "README.md", "conftest.py"]
+also_copy = ["configs", "docs", "README.md", "conftest.py"]
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
 process_isolation = "forkserver"
@@ -106,7 +106,7 @@ class Mutant(NamedTuple):
 def run(part: str) -> None:
     """Try all mutants of a part that were not tried since its code last changed."""
     where = RUNS / part
-    for folder in ("vbon_lightning", "tests", "configs"):
+    for folder in ("vbon_lightning", "tests", "configs", "docs"):
         for old in (where / folder, where / "mutants" / folder):
             if folder != "vbon_lightning" or old.parent == where:  # beside the mutants stand their results
                 shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ from tests.modules.setting import ALPHABET, VowelReward
 from vbon_lightning import sample
 from vbon_lightning.actors import Actors
 from vbon_lightning.data.encoding import EncodedPrompt
-from vbon_lightning.decoding import BestOfN, Drawn, ValueGuided
+from vbon_lightning.decoding import BestOfN, Drawn, NoiseKey, ValueGuided
 from vbon_lightning.decoding.drawing import STREAM, draw, sampling_spec
 from vbon_lightning.models import ModelError
 from vbon_lightning.sampling import prompt_noise
@@ -78,9 +78,9 @@ def test_a_decoder_gets_the_rewards_of_its_own_prompts(policy: str) -> None:
     seen: list[Any] = []
 
     class Reading(BestOfN):
-        def decode(self, actors: Actors, prompts: Any, **how: Any) -> Any:
+        def decode(self, actors: Actors, prompts: Any, key: NoiseKey) -> Any:
             seen.append(prompts.reference_rewards.tolist())
-            return super().decode(actors, prompts, **how)
+            return super().decode(actors, prompts, key)
 
     encoded = [EncodedPrompt([3 + place], "ab", "") for place in range(3)]
     rewards = torch.arange(6.0).view(3, 2)

@@ -7,6 +7,7 @@ from vbon_lightning.decoding.dera import DeRa
 from vbon_lightning.decoding.drawing import Drawn, sample
 from vbon_lightning.decoding.further_models import FurtherModel
 from vbon_lightning.decoding.inference_time_pessimism import InferenceTimePessimism
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.decoding.sequential_monte_carlo import SequentialMonteCarlo
 from vbon_lightning.decoding.soft_best_of_n import SoftBestOfN
 from vbon_lightning.decoding.speculative_rejection import SpeculativeRejection
@@ -22,6 +23,7 @@ __all__ = [
     "Drawn",
     "FurtherModel",
     "InferenceTimePessimism",
+    "NoiseKey",
     "SequentialMonteCarlo",
     "SoftBestOfN",
     "SpeculativeRejection",

@@ -16,6 +16,7 @@ from vbon_lightning.actors import Actors
 from vbon_lightning.checks import plain
 from vbon_lightning.decoding.cost import DecodingCost
 from vbon_lightning.decoding.further_models import FurtherModel
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.sampling.memory import metered_caches
 from vbon_lightning.sampling.towers import metered_towers
 from vbon_lightning.types import PromptBatch, select_prompts
@@ -138,7 +139,7 @@ class Decoder(ABC):
         count = len(prompts.text)
         at_once = count if limit is None else max(1, limit // (num_samples * self.rows))
         a_prompt = num_samples if limit is None else min(num_samples, limit // self.rows)
-        how: dict[str, Any] = {"seed": seed, "stream": stream, "step": step}
+        key = NoiseKey(num_samples, seed, stream, step)
         device = prompts.tokens.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -148,10 +149,7 @@ class Decoder(ABC):
             for start in range(0, count, at_once):
                 rows = list(range(start, min(start + at_once, count)))
                 some = prompts if len(rows) == count else select_prompts(prompts, rows)
-                shares = [
-                    self.decode(actors, some, num_samples=min(a_prompt, num_samples - first), first=first, **how)
-                    for first in range(0, num_samples, a_prompt)
-                ]
+                shares = [self.decode(actors, some, part) for part in key.parts(a_prompt)]
                 parts.append(_joined(shares, dim=1))
             found = _joined(parts, dim=0)
         if device.type == "cuda":
@@ -165,28 +163,14 @@ class Decoder(ABC):
         return found._replace(cost=cost)
 
     @abstractmethod
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt; what is measured may be left out of their cost.
 
         Args:
             actors: Loaded models, where they belong.
             prompts: B prompts.
-            num_samples: G, responses a prompt.
-            seed: The run's seed.
-            stream: The noise's stream.
-            step: The call's number within the stream.
-            first: The place of the first of these responses among the prompt's, which their noise goes by: a prompt's
-                are decoded in several calls where ``data.max_rows`` is too small for all of them.
+            key: G, responses a prompt, and where their noise lies: a prompt's are decoded in several calls where
+                ``data.max_rows`` is too small for all of them.
         """
 
 

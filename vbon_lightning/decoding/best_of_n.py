@@ -5,6 +5,7 @@ from __future__ import annotations
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of, draw_groups, keep
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.types import PromptBatch
 
@@ -24,18 +25,7 @@ class BestOfN(Decoder):
         check_counts(n=n)
         self.n: int = n
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt, each the best of n."""
-        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
-        found = draw_groups(actors, prompts, n=self.n, stream=stream, **how)
+        found = draw_groups(actors, prompts, n=self.n, key=key)
         return keep(found, best_of(found.rewards))

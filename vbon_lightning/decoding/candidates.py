@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, DecodingCost
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.types import Completions, PromptBatch
 
 
@@ -22,26 +23,19 @@ class ScoredCandidates(NamedTuple):
     """``[B, G, n]``; NaN where a response has none."""
 
 
-def draw_groups(
-    actors: Actors, prompts: PromptBatch, *, n: int, num_samples: int, seed: int, stream: str, step: int, first: int = 0
-) -> ScoredCandidates:
+def draw_groups(actors: Actors, prompts: PromptBatch, *, n: int, key: NoiseKey) -> ScoredCandidates:
     """Draw n responses of the policy for each that is to be chosen, and score them.
 
     Args:
         actors: Loaded models.
         prompts: B prompts.
         n: Responses a group.
-        num_samples: G, groups a prompt.
-        seed: The run's seed.
-        stream: The noise's stream.
-        step: The call's number within the stream.
-        first: The place of the first group among the prompt's.
+        key: How many are to be chosen for a prompt, and their noise.
     """
-    how = {"num_samples": num_samples * n, "seed": seed, "step": step, "first": first * n}
-    drawn = actors.sample(actors.policy, prompts, stream=stream, **how)
+    drawn = actors.sample(actors.policy, prompts, **key.of_each(n)._asdict())
     ids = actors.token_ids(drawn)
     rewards = actors.score(prompts, actors.decode(ids, prompts), ids, drawn.finished)
-    return ScoredCandidates(drawn, rewards.view(len(ids), num_samples, n))
+    return ScoredCandidates(drawn, rewards.view(len(ids), key.num_samples, n))
 
 
 def best_of(rewards: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.decoding.further_models import FurtherModel
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.functional import realigned_logits, realignment_strength, vocabulary_kl
 from vbon_lightning.functional._validate import check_real
 from vbon_lightning.models import ModelSpec
@@ -73,19 +74,9 @@ class DeRa(Decoder):
         """
         return cls(policy_n=n, n=wanted, **models)
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Sample G responses a prompt."""
-        noise = actors.noise(prompts, num_samples=num_samples, seed=seed, stream=stream, step=step, first=first)
+        noise = actors.noise(prompts, **key._asdict())
         request, other = actors.request(prompts, noise), self.models[0].load(actors)
         pair = (other, actors.policy) if self._names_policy else (actors.policy, other)
         for model in pair:

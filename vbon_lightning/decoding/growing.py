@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, DecodingCost
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.sampling.decode import Growing, caching, reader_of
 from vbon_lightning.sampling.request import check_request
 from vbon_lightning.types import PromptBatch, Responses, select_prompts
@@ -97,27 +98,20 @@ class Grove:
 
 
 @contextmanager
-def grove(
-    actors: Actors, prompts: PromptBatch, *, n: int, num_samples: int, seed: int, stream: str, step: int, first: int = 0
-) -> Iterator[Grove]:
+def grove(actors: Actors, prompts: PromptBatch, *, n: int, key: NoiseKey) -> Iterator[Grove]:
     """Begin n responses of the policy for each that is to be chosen, with the noise that its samples have.
 
     Args:
         actors: Loaded models.
         prompts: B prompts.
         n: Rows a group.
-        num_samples: G, groups a prompt.
-        seed: The run's seed.
-        stream: The noise's stream.
-        step: The call's number within the stream.
-        first: The place of the first group among the prompt's.
+        key: How many are to be chosen for a prompt, and their noise.
     """
-    how = {"num_samples": num_samples * n, "seed": seed, "step": step, "first": first * n}
-    noise = actors.noise(prompts, stream=stream, **how)
+    noise = actors.noise(prompts, **key.of_each(n)._asdict())
     request = actors.request(prompts, noise)
     check_request(actors.policy, request)
     with torch.no_grad(), caching(actors.policy):
-        yield Grove(actors, prompts, Growing(reader_of(actors.policy, request), request), num_samples)
+        yield Grove(actors, prompts, Growing(reader_of(actors.policy, request), request), key.num_samples)
 
 
 def checkpoints(length: int, every: int) -> list[int]:

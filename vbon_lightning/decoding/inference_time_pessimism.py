@@ -10,6 +10,7 @@ from torch import Tensor
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
 from vbon_lightning.decoding.candidates import draw_groups, keep
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import pessimistic_acceptance, pessimistic_level
 from vbon_lightning.functional._validate import check_real
@@ -49,30 +50,16 @@ class InferenceTimePessimism(Decoder):
         self.n: int = n
         self.beta, self.reward_max, self.at_once = beta, reward_max, at_once
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt."""
-        how = {"seed": seed, "step": step}
-        group = {"num_samples": num_samples, "first": first, **how}
-        begun = draw_groups(actors, prompts, n=self.n, stream=f"{stream}/level", **group)
+        begun = draw_groups(actors, prompts, n=self.n, key=key.apart("level"))
         known = begun.rewards
         level = pessimistic_level(known, beta=self.beta).flatten()
         best = self._bound(known).flatten()
         # For each that is to be chosen, what its fresh responses are made of, and what accepts them.
         longest, turns = actors.max_new_tokens, self.n + 1
-        noise = actors.noise(prompts, num_samples=num_samples * turns, first=first * turns, stream=stream, **how).view(
-            -1, turns, longest
-        )
-        luck = prompt_noise(prompts.index.tolist(), length=turns, stream=f"{stream}/acceptance", **group).flatten(0, 1)
+        noise = actors.noise(prompts, **key.of_each(turns)._asdict()).view(-1, turns, longest)
+        luck = prompt_noise(prompts.index.tolist(), length=turns, **key.apart("acceptance")._asdict()).flatten(0, 1)
         luck[:, -1] = -1.0  # whatever comes after n is taken
         # Where that has no reward it is one of the level's responses, the first that has one.
         spare = keep(begun, (~known.isnan()).int().argmax(-1))
@@ -88,7 +75,7 @@ class InferenceTimePessimism(Decoder):
         while len(waiting) and start < turns:
             stop = min(start + self.at_once, self.n if start < self.n else turns)
             places = waiting.tolist()
-            some = select_prompts(prompts, [place // num_samples for place in places])
+            some = select_prompts(prompts, [place // key.num_samples for place in places])
             drawn = actors.sampler(actors.policy, actors.request(some, noise[places, start:stop]))
             ids = actors.token_ids(drawn)
             scores = actors.score(some, actors.decode(ids, some), ids, drawn.finished)
@@ -104,7 +91,7 @@ class InferenceTimePessimism(Decoder):
             finished[rows], rewards[rows] = drawn.finished[done, which], scores[done, which]
             accepting += int((~level[rows].isnan()).sum()) if stop < turns else 0
             waiting, start = waiting[~accepted.any(-1)], stop
-        shape = (len(known), num_samples)
+        shape = (len(known), key.num_samples)
         return Decoded(
             tokens=tokens.view(*shape, -1),
             mask=mask.view(*shape, -1),

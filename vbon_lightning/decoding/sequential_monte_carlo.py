@@ -13,6 +13,7 @@ from vbon_lightning.actors import Actors
 from vbon_lightning.checks import check_without_effect
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.growing import Grove, check_every, checkpoints, grove
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import effective_samples, particle_weights, systematic_resampling
 from vbon_lightning.functional._validate import check_real
@@ -80,29 +81,18 @@ class SequentialMonteCarlo(Decoder):
         if self.threshold and self.n > 1:
             check_every(self.every, longest, instead="one of n by its weight, which is threshold: 0")
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt."""
         identities = prompts.index.tolist()
-        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
         # Nothing to resample by: a plain sample, unless those without a reward are passed over.
         plain = self.twist == "reward" and self.temperature == math.inf and not actors.reward_calls.skips
         resampled = self.threshold and self.n > 1 and not plain
         stops = checkpoints(actors.max_new_tokens, self.every) if resampled else []
         few = self.threshold * self.n * (1 - 1e-9)  # rounding alone does not make equal weights unequal
-        with grove(actors, prompts, n=self.n, stream=stream, **how) as particles:
+        with grove(actors, prompts, n=self.n, key=key) as particles:
             device, log_twist = particles.growing.tokens.device, self._log_twist(actors, particles)
             luck = prompt_noise(
-                identities, length=max(1, len(stops)) * self.n, stream=f"{stream}/resampling", **how
+                identities, length=max(1, len(stops)) * self.n, **key.apart("resampling")._asdict()
             ).view(*particles.shape[:2], -1, self.n)
             before = torch.zeros(*particles.shape[:2], self.n, dtype=torch.float64, device=device)
             for number, length in enumerate(stops):
@@ -115,7 +105,7 @@ class SequentialMonteCarlo(Decoder):
                 particles.select(places, own_noise=False)
             particles.growing.grow()
             weights = particle_weights(log_twist() - before).flatten(0, 1)
-            choice = prompt_noise(identities, length=1, stream=f"{stream}/choice", **how)
+            choice = prompt_noise(identities, length=1, **key.apart("choice")._asdict())
             chosen, _ = choose_tokens(weights.log(), choice.to(device).flatten(0, 1), 1.0)
             # Each resampling makes a particle stand in n places at the most.
             bound = 0.0 if plain else (1 + len(stops)) * math.log(self.n)

@@ -7,6 +7,7 @@ import math
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import draw_groups, keep
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import soft_selection_probs
 from vbon_lightning.functional._validate import check_real
@@ -36,22 +37,11 @@ class SoftBestOfN(Decoder):
         self.n: int = n
         self.temperature = temperature
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt."""
-        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
-        found = draw_groups(actors, prompts, n=self.n, stream=stream, **how)
+        found = draw_groups(actors, prompts, n=self.n, key=key)
         probs = soft_selection_probs(found.rewards, temperature=self.temperature).flatten(0, 1)
-        noise = prompt_noise(prompts.index.tolist(), length=1, stream=f"{stream}/choice", **how)
+        noise = prompt_noise(prompts.index.tolist(), length=1, **key.apart("choice")._asdict())
         chosen, _ = choose_tokens(probs.log(), noise.to(probs.device).flatten(0, 1), 1.0)
         # At infinity one of n at random, which is a sample, unless those without a reward are passed over.
         plain = self.temperature == math.inf and not actors.reward_calls.skips

@@ -9,6 +9,7 @@ from vbon_lightning.checks import check_without_effect
 from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of
 from vbon_lightning.decoding.growing import check_every, checkpoints, grove
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional._validate import check_real
 from vbon_lightning.types import PromptBatch
@@ -55,20 +56,9 @@ class SpeculativeRejection(Decoder):
     def _every(self, longest: int) -> int:
         return math.ceil(longest / 4) if self.every is None else self.every
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt."""
-        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
-        with grove(actors, prompts, n=self.n, stream=stream, **how) as rows:
+        with grove(actors, prompts, n=self.n, key=key) as rows:
             left = self.n
             for length in checkpoints(actors.max_new_tokens, self._every(actors.max_new_tokens)):
                 rows.growing.grow(length)

@@ -13,6 +13,7 @@ from vbon_lightning.decoding.base import Decoded, Decoder
 from vbon_lightning.decoding.candidates import best_of
 from vbon_lightning.decoding.further_models import FurtherModel
 from vbon_lightning.decoding.growing import Grove, grove
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.decoding.options import check_counts
 from vbon_lightning.functional import branch_places, implicit_reward
 from vbon_lightning.models import ModelSpec
@@ -64,21 +65,10 @@ class TreeBoN(Decoder):
         if self.layers > longest:
             raise ValueError(f"layers is {self.layers}, and a response has at most {longest} tokens: ask for fewer")
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt."""
         longest = actors.max_new_tokens
-        how = {"num_samples": num_samples, "seed": seed, "step": step, "first": first}
-        with grove(actors, prompts, n=self.n, stream=stream, **how) as nodes:
+        with grove(actors, prompts, n=self.n, key=key) as nodes:
             for layer in range(1, self.layers):
                 nodes.growing.grow(longest * layer // self.layers)
                 scores, finished = self._partial_scores(actors, nodes), nodes.growing.finished.view(nodes.shape)

@@ -11,6 +11,7 @@ from transformers import Cache
 
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding.base import Decoded, Decoder, DecodingCost
+from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.functional import (
     Candidates,
     Teacher,
@@ -56,28 +57,14 @@ class ValueGuided(Decoder):
         self.n, self.top, self.draws, self.amortised = n, top, draws, amortised
         self.reads_table = not amortised
 
-    def decode(
-        self,
-        actors: Actors,
-        prompts: PromptBatch,
-        *,
-        num_samples: int,
-        seed: int,
-        stream: str,
-        step: int,
-        first: int = 0,
-    ) -> Decoded:
+    def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Sample G responses a prompt."""
         # Of each token one uniform to choose with, and those that draw its candidates.
         noise = prompt_noise(
             prompts.index.tolist(),
-            num_samples=num_samples,
             length=actors.max_new_tokens * (1 + self.draws),
-            seed=seed,
-            stream=stream,
-            step=step,
-            first=first,
-        ).view(len(prompts.text), num_samples, actors.max_new_tokens, 1 + self.draws)
+            **key._asdict(),
+        ).view(len(prompts.text), key.num_samples, actors.max_new_tokens, 1 + self.draws)
         with actors.as_reference() as model:
             check_request(model, actors.request(prompts, noise[..., 0]))
             with caching(model):
