@@ -16,6 +16,7 @@ import vbon_lightning.decoding as decoding
 import vbon_lightning.modules as modules
 from experiments.family.report import BEGIN, END, NOTHING_YET, PAGE, committed, filled, measured
 from tests.evaluation.crowd import crowd
+from tests.modules.setting import adam, make_data, make_files, make_table, make_trainer
 from vbon_lightning.evaluation import Estimate, PolicyReport
 from vbon_lightning.modules.base import AlignmentModule
 
@@ -208,3 +209,29 @@ def test_keeping_a_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("sys.argv", ["report", "--page"])
     report.main()
     assert (tmp_path / "family.md").read_text().startswith("b\n") and "mine" in (tmp_path / "family.md").read_text()
+
+
+def test_the_method_of_ones_own_that_is_printed(tmp_path: Path) -> None:
+    """It learns what it says, and a resume knows its option."""
+    (source,) = (part.split("```")[0] for part in TEXT.split("```python\n")[1:])
+    names: dict[str, Any] = {}
+    exec(source, names)
+    table = make_table(make_files(tmp_path))
+
+    def fit(beta: float, **how: Any) -> Any:
+        data = make_data(tmp_path, reference_table=table)
+        module = names["WinRateRL"](data.actors, beta=beta, samples_per_prompt=4, optimizer=adam)
+        make_trainer(tmp_path, steps=2).fit(module, data, **how)
+        return module
+
+    module = fit(0.2)
+    rollout = module.last_rollout
+    for rewards, cached, scores in zip(
+        rollout.rewards.tolist(), rollout.reference_rewards.tolist(), module.target(rollout).score.tolist(), strict=True
+    ):
+        expected = [
+            (sum((other < one) + (other <= one) for other in cached) + 1) / (2 * (len(cached) + 1)) for one in rewards
+        ]
+        assert scores == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match=r"beta: checkpoint has 0\.2, this run has 0\.3"):
+        fit(0.3, ckpt_path=str(tmp_path / "last.ckpt"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from tests.decoding.setting import OPTIONS, PROMPT, Told, load, save_models
+from tests.decoding.setting import OPTIONS, PROMPT, Told, load, save_models, score
 from tests.helpers import save_tiny_classifier, tiny_tokenizer
 from tests.models.setting import new_model, scramble
 from tests.sampling.test_decode import batch_of
@@ -378,3 +378,15 @@ def test_a_decoder_is_one_file() -> None:
         classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
         derived = [one for one in classes if any(getattr(base, "id", "") == "Decoder" for base in one.bases)]
         assert len(derived) <= 1 and (not derived or len(path.read_text().splitlines()) < 200), path
+
+
+def test_the_decoder_of_ones_own_that_is_printed(actors: Actors) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text()
+    (source,) = (part.split("```")[0] for part in page.split("```python\n") if "(Decoder)" in part)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    found = decode(names["SecondBest"](3), actors)
+    drawn = actors.sample(actors.policy, prompts_of(PROMPTS), num_samples=9, **OPTIONS)
+    for prompt, (rewards, ids) in enumerate(zip(found.rewards.tolist(), actors.token_ids(drawn), strict=True)):  # type: ignore[union-attr]
+        groups = [sorted(score(one) for one in ids[start : start + 3]) for start in (0, 3, 6)]
+        assert rewards == pytest.approx([group[1] for group in groups]), prompt
