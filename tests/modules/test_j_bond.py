@@ -157,7 +157,7 @@ def test_two_ranks_of_one_prompt_are_a_batch_of_two(files: Path) -> None:
 def test_a_batch_that_turns_out_to_be_one_prompt_is_refused(files: Path) -> None:
     module, scored = stepped(files)
     with pytest.raises(ValueError, match="takes its baseline from the other prompts of an update, and there are none"):
-        module._on_policy_update(select_prompts(scored, [0]))
+        module.training_step(select_prompts(scored.prompts, [0]), 0)
 
 
 @pytest.mark.parametrize(

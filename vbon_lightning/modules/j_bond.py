@@ -98,22 +98,19 @@ class JBOND(ForwardTerm):
         return self.samples_per_prompt == 1 and self.estimator != "ppo"
 
     def setup(self, stage: str) -> None:
-        """Refuse a batch that is no baseline, or not that of the update, before anything expensive."""
+        """Refuse a baseline that is not that of the update, before anything expensive."""
         super().setup(stage)
-        if stage != "fit" or not self._alone:
-            return
-        if self.trainer.accumulate_grad_batches > 1:
+        if stage == "fit" and self._alone and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 "model.samples_per_prompt=1 takes its baseline from one batch, so gradients accumulated over several "
                 "are not those of a larger one: set trainer.accumulate_grad_batches to 1, or samples_per_prompt to 2 "
                 "or more"
             )
-        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        if size is not None:
-            self._check_baseline(size // self.minibatches)
 
-    def _check_baseline(self, prompts: int) -> None:
-        if prompts * (1 if self._trainer is None else self.trainer.world_size) < 2:
+    def _check_batch(self, prompts: int) -> None:
+        super()._check_batch(prompts)
+        ranks = 1 if self._trainer is None else self.trainer.world_size
+        if self._alone and prompts // self.minibatches * ranks < 2:
             raise ValueError(
                 "model.samples_per_prompt=1 takes its baseline from the other prompts of an update, and there are "
                 "none: set data.batch_size to at least 2 for each of model.minibatches, or samples_per_prompt to 2 or "
@@ -130,7 +127,6 @@ class JBOND(ForwardTerm):
         if not self._alone:
             return super()._advantages(target, rollout, values)
         mask = self._learnt(rollout)
-        self._check_baseline(len(mask))
         if self.kl_estimator == "sampled":
             paid = (rollout.log_probs - rollout.reference_log_probs).sum(-1, keepdim=True).expand(mask.shape)
         else:

@@ -268,9 +268,10 @@ class PolicyGradient(Anchored, SampledEvaluation):
             )
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if stage == "fit" and size is not None:
-            self._check_minibatches(size)
+            self._check_batch(size)
 
-    def _check_minibatches(self, prompts: int) -> None:
+    def _check_batch(self, prompts: int) -> None:
+        """Refuse a batch of prompts that the updates of a rollout cannot be made of."""
         if prompts % self.minibatches:
             raise ValueError(
                 f"model.minibatches={self.minibatches} does not divide data.batch_size={prompts}: "
@@ -299,6 +300,8 @@ class PolicyGradient(Anchored, SampledEvaluation):
         """
         number, update = divmod(self.batches_seen, self.updates_per_rollout)
         self.batches_seen += 1
+        if update == 0:
+            self._check_batch(len(batch.text))
         if self.updates_per_rollout == 1:
             loss, rollout, logs = self._on_policy_update(self._sample(batch, number))
         else:
@@ -465,7 +468,6 @@ class PolicyGradient(Anchored, SampledEvaluation):
         The same rows in the same shapes give the same bits: the ratio is exactly 1 before the first update.
         """
         prompts = len(rollout.prompts.text)
-        self._check_minibatches(prompts)
         # Neighbouring rows go together. Ranks then split every minibatch as they split the batch.
         parts = [list(rows) for rows in torch.arange(prompts).view(self.minibatches, -1).tolist()]
         return [self._experience_of(*self._evaluate_responses(select_prompts(rollout, rows))) for rows in parts]

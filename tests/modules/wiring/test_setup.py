@@ -12,6 +12,7 @@ import pytest
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.offline import table_data
 from tests.modules.setting import make_module
+from tests.rollouts import make_rollout
 from vbon_lightning.models import ModelSpec
 from vbon_lightning.modules import (
     value_modelling,
@@ -105,6 +106,8 @@ def test_minibatches_and_rewards_are_checked_before_a_fit(files: Path) -> None:
     for data in (None, SimpleNamespace(), SimpleNamespace(batch_size=6)):
         attach(module, FakeTrainer(datamodule=data))
         module.setup("fit")
+    with pytest.raises(ValueError, match=r"^model\.minibatches=3 does not divide data\.batch_size=4: every minibatch"):
+        module.training_step(make_rollout(prompts=4).prompts, 0)  # before anything is sampled
     for cls in ("vbon", "bonsft", "dpo", "distillation", "valuemodelling"):
         bare: Any = make_module(cls, table_data(files, reward=None, value_model=str(files / "value")))
         attach(bare, FakeTrainer(datamodule=None))
