@@ -118,6 +118,8 @@ def run(part: str) -> None:
     files, tests = [f"vbon_lightning/{pattern}" for pattern in PARTS[part].files], PARTS[part].tests
     settings = SETTINGS.format(files=json.dumps(files), tests=json.dumps(tests), texts=json.dumps(TEXTS))
     (where / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
+    # Which test calls what is found anew: functions move, and tests that stay would be remembered for their old places.
+    (where / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
     for quick in PARTS[part].passes:
         _try_mutants(part, quick)
 

@@ -75,6 +75,17 @@ def test_the_loss_is_the_documented_one(norm: str, scale: bool, later: bool, fil
     assert_same_gradient(module, loss, hand)
 
 
+def test_what_is_not_said(files: Path) -> None:
+    module: Any = GRPO(make_data(files).actors)
+    assert module.mean_over == "responses"
+    assert GRPO(make_data(files).actors, length_norm="dapo").mean_over == "tokens"
+    # Without a KL an estimator of it is refused, unless the normalised advantages ask for one.
+    free: Any = GRPO(make_data(files).actors, beta=0.0, kl_estimator="sampled", normalise=True)
+    assert (free.beta, free.normalise) == (0.0, True)
+    with pytest.raises(ValueError, match=r"^model\.kl_estimator=sampled has no effect with model\.beta=0"):
+        GRPO(make_data(files).actors, beta=0.0, kl_estimator="sampled")
+
+
 def test_without_the_kl(files: Path) -> None:
     module, batch = set_up("grpo", files, beta=0.0, minibatches=1, epochs_per_rollout=1)
     loss, rollout, _ = module._on_policy_update(module._sample(batch, 0))

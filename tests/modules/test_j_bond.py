@@ -16,6 +16,7 @@ from tests.modules.one_update import UNEVEN
 from tests.modules.setting import make_data, make_files, make_module, prepared
 from tests.modules.test_forward_term import assert_same_gradient, nll
 from tests.modules.test_policy_gradient import TEMPERATURE, by_hand
+from vbon_lightning import JBOND
 from vbon_lightning.types import select_prompts
 
 
@@ -163,7 +164,7 @@ def test_a_batch_that_turns_out_to_be_one_prompt_is_refused(files: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"jeffreys_weight": 0.0}, "model.jeffreys_weight must be in .0, 1., got 0.0"),
+        ({"jeffreys_weight": 0.0}, r"model.jeffreys_weight must be in \(0, 1\], got 0.0"),
         ({"jeffreys_weight": 1.1}, "model.jeffreys_weight must be in .0, 1., got 1.1"),
         ({"regularisation": -0.1}, "model.regularisation must be a number >= 0, got -0.1"),
         ({"reference_samples": 1}, "model.reference_samples must be >= 2, got 1"),
@@ -183,6 +184,23 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str, files
 def test_a_value_model_that_is_named_is_left_alone(files: Path) -> None:
     data = make_data(files, value_model=str(files / "llama"))
     assert not make_module("jbond", data, anchor_rate=0.0).uses_value_model  # type: ignore[attr-defined]
+
+
+def test_a_critic_foretells_the_reward_of_best_of_two(files: Path) -> None:
+    module, scored = stepped(files, estimator="ppo", samples_per_prompt=3, kl_estimator="sampled")
+    torch.nn.init.normal_(module.critic.weight, generator=torch.Generator().manual_seed(0))
+    rollout, values = module._evaluate_responses(scored)
+    advantages, returns = module._advantages(module.target(rollout), rollout, values)
+    assert returns is not None and returns.shape == values.shape
+    other, _ = module._advantages(module.target(rollout), rollout, values + 1)
+    assert (advantages - other).abs().max() > 0.1
+
+
+def test_what_is_not_said(files: Path) -> None:
+    module: Any = JBOND(make_data(files).actors)
+    assert (module.samples_per_prompt, module.eval_samples, module.reference_samples) == (1, 8, 2)
+    assert (module.backward_weight, module.regularisation, module.anchor_rate) == (0.5, 0.0, 0.02)
+    assert make_module("jbond", make_data(files), eval_samples=3).eval_samples == 3  # type: ignore[attr-defined]
 
 
 def test_an_anchor_that_stays_and_one_that_is_replaced_will_do(files: Path) -> None:

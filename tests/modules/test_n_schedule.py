@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.one_update import set_up
@@ -18,6 +19,7 @@ from vbon_lightning import VBoN
 from vbon_lightning.modules import NSchedule
 
 LINEAR = NSchedule(start=2.0, updates=4, shape="linear")
+FITTING = SimpleNamespace(fn=TrainerFn.FITTING)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,8 @@ def test_a_rollout_of_several_updates_counts_by_where_it_was_sampled(files: Path
         (2, {"batches_per_update": 2}, "after 1, is of n = 3"),
         (7, {"batches_per_rollout": 4}, None),
         (4, {"batches_per_rollout": 4}, "after 0, is of n = 2"),
+        (1, {}, "after 0, is of n = 2"),
+        (0, {}, None),
         (5, {}, None),
         (5, {"batches_per_update": 3}, None),
         (-1, {}, None),
@@ -154,3 +158,39 @@ def test_the_largest_n_must_be_told_apart(start: float, files: Path) -> None:
 def test_schedules_that_are_none(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         NSchedule(**changes)
+
+
+def test_one_update_is_a_schedule() -> None:
+    assert [NSchedule(start=2.0, updates=1).at(update, 8.0) for update in (0, 1, 2)] == pytest.approx([2.0, 8.0, 8.0])
+
+
+def test_a_resume_knows_the_n_of_its_rollout(files: Path, tmp_path: Path) -> None:
+    """Also between two updates on one, when more updates were made than before it was sampled."""
+    data = make_data(files, val=None)
+
+    def annealed() -> Any:
+        return make_module("annealed", data, n=6.0, n_schedule=LINEAR, estimator="clipped", epochs_per_rollout=3)
+
+    module = annealed()
+    with pytest.warns(UserWarning, match="its last rollout"):
+        make_trainer(tmp_path, steps=5).fit(module, data)
+    assert (module.updates, module.current_n) == (5, 5.0), "sampled after three"
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    again = annealed()
+    again.on_load_checkpoint(checkpoint)
+    assert again.current_n == 2.0, "what is only evaluated begins where it is"
+    for kept, expected in ((checkpoint["vbon_lightning"], 5.0), (older(checkpoint["vbon_lightning"]), 6.0)):
+        again = annealed()
+        attach(again, FakeTrainer(world_size=1, precision="32-true", gradient_clip_val=None, state=FITTING))
+        again.on_load_checkpoint(checkpoint | {"vbon_lightning": kept})
+        assert again.current_n == expected
+    plain: Any = make_module("vbon", data)
+    make_trainer(tmp_path / "plain", steps=1).fit(plain, data)
+    attach(plain, FakeTrainer(world_size=1, precision="32-true", gradient_clip_val=None, state=FITTING))
+    plain.on_load_checkpoint(torch.load(tmp_path / "plain" / "last.ckpt", weights_only=True))
+    assert plain._updates_before == 0, "without a schedule nothing is counted"
+
+
+def older(kept: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds that does not say when its rollout was sampled."""
+    return {name: value for name, value in kept.items() if name != "updates_before"}

@@ -12,7 +12,9 @@ import torch
 
 from tests.modules.one_update import assert_same_gradient, set_up, token_log_probs
 from tests.modules.setting import make_data, make_files
+from tests.modules.wiring.setting import Spy
 from vbon_lightning import PFPPO
+from vbon_lightning.modules import pf_ppo
 
 BETA = 0.3
 
@@ -55,7 +57,7 @@ def test_the_update_is_the_mean_over_the_draws(strategy: str, draws: int | None,
     assert_same_gradient(module, loss, torch.stack(losses).mean())
 
 
-def test_draws_belong_to_the_prompt_the_rollout_and_the_seed(files: Path) -> None:
+def test_draws_belong_to_the_prompt_the_rollout_and_the_seed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, batch = set_up("pfppo", files, samples_per_prompt=8, draws=3, epochs_per_rollout=1)
     rollout, _ = module._evaluate_responses(module._sample(batch, 0))
     mask = rollout.completions.mask
@@ -65,6 +67,11 @@ def test_draws_belong_to_the_prompt_the_rollout_and_the_seed(files: Path) -> Non
 
     first = drawn()
     assert torch.equal(drawn(), first)
+    asked = Spy(pf_ppo.prompt_noise)
+    monkeypatch.setattr(pf_ppo, "prompt_noise", asked)
+    drawn()
+    ((_, how),) = asked.calls
+    assert (how["stream"], how["seed"], how["step"]) == ("filter", 0, 0), "apart from what samples"
     backwards = rollout._replace(
         rewards=rollout.rewards.flip(0), prompts=rollout.prompts._replace(index=rollout.prompts.index.flip(0))
     )

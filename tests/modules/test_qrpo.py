@@ -10,7 +10,8 @@ import torch
 
 from tests.modules.offline import TEMPERATURE, assert_gradients_equal
 from tests.modules.regressions import step_of
-from tests.modules.setting import make_files, make_table
+from tests.modules.setting import make_data, make_files, make_module, make_table
+from vbon_lightning.modules import qrpo
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = make_files(tmp_path_factory.mktemp("files"))
     make_table(directory, temperature=TEMPERATURE)
     return directory
+
+
+def test_the_least_beta_is_taken(files: Path) -> None:
+    least = qrpo._LEAST_BETA
+    assert make_module("qrpo", make_data(files), beta=least).beta == least  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", ["qrpo", "qrpo2"])

@@ -68,14 +68,30 @@ def test_a_step_by_hand(fit: str, files: Path) -> None:
         assert_same_gradient(module, loss, wind_loss(torch.stack(ratios), rollout.rewards, fit="squared"))
 
 
-def test_it_learns_from_the_iterates_responses(files: Path) -> None:
-    module, batch, _ = stepped(files)
-    module.training_step(batch, 0)
-    rollout = module.last_rollout
-    how = {"num_samples": 4, "seed": 0, "stream": "train", "step": 0}
-    theirs, ours = (module.loaded.sample(model, batch, **how) for model in (module.anchor, module.policy))
-    assert torch.equal(rollout.completions.tokens, theirs.tokens)
-    assert rollout.completions.tokens.tolist() != ours.tokens.tolist()
+def test_it_learns_from_the_iterates_responses_each_step_from_others(files: Path) -> None:
+    module, batch, _ = stepped(files, seed=5)
+    for step in range(3):
+        module.training_step(batch, 0)
+        rollout = module.last_rollout
+        how = {"num_samples": 4, "seed": 5, "stream": "train", "step": step}
+        theirs, ours = (module.loaded.sample(model, batch, **how) for model in (module.anchor, module.policy))
+        assert torch.equal(rollout.completions.tokens, theirs.tokens)
+        assert rollout.completions.tokens.tolist() != ours.tokens.tolist()
+        # What is kept to name a response by is of the policy, and holds no graph.
+        live = module.loaded.statistics(rollout)[0]
+        for name in ("log_probs", "token_kl"):
+            kept = getattr(rollout, name)
+            assert not kept.requires_grad
+            torch.testing.assert_close(kept, getattr(live, name).detach(), rtol=1e-4, atol=1e-5)
+        assert rollout.reference_rewards is None, "win rates are among the iterate's own"
+
+
+def test_what_is_not_said(files: Path) -> None:
+    data = make_data(files, value_model=str(files / "llama"))
+    module: Any = WIND(data.actors)
+    assert (module.samples_per_prompt, module.eval_samples) == (8, 8)
+    assert not module.uses_value_model, "which it has no use for"
+    assert (WIND(data.actors, eval_samples=3).eval_samples, WIND(data.actors, seed=4).seed) == (3, 4)
 
 
 def test_a_prompt_that_keeps_fewer_than_three_is_left_out(files: Path) -> None:

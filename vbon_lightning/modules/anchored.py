@@ -119,7 +119,7 @@ class Anchored(AlignmentModule):
         names = super()._trained_names()
         if self.anchor is None:
             return names
-        return names | {name.replace("policy.", "anchor.", 1) for name in names if name.startswith("policy.")}
+        return names | {"anchor." + name.removeprefix("policy.") for name in names if name.startswith("policy.")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load policy and anchor; what is only evaluated needs no anchor, and takes a checkpoint with or without one.

@@ -11,12 +11,13 @@ import torch
 
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.offline import table_data
-from tests.modules.setting import make_module
-from tests.modules.wiring.setting import module_batch, moved
+from tests.modules.setting import make_data, make_module, make_trainer
+from tests.modules.wiring.setting import Spy, module_batch, moved
+from tests.rollouts import make_rollout
+from vbon_lightning import VBoN
 from vbon_lightning.models import ModelSpec
-from vbon_lightning.modules import (
-    experience,
-)
+from vbon_lightning.modules import base, experience
+from vbon_lightning.types import Responses
 
 
 def test_a_checkpoint_between_updates_holds_every_ranks_rollout(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +122,13 @@ def test_what_a_checkpoint_brings_back(files: Path) -> None:
         fresh.on_load_checkpoint({})
     torch.manual_seed(9)
     before = torch.get_rng_state()
+    attach(fresh, FakeTrainer(ckpt_path="a/last.ckpt", state=SimpleNamespace(fn=TrainerFn.VALIDATING)))
+    with pytest.raises(ValueError, match=r"it cannot be loaded \(a/last\.ckpt\)$"):
+        fresh.on_load_checkpoint({})
+    attach(fresh, FakeTrainer(ckpt_path=None, state=SimpleNamespace(fn=TrainerFn.VALIDATING)))
+    with pytest.raises(ValueError, match="it cannot be loaded$"):
+        fresh.on_load_checkpoint({})
+    fresh._trainer = None
     fresh.on_load_checkpoint(checkpoint)  # outside of a fit nothing is resumed
     attach(fresh, FakeTrainer(**{**fitting, "state": SimpleNamespace(fn=TrainerFn.VALIDATING)}))
     fresh.on_load_checkpoint(checkpoint)
@@ -165,6 +173,48 @@ def test_what_goes_into_a_checkpoint_carries_no_graph() -> None:
         kept = found["a"] if isinstance(found, dict) else found
         assert not kept.requires_grad
         assert torch.equal(kept, learnt)
+    assert experience.to_plain((1, 2)) == (1, 2), "a tuple without names stays one"
+
+
+def test_a_rollout_comes_back_whole_with_what_it_learns_beside_its_own() -> None:
+    rollout = make_rollout()
+    learnt = Responses(rollout.completions.tokens[:, :2], rollout.completions.mask[:, :2])
+    one = torch.ones(3, 4, 5)
+    for extra in (None, learnt):
+        kept = experience.Experience(rollout._replace(extra=extra), one, None, 2 * one, one[..., 0])
+        again = experience.from_plain(experience.to_plain(kept))
+        assert type(again.rollout) is type(rollout) and type(again.rollout.prompts) is type(rollout.prompts)
+        assert type(again.rollout.extra) is type(extra)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(leaves(again), leaves(kept), strict=True))
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("said", [None, False, True])
+def test_a_checkpoint_is_read_once_before_the_module_is_made_of_it(
+    said: bool | None, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data(files, val=None)
+    module: Any = make_module("vbon", data)
+    make_trainer(tmp_path, steps=1).fit(module, data)
+    spy = Spy(base.read_checkpoint)
+    monkeypatch.setattr(base, "read_checkpoint", spy)
+    path = tmp_path / "last.ckpt"
+    how: dict[str, Any] = {} if said is None else {"weights_only": said}
+    placed: list[str] = []
+
+    def place(storage: Any, location: str) -> Any:
+        placed.append(location)
+        return storage
+
+    loaded = VBoN.load_from_checkpoint(path, place, actors=data.actors, **how)
+    assert placed, "where the weights go is Lightning's own argument"
+    assert spy.calls[0] == ((str(path),), {"weights_only": said})
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_a_checkpoint_with_other_bins_is_evaluated_by_its_own(files: Path) -> None:
@@ -189,8 +239,9 @@ def test_a_checkpoint_with_other_bins_is_evaluated_by_its_own(files: Path) -> No
         assert torch.equal(again.scorer.bins.edges, trained._bins.edges)
 
 
-def test_weights_are_loaded_into_the_parameters_that_are_there(files: Path) -> None:
-    module, _ = moved(files, "vbon")
+@pytest.mark.parametrize("kind", ["vbon", "bond"])
+def test_weights_are_loaded_into_the_parameters_that_are_there(kind: str, files: Path) -> None:
+    module, _ = moved(files, kind)
     state = {name: value.clone() + 1 for name, value in module.state_dict().items()}
     held = list(module.policy.parameters())
     module.load_state_dict(state)

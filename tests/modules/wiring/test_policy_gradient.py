@@ -188,6 +188,26 @@ def test_minibatches_come_in_an_order_of_their_own_each_pass(files: Path) -> Non
     assert module.updates_per_rollout == 12
 
 
+def test_the_number_of_a_rollout_is_that_of_all_updates_on_it(files: Path) -> None:
+    module, _ = moved(files, "clipped", minibatches=2, epochs_per_rollout=1)
+    numbers = []
+    for module.batches_seen in range(6):  # before the first, and after each, of which a step has counted its own
+        numbers.append(module.rollout_number)
+    assert numbers == [0, 0, 0, 1, 1, 2] and all(isinstance(number, int) for number in numbers)
+
+
+def test_how_many_responses_a_prompt_must_keep(files: Path) -> None:
+    data = make_data(files)
+    for kind, options, fewest in (
+        ("klrl", {}, 2),
+        ("klrl", {"samples_per_prompt": 2}, 2),
+        ("ppo", {}, 1),
+        ("jbond", {}, 1),  # the rest of the batch is its baseline
+        ("jbond", {"samples_per_prompt": 2}, 2),
+    ):
+        assert make_module(kind, data, **options).fewest_judged == fewest, (kind, options)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("minibatches", "epochs"), [(2, 2), (2, 1), (1, 2)])
 def test_every_rollout_has_its_own_number(
     minibatches: int, epochs: int, files: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,9 +15,8 @@ from tests.modules.fake import FakeTrainer, attach
 from tests.modules.offline import table_data
 from tests.modules.setting import VowelReward, make_data
 from vbon_lightning import ReferenceSampler
-from vbon_lightning.modules import (
-    reference_sampler,
-)
+from vbon_lightning.data.collating import batch_keys
+from vbon_lightning.modules import reference_sampler
 from vbon_lightning.sampling import SamplingRequest, prompt_noise
 
 
@@ -115,6 +114,29 @@ def test_prompts_in_groups_without_those_that_are_done(files: Path, spy: Any, mo
     assert [(group.index.tolist(), mine) for group, _, mine in module._groups(batch)] == [([4, 5], [1])]
     module.writer.taken = set()
     assert list(module._groups(batch)) == []
+
+
+def test_of_a_group_only_what_is_this_processs_goes_on(files: Path) -> None:
+    """On a GPU a whole group is sampled, whoever has made some of it, so that no digit depends on that."""
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=3)
+    module.configure_model()
+    attach(module, FakeTrainer(world_size=1))
+    batch = data.prompt_batch(data.prompts("train")[:4])
+    whole, some = module._sample(batch), module._sample(batch, ours=[2, 0])
+    assert whole.keys == batch_keys(batch) and some.first == whole.first == 0
+    for name in ("keys", "prompt_ids", "token_ids", "responses", "finished", "log_probs"):
+        told, all_of_it = getattr(some, name), getattr(whole, name)
+        assert len(all_of_it) == 4
+        assert (told == [all_of_it[2], all_of_it[0]] and told[0] != told[1]) or name == "finished", name
+    assert some.finished == [whole.finished[2], whole.finished[0]]
+    assert some.prompts.text == [batch.text[2], batch.text[0]]
+    assert some.prompts.index.tolist() == [2, 0]
+    assert whole.of([1])._replace(prompts=None) == whole._replace(
+        prompts=None, **{name: getattr(whole, name)[1:2] for name in ("keys", "prompt_ids", "token_ids", "responses")},
+        finished=whole.finished[1:2], log_probs=whole.log_probs[1:2],
+    )  # fmt: skip
+    assert whole._replace(first=2).of([1]).first == 2
 
 
 def test_cached_responses_are_scored_anew(files: Path) -> None:

@@ -103,6 +103,14 @@ def test_minibatches_and_rewards_are_checked_before_a_fit(files: Path) -> None:
     with pytest.raises(ValueError, match=r"^model\.minibatches=3 does not divide data\.batch_size=4: every minibatch"):
         module.setup("fit")
     module.setup("validate")
+    for kind in ("infalign", "jbond", "maxatk", "grpo", "pfppo"):
+        several = {"estimator": "clipped", "epochs_per_rollout": 1, "minibatches": 3}
+        still = {"anchor_rate": 0.0} if kind == "jbond" else {}
+        sibling: Any = make_module(kind, table_data(files), **several, **still)
+        attach(sibling, FakeTrainer(datamodule=SimpleNamespace(batch_size=4)))
+        with pytest.raises(ValueError, match=r"^model\.minibatches=3 does not divide data\.batch_size=4: every"):
+            sibling.setup("fit")
+        sibling.setup("validate")
     for data in (None, SimpleNamespace(), SimpleNamespace(batch_size=6)):
         attach(module, FakeTrainer(datamodule=data))
         module.setup("fit")
