@@ -300,8 +300,6 @@ class PolicyGradient(Anchored, SampledEvaluation):
         """
         number, update = divmod(self.batches_seen, self.updates_per_rollout)
         self.batches_seen += 1
-        if update == 0:
-            self._check_batch(len(batch.text))
         if self.updates_per_rollout == 1:
             loss, rollout, logs = self._on_policy_update(self._sample(batch, number))
         else:
@@ -317,6 +315,7 @@ class PolicyGradient(Anchored, SampledEvaluation):
 
     def _sample(self, batch: PromptBatch, number: int, **further: Any) -> ScoredResponses:
         """Prompts -> responses -> rewards."""
+        self._check_batch(len(batch.text))
         options: dict[str, Any] = {
             "num_samples": self.samples_per_prompt,
             "seed": self.seed,

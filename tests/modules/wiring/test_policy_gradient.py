@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,9 +47,10 @@ def test_what_is_sampled_to_learn_from(files: Path) -> None:
     ):
         module: Any = make_module(kind, data, seed=7, **options)
         module.actors = StubActors()
-        assert module._sample("batch", 5) == (
+        batch = SimpleNamespace(text=["a", "b"])
+        assert module._sample(batch, 5) == (
             "responses",
-            "batch",
+            batch,
             {
                 "num_samples": 4,
                 "seed": 7,
