@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
-from vbon_lightning.checks import ConfigMismatchError, check_same_settings, check_without_effect, differences, plain
+from vbon_lightning.checks import (
+    ConfigMismatchError,
+    check_same_settings,
+    check_without_effect,
+    differences,
+    is_plain,
+    plain,
+)
 
 
 def test_equal_settings_have_no_differences() -> None:
@@ -46,6 +54,22 @@ def test_the_error_names_all_and_says_what_to_do() -> None:
 def test_plain_keeps_what_compares() -> None:
     settings = {"lr": 0.1, "betas": (0.9, 0.95), "foreach": None, "fn": print, "t": torch.ones(1), "l": [print, 1]}
     assert plain(settings) == {"lr": 0.1, "betas": [0.9, 0.95], "foreach": None, "l": [1]}
+
+
+@pytest.mark.parametrize(
+    ("value", "is_it"),
+    [
+        (1, True),
+        (None, True),
+        ([1, ("a", {"b": 2.0})], True),
+        (print, False),
+        ([1, print], False),
+        ({"a": [print]}, False),
+    ],
+)
+def test_what_is_kept_whole(value: Any, is_it: bool) -> None:
+    assert is_plain(value) is is_it
+    assert (plain([value]) == json.loads(json.dumps([value], default=str))) is is_it
 
 
 class Base:

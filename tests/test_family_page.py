@@ -233,5 +233,8 @@ def test_the_method_of_ones_own_that_is_printed(tmp_path: Path) -> None:
             (sum((other < one) + (other <= one) for other in cached) + 1) / (2 * (len(cached) + 1)) for one in rewards
         ]
         assert scores == pytest.approx(expected, abs=1e-5)
+    bare = make_data(tmp_path)
+    with pytest.raises(ValueError, match=r"^WinRateRL needs data\.reference_table, or model\.reference_samples$"):
+        make_trainer(tmp_path, steps=1).fit(names["WinRateRL"](bare.actors, samples_per_prompt=4), bare)
     with pytest.raises(ValueError, match=r"beta: checkpoint has 0\.2, this run has 0\.3"):
         fit(0.3, ckpt_path=str(tmp_path / "last.ckpt"))

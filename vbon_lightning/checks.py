@@ -24,6 +24,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+def is_plain(value: Any) -> bool:
+    """Return whether :func:`plain` keeps all of a value."""
+    if isinstance(value, Mapping):
+        return all(is_plain(part) for part in value.values())
+    return all(is_plain(part) for part in value) if isinstance(value, (list, tuple)) else not _is_opaque(value)
+
+
 def _is_opaque(value: Any) -> bool:
     return not (value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping)))
 

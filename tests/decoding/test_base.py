@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import inspect
 import math
@@ -267,9 +268,36 @@ def test_what_it_takes_is_measured(decoder: Decoder, actors: Actors) -> None:
 def test_it_is_described_by_what_it_depends_on(files: Path) -> None:
     described = [make(files).identity() for make in DECODERS.values()]
     assert all(described.count(one) == 1 for one in described)
-    assert TreeBoN(8).identity() == {"class": "TreeBoN", "n": 8, "layers": 4, "branches": 2}
+    assert TreeBoN(8).identity() == {"class": "TreeBoN", "n": 8, "layers": 4, "branches": 2, "preference_policy": None}
+    assert copy.deepcopy(TreeBoN(branches=4)).identity() == TreeBoN(8, 4, 4).identity()
     by = [DeRa(0.5, policy=str(files / name)).identity()["policy"] for name in ("other", "policy")]
     assert by[0] != by[1] and str(files) not in str(by)
+
+
+class Hiding(BestOfN):
+    """Keeps its option where nobody looks for it."""
+
+    def __init__(self, n: int = 2, *, rank: Any = 1) -> None:
+        super().__init__(n)
+        self._hidden = rank
+
+
+def test_ones_own_is_described_by_what_it_is_given_and_by_where_it_is_from() -> None:
+    assert Hiding(rank=3).identity() == {"class": f"{__name__}.Hiding", "n": 2, "rank": 3}
+    assert Hiding(rank=[1, {"a": None}]).identity()["rank"] == [1, {"a": None}]
+    for rank in (print, [print], {"a": {"b": print}}):
+        with pytest.raises(
+            ValueError, match=r"^Hiding cannot describe its option rank, which is no plain value, and .*"
+        ):
+            Hiding(rank=rank).identity()
+
+
+def test_one_that_says_nothing_of_its_rows_is_bounded_all_the_same(files: Path, actors: Actors) -> None:
+    decoder = SpeculativeRejection(4, every=2)
+    decoder.rows = 1  # as if it had forgotten
+    few = dataclasses.replace(actors, sampler=InPasses(actors.sampler, 12))
+    with pytest.raises(ValueError, match=r"^data\.max_rows is 12, and 48 rows were asked for at once: .*`rows = n`"):
+        decode(decoder, few)
 
 
 NEEDS_ONE = ["best_of_n", "soft", "speculative", "tree", "pessimism", "particles"]
@@ -380,6 +408,7 @@ def test_a_decoder_is_one_file() -> None:
         assert len(derived) <= 1 and (not derived or len(path.read_text().splitlines()) < 200), path
 
 
+@pytest.mark.filterwarnings("ignore:the reward says None")
 def test_the_decoder_of_ones_own_that_is_printed(actors: Actors) -> None:
     page = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text()
     (source,) = (part.split("```")[0] for part in page.split("```python\n") if "(Decoder)" in part)
@@ -390,3 +419,8 @@ def test_the_decoder_of_ones_own_that_is_printed(actors: Actors) -> None:
     for prompt, (rewards, ids) in enumerate(zip(found.rewards.tolist(), actors.token_ids(drawn), strict=True)):  # type: ignore[union-attr]
         groups = [sorted(score(one) for one in ids[start : start + 3]) for start in (0, 3, 6)]
         assert rewards == pytest.approx([group[1] for group in groups]), prompt
+    silent = dataclasses.replace(actors, reward=Told(silent=[3, 4]), reward_calls=RewardCalls(on_missing="skip"))
+    partly = decode(names["SecondBest"](6), silent)
+    assert not bool(partly.rewards.isnan().all()), "one without a reward is not the best"  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="^n must be at least 2, got 1$"):
+        names["SecondBest"](1)

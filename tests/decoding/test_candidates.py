@@ -26,4 +26,5 @@ def test_what_is_kept_is_of_its_own_prompt_and_group() -> None:
     assert found.mask.all() and found.finished.tolist() == [[False, True], [True, True]]
     assert found.rewards is not None and torch.equal(found.rewards, found.tokens[..., 0] / 10)
     assert found.cost[:3] == (10, 0, 12) and found.kl_bound == 0.5 and found.token_kl is None
-    assert keep(ScoredCandidates(drawn, rewards), torch.zeros(2, 2, dtype=torch.long)).kl_bound is None
+    plain = keep(ScoredCandidates(drawn, rewards), torch.zeros(2, 2, dtype=torch.long), kl_bound=None)
+    assert plain.kl_bound is None

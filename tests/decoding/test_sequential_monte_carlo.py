@@ -224,7 +224,7 @@ def test_without_resampling_it_is_soft_best_of_n(files: Path) -> None:
 def test_what_it_costs(files: Path) -> None:
     """Each token once, and a reward for every particle that has changed at each resampling."""
     actors: Any = load(files, 5)
-    found = decode(SequentialMonteCarlo(3, every=2, threshold=0.0001), actors, 8)  # never less than one particle
+    found = decode(SequentialMonteCarlo(3, temperature=1e9, every=2), actors, 8)  # never due: all weigh the same
     drawn = actors.sample(actors.policy, batch_of([PROMPT]), num_samples=24, **OPTIONS)
     lengths = drawn.mask.sum(-1).flatten()
     assert found.cost.generated_tokens == int(lengths.sum())
@@ -269,6 +269,7 @@ def test_what_is_not_said() -> None:
         ({"aim": 1}, "aim must be greater than 1, got 1"),
         ({"threshold": 1.5}, "threshold must be at most 1, got 1.5"),
         ({"threshold": -1}, "threshold must be at least 0, got -1"),
+        ({"n": 4, "threshold": 0.25}, "threshold=0.25 of n=4 is at most one particle, and there are never fewer: .*"),
         ({"twist": "value", "temperature": 0.5}, f"temperature=0.5 has no effect with twist=value: {REMEDY}"),
         ({"aim": 4}, f"aim=4 has no effect with twist=reward: {REMEDY}"),
         ({"amortised": True}, f"amortised=True has no effect with twist=reward: {REMEDY}"),
@@ -282,6 +283,11 @@ def test_what_is_not_said() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         SequentialMonteCarlo(**options)
+
+
+def test_the_least_threshold_and_one_particle_are_taken() -> None:
+    assert SequentialMonteCarlo(4, threshold=0.26).threshold == 0.26
+    assert SequentialMonteCarlo(1, threshold=0.5).n == 1, "a plain sample, whatever else is asked for"
 
 
 def test_a_plain_sample_has_no_kl(actors: Actors) -> None:

@@ -116,6 +116,13 @@ def test_with_one_layer_it_is_best_of_n(actors: Actors) -> None:
     assert ours.cost[:3] == theirs.cost[:3] and ours.kl_bound is None
 
 
+@pytest.mark.parametrize("options", [{"n": 3, "layers": 1}, {"n": 1, "layers": 2}, {"n": 1}])
+def test_where_nothing_is_branched_any_n_will_do(options: dict[str, int], files: Path) -> None:
+    actors = load(files, 4)
+    ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(**options), BestOfN(options["n"])))
+    assert torch.equal(ours.tokens, theirs.tokens) and ours.kl_bound is None
+
+
 def test_without_branches_it_is_best_of_n(files: Path) -> None:
     actors = load(files, 4)
     ours, theirs = (decode(one, actors, 50) for one in (TreeBoN(4, branches=1), BestOfN(4)))

@@ -173,6 +173,9 @@ def test_a_decoders_choice_without_a_reward_is_left_out() -> None:
     free = free._replace(decoded=free.decoded._replace(token_kl=None, kl_bound=0.0))
     sample = evaluate_decoder([free], name="mine", method="mine", n=2)
     assert (sample.kl.mean, sample.kl_is_bound) == (0, False) and "plain sample" in sample.kl_estimator
+    unsaid = free._replace(decoded=Decoded(*free.decoded[:3], None, DecodingCost(1, 1, 1)))
+    with pytest.raises(ValueError, match="^the decoder of 'mine' says nothing of its KL: give Decoded its token_kl"):
+        evaluate_decoder([unsaid], name="mine", method="mine", n=2)
     half = batch(silent)._replace(judge_rewards=silence(rollout, *MISSING, (0, 0)).rewards)
     judged = evaluate_decoder([half], name="mine", method="mine", n=2).judge_reward
     assert judged.mean == pytest.approx((rollout.rewards[0, [2, 3]].mean() + rollout.rewards[1, 1]) / 2)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vbon_lightning.actors import Actors
-from vbon_lightning.checks import plain
+from vbon_lightning.checks import is_plain, plain
 from vbon_lightning.decoding.cost import DecodingCost
 from vbon_lightning.decoding.further_models import FurtherModel
 from vbon_lightning.decoding.noise_key import NoiseKey
 from vbon_lightning.sampling.memory import metered_caches
 from vbon_lightning.sampling.towers import metered_towers
 from vbon_lightning.types import PromptBatch, select_prompts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Decoded(NamedTuple):
@@ -41,9 +45,10 @@ class Decoded(NamedTuple):
     cost: DecodingCost
     rewards: Tensor | None = None
     """``[B, G]``: the rewards of the responses, where the decoder knows them; NaN where one has none."""
-    kl_bound: float | None = None
-    """An upper bound of KL(decoder || what it decodes from) over whole responses, where it is neither known token by
-    token nor that of Best-of-N: log c, if no response is more than c times as likely as before."""
+    kl_bound: float | None = math.inf
+    """An upper bound of KL(decoder || what it decodes from) over whole responses, where it is not known token by token:
+    log c, if no response is more than c times as likely as before (log n for whichever is chosen of n samples). None
+    for Best-of-N itself, whose KL is known; infinite where nothing is said, which cannot be compared."""
 
 
 class Decoder(ABC):
@@ -57,7 +62,7 @@ class Decoder(ABC):
     """Whether it reads a value model."""
     needs_reward = False
     """Whether it chooses by the reward."""
-    n: float
+    n: float = 1.0
     """N of the Best-of-N that it is, or aims at; how many responses it starts with."""
     reads_table = False
     """Whether it reads the reference's rewards, where a batch brings them."""
@@ -100,14 +105,34 @@ class Decoder(ABC):
         for model in self.models:
             model.release()
 
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember what the constructor is given, whatever it makes of it."""
+        self = super().__new__(cls)
+        self._given = (args, kwargs)
+        return self
+
     def identity(self) -> dict[str, Any]:
-        """Describe the decoder in plain values: its class and options, further models by content."""
-        options = {name: value for name, value in vars(self).items() if name in signature(type(self)).parameters}
-        return {
-            "class": type(self).__name__,
-            **plain(options),
-            **{model.role: model.identity() for model in self.models},
-        }
+        """Describe the decoder in plain values: its class and what this was given, further models by content.
+
+        Raises:
+            ValueError: If an option is no plain value, so that its description has to be written: override this.
+        """
+        args, kwargs = self._given
+        bound = signature(type(self)).bind(*args, **kwargs)
+        bound.apply_defaults()
+        models = {model.role: model.identity() for model in self.models}
+        options = {name: value for name, value in bound.arguments.items() if name not in models}
+        if opaque := [name for name, value in options.items() if not is_plain(value)]:
+            raise ValueError(
+                f"{type(self).__name__} cannot describe its option {opaque[0]}, which is no plain value, and its "
+                "output is not to be mistaken for another's: override identity()"
+            )
+        kind = type(self)
+        ours = kind.__module__.startswith(f"{__package__}.")
+        name = kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
+        return {"class": name, **plain(options), **models}
 
     @torch.no_grad()
     def __call__(

@@ -28,4 +28,4 @@ class BestOfN(Decoder):
     def decode(self, actors: Actors, prompts: PromptBatch, key: NoiseKey) -> Decoded:
         """Choose G responses a prompt, each the best of n."""
         found = draw_groups(actors, prompts, n=self.n, key=key)
-        return keep(found, best_of(found.rewards))
+        return keep(found, best_of(found.rewards), kl_bound=None)

@@ -46,13 +46,14 @@ def best_of(rewards: Tensor) -> Tensor:
     return rewards.nan_to_num(nan=-math.inf).argmax(-1)
 
 
-def keep(candidates: ScoredCandidates, chosen: Tensor, *, kl_bound: float | None = None) -> Decoded:
+def keep(candidates: ScoredCandidates, chosen: Tensor, *, kl_bound: float | None) -> Decoded:
     """Keep one response of each group.
 
     Args:
         candidates: ``[B, G, n]`` responses.
         chosen: ``[B, G]`` long: places within the groups.
-        kl_bound: An upper bound of the KL that choosing so makes, unless it is that of Best-of-N.
+        kl_bound: An upper bound of the KL that choosing so makes: log n for whichever of n is chosen. None for
+            Best-of-N itself, whose KL is known.
     """
     drawn, rewards = candidates
     groups = torch.arange(rewards.shape[1], device=chosen.device)

@@ -77,7 +77,7 @@ class Grove:
 
         Args:
             places: ``[B, G]`` long.
-            kl_bound: An upper bound of the KL of what was chosen; None if it is that of Best-of-N.
+            kl_bound: An upper bound of the KL of what was chosen; None for Best-of-N itself, whose KL is known.
         """
         growing, rows = self.growing, self._rows(places[..., None])
         shape = (*places.shape, growing.length)
@@ -110,6 +110,12 @@ def grove(actors: Actors, prompts: PromptBatch, *, n: int, key: NoiseKey) -> Ite
     noise = actors.noise(prompts, **key.of_each(n)._asdict())
     request = actors.request(prompts, noise)
     check_request(actors.policy, request)
+    limit: int | None = getattr(actors.sampler, "max_rows", None)
+    if limit is not None and (rows := len(prompts.text) * key.num_samples * n) > limit:
+        raise ValueError(
+            f"data.max_rows is {limit}, and {rows} rows were asked for at once: a decoder that makes a response of n "
+            "rows says so (`rows = n`), and gets as few prompts and responses at a time as that takes"
+        )
     with torch.no_grad(), caching(actors.policy):
         yield Grove(actors, prompts, Growing(reader_of(actors.policy, request), request), key.num_samples)
 

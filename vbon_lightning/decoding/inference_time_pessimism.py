@@ -62,7 +62,7 @@ class InferenceTimePessimism(Decoder):
         luck = prompt_noise(prompts.index.tolist(), length=turns, **key.apart("acceptance")._asdict()).flatten(0, 1)
         luck[:, -1] = -1.0  # whatever comes after n is taken
         # Where that has no reward it is one of the level's responses, the first that has one.
-        spare = keep(begun, (~known.isnan()).int().argmax(-1))
+        spare = keep(begun, (~known.isnan()).int().argmax(-1), kl_bound=None)
         device, count = level.device, len(level)
         room = longest - spare.tokens.shape[-1]
         padding = actors.end_ids[0]

@@ -69,6 +69,11 @@ class SequentialMonteCarlo(Decoder):
         check_without_effect(type(self), f"twist={twist}", of_a_twist)
         if threshold == 0:
             check_without_effect(type(self), "threshold=0", {"every": every, "resampling": resampling})
+        elif threshold * n <= 1 < n:
+            raise ValueError(
+                f"threshold={threshold:g} of n={n} is at most one particle, and there are never fewer: raise it, or "
+                "set it to 0 for never resampling"
+            )
         self.n: int = n
         self.twist, self.temperature, self.aim, self.every = twist, temperature, aim, every
         self.threshold, self.resampling, self.amortised, self.rows = threshold, resampling, amortised, n

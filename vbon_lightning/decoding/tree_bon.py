@@ -47,7 +47,7 @@ class TreeBoN(Decoder):
         self, n: int = 8, layers: int = 4, branches: int = 2, preference_policy: str | ModelSpec | None = None
     ) -> None:
         check_counts(n=n, layers=layers, branches=branches)
-        if n % branches:
+        if n % branches and layers > 1 < n:
             raise ValueError(f"n must be a multiple of branches, which {n} is not of {branches}")
         if layers == 1:
             of_layers = {"branches": branches, "preference_policy": preference_policy}
@@ -76,7 +76,8 @@ class TreeBoN(Decoder):
             nodes.growing.grow()
             # Each branching makes a prefix stand in so many places at the most, and one of the last n is returned.
             bound = math.log(self.n) + (self.layers - 1) * math.log(self.branches)
-            return nodes.chosen(best_of(nodes.rewards()), kl_bound=bound if self.layers > 1 < self.branches else None)
+            branched = self.n > 1 < self.layers and self.branches > 1
+            return nodes.chosen(best_of(nodes.rewards()), kl_bound=bound if branched else None)
 
     def _partial_scores(self, actors: Actors, nodes: Grove) -> Tensor:
         """Return ``[B, G, n]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -300,6 +301,12 @@ def evaluate_decoder(
             cdf = scorer.reward_cdf(rewards, log_cdf)
         if decoded.token_kl is not None:
             kl = decoded.token_kl.sum(-1)
+        elif decoded.kl_bound is not None and math.isinf(decoded.kl_bound):
+            raise ValueError(
+                f"the decoder of {name!r} says nothing of its KL: give Decoded its token_kl, or as kl_bound log c, if "
+                "no response is more than c times as likely as before (log n for any one of n samples); None stands "
+                "for Best-of-N itself"
+            )
         elif decoded.kl_bound is not None:
             kl = torch.full_like(rewards, decoded.kl_bound)
         elif log_cdf is not None and scorer is not None:

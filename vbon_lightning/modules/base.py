@@ -107,6 +107,11 @@ class AlignmentModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what guards the run and watches its policy; what the Trainer was given comes first."""
         check_strategy(self.trainer.strategy)
+        if not self._settings:
+            raise ValueError(
+                f"{type(self).__name__} records no settings: call self.record_settings(...) in its constructor with "
+                "the options that it adds, so that they are logged and a resume with others is refused"
+            )
         return missing_callbacks(self.trainer, self.watched_by)
 
     # -- models ------------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ from vbon_lightning.modules.policy_gradient_options import (
     check_estimator,
     check_group_estimator,
     check_numbers,
+    check_shape_of_responses,
     check_value_model_options,
+    checked_target,
 )
 from vbon_lightning.modules.sampled_evaluation import SampledEvaluation
 from vbon_lightning.sampling import noise_seed
@@ -132,7 +134,8 @@ class PolicyGradient(Anchored, SampledEvaluation):
     ) -> None:
         super().__init__(actors, anchor_every, anchor_rate, seed=seed, optimizer=optimizer, lr_scheduler=lr_scheduler)
         named = actors.value_model is not None
-        fits = self.reads_value_model and estimator != "ppo" and kl_estimator == "rao_blackwell"
+        reads = self.reads_value_model and type(self).bin_log_weights is not PolicyGradient.bin_log_weights
+        fits = reads and estimator != "ppo" and kl_estimator == "rao_blackwell"
         fits = fits and not self.anchor_moves
         self.uses_value_model = named and fits if value_model is None else value_model
         check_group_estimator(
@@ -141,7 +144,7 @@ class PolicyGradient(Anchored, SampledEvaluation):
             samples_per_prompt,
             compares_group=self.compares_group,
             valued=self.uses_value_model,
-            reads_value_model=self.reads_value_model,
+            reads_value_model=reads,
         )
         check_estimator(
             estimator,
@@ -204,7 +207,10 @@ class PolicyGradient(Anchored, SampledEvaluation):
         )
 
     def target(self, rollout: Rollout) -> Target:
-        """Return what this method maximises: scores ``[B, G]`` and the KL's weight."""
+        """Return what this method maximises: scores ``[B, G]`` and the KL's weight, a number >= 0.
+
+        It is asked for more than once an update, and must be the same each time.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say what it maximises")
 
     def extra_loss(self, live: Rollout) -> ExtraLoss | None:
@@ -216,7 +222,10 @@ class PolicyGradient(Anchored, SampledEvaluation):
         return None
 
     def bin_log_weights(self, rollout: Rollout) -> Tensor:
-        """Return what the method makes of each bin of a value model's reward, ``[B, K]`` or ``[1, K]``."""
+        """Return what the method makes of each bin of a value model's reward, ``[B, K]`` or ``[1, K]``.
+
+        A method that does not say it leaves a value model alone that is named.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say what it makes of the bins of a value model")
 
     def group_advantages(self, scores: Tensor, kept: Tensor) -> Tensor | None:
@@ -348,6 +357,7 @@ class PolicyGradient(Anchored, SampledEvaluation):
         advantages, returns = self._advantages(self._target(rollout), rollout, values)
         weights = self.response_weights(rollout, self._learnt(rollout))
         if weights is not None:
+            check_shape_of_responses(type(self).__name__, "response_weights", weights, rollout)
             advantages = advantages * weights.unsqueeze(-1)
         return Experience(rollout, advantages, values, returns, weights)
 
@@ -395,7 +405,9 @@ class PolicyGradient(Anchored, SampledEvaluation):
         mask, returns = self._learnt(rollout), None
         log_ratio = rollout.log_probs - rollout.reference_log_probs
         of_group = self.group_advantages(target.score, mask.any(-1))
-        if of_group is not None:  # advantages are linear in the scores: what is left is those of the KL
+        if of_group is not None:
+            check_shape_of_responses(type(self).__name__, "group_advantages", of_group, rollout)
+            # Advantages are linear in the scores: what is left is those of the KL.
             target = target._replace(score=torch.zeros_like(target.score))
         if self.kl_estimator == "k3":  # a loss of its own
             target = target._replace(kl_coef=0.0)
@@ -456,7 +468,8 @@ class PolicyGradient(Anchored, SampledEvaluation):
 
     def _target(self, rollout: Rollout) -> Target:
         """Return the target; of a response that is left out any score does."""
-        return self.target(rollout._replace(rewards=rollout.rewards.nan_to_num(0.0)) if self._skips else rollout)
+        rollout = rollout._replace(rewards=rollout.rewards.nan_to_num(0.0)) if self._skips else rollout
+        return checked_target(type(self).__name__, self.target(rollout))
 
     # -- several updates a rollout -----------------------------------------------------------------
 

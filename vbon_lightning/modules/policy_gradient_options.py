@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
+
+from vbon_lightning.functional import Target
 from vbon_lightning.modules.base import check_choice, check_not_negative, check_unused
+from vbon_lightning.types import Rollout
 
 ONE_UPDATE = "model.epochs_per_rollout=1 and model.minibatches=1"
 """What leaves clip ranges without effect: the policy is the one that sampled."""
@@ -112,6 +118,35 @@ def check_numbers(
         raise ValueError(f"model.value_coef must be >= 0, got {value_coef}")
     if not 0 <= gae_lambda <= 1:
         raise ValueError(f"model.gae_lambda must be in [0, 1], got {gae_lambda}")
+
+
+def checked_target(method: str, target: Target) -> Target:
+    """Return what a method's ``target`` said, if that is a target.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If the KL's weight is no number, or below 0.
+    """
+    if not isinstance(target, Target):
+        raise TypeError(f"{method}.target must return Target(score, kl_coef), got {type(target).__name__}")
+    weight = target.kl_coef
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        said = f"a {type(weight).__name__}" if isinstance(weight, Tensor) else repr(weight)
+        raise ValueError(f"{method}.target must give its kl_coef as a number >= 0, the weight of the KL, got {said}")
+    return target
+
+
+def check_shape_of_responses(method: str, what: str, values: Tensor, rollout: Rollout) -> None:
+    """Refuse numbers of a method that are not one a response.
+
+    Raises:
+        ValueError: Naming the method's own function and both shapes.
+    """
+    if values.shape != rollout.rewards.shape:
+        raise ValueError(
+            f"{method}.{what} must return a number a response, [B, G] = {list(rollout.rewards.shape)}, got "
+            f"{list(values.shape)}"
+        )
 
 
 def check_kl_weight(method: type, beta: float, kl_estimator: str, *, normalise: bool) -> None:

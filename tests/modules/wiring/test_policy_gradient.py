@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from tests.modules.fake import FakeTrainer, attach
-from tests.modules.setting import make_data, make_module
+from tests.modules.setting import make_data, make_module, make_trainer
 from tests.modules.wiring.setting import Spy, module_batch, moved
 from vbon_lightning.functional import (
+    Target,
     generalized_advantage_estimation,
     normalise_advantages,
     sampled_kl_advantages,
     value_advantages,
 )
-from vbon_lightning.modules import (
-    policy_gradient,
-)
+from vbon_lightning.modules import policy_gradient
+from vbon_lightning.modules.policy_gradient import PolicyGradient
 from vbon_lightning.sampling import noise_seed
 
 
@@ -274,3 +274,65 @@ def test_what_a_critics_advantages_are_made_of(kl: str, files: Path) -> None:
     expected = generalized_advantage_estimation(rewards, values, mask, lam=0.5)
     torch.testing.assert_close(got, expected.advantages, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(returns, expected.returns, rtol=1e-5, atol=1e-5)
+
+
+class Own(PolicyGradient):
+    """A method as somebody else might write it."""
+
+    def __init__(self, actors: Any, *, said: Any = None, recorded: bool = True, **kwargs: Any) -> None:
+        super().__init__(actors, **{"samples_per_prompt": 4, **kwargs})
+        self.said = said
+        if recorded:
+            self.record_settings()
+
+    def target(self, rollout: Any) -> Any:
+        return self.said(rollout.rewards) if callable(self.said) else Target(rollout.rewards, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (lambda rewards: rewards, r"^Own\.target must return Target\(score, kl_coef\), got Tensor$"),
+        (lambda rewards: Target(rewards, -0.1), r"^Own\.target must give its kl_coef as a number >= 0, .*, got -0\.1$"),
+        (lambda rewards: Target(rewards, float("nan")), r"^Own\.target must give its kl_coef .*, got nan$"),
+        (lambda rewards: Target(rewards, float("inf")), r"^Own\.target must give its kl_coef .*, got inf$"),
+        (lambda rewards: Target(rewards, True), r"^Own\.target must give its kl_coef .*, got True$"),
+        (lambda rewards: Target(rewards, rewards), r"^Own\.target must give its kl_coef .*, got a Tensor$"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(said: Any, message: str, files: Path) -> None:
+    module = Own(make_data(files).actors, said=said)
+    module.configure_model()
+    with pytest.raises((TypeError, ValueError), match=message):
+        module._on_policy_update(module._sample(module_batch(files), 0))
+    for weight in (0, 0.5):
+        module.said = lambda rewards, weight=weight: Target(rewards, weight)
+        module._on_policy_update(module._sample(module_batch(files), 0))
+
+
+@pytest.mark.parametrize("what", ["group_advantages", "response_weights"])
+def test_numbers_that_are_not_one_a_response_are_refused(
+    what: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Own(make_data(files).actors)
+    module.configure_model()
+    monkeypatch.setattr(module, what, lambda *_: torch.ones(4))
+    scored = module._sample(module_batch(files), 0)
+    with pytest.raises(ValueError, match=rf"^Own\.{what} must return a number a response, \[B, G\] = .*, got \[4\]$"):
+        module._on_policy_update(scored)
+    monkeypatch.setattr(module, what, lambda *_: torch.ones(scored.rewards.shape))
+    module._on_policy_update(scored)
+
+
+def test_a_method_that_says_nothing_of_a_value_model_leaves_it_alone(files: Path) -> None:
+    data = make_data(files, value_model=str(files / "value"))
+    assert not Own(data.actors).uses_value_model
+    with pytest.raises(ValueError, match="^Own has no use for a value model: set model.value_model to false$"):
+        Own(data.actors, value_model=True)
+
+
+def test_a_method_that_records_no_settings_is_refused(files: Path, tmp_path: Path) -> None:
+    data = make_data(files, val=None)
+    with pytest.raises(ValueError, match=r"^Own records no settings: call self\.record_settings\(\.\.\.\)"):
+        make_trainer(tmp_path, steps=1).fit(Own(data.actors, recorded=False), data)
+    make_trainer(tmp_path, steps=1).fit(Own(data.actors), data)
