@@ -70,7 +70,7 @@ def _settings(result: Mapping[str, Any]) -> str:
             [markdown_cell(title), str(own["updates"]), str(own["prompts"]), ", ".join(took) or "two of the table's",
              f"{float(own['learning_rate']):g}", ", ".join(own["also"]) or "-"]
         )  # fmt: skip
-    header = ["training", "updates", "prompts", "responses a prompt", "learning rate", "also needs"]
+    header = ["training", "updates", "prompts", "responses a prompt", "learning rate", "a model beside the reference"]
     return markdown_table(header, rows, align="lrrlrl")
 
 
