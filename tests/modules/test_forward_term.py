@@ -14,6 +14,8 @@ from tests.helpers import readable
 from tests.models.setting import make_valued_files
 from tests.modules.setting import Picky, VowelReward, make_data, make_module, make_trainer, prepared
 from tests.modules.test_policy_gradient import TEMPERATURE, hand_written_loss
+from tests.modules.wiring.setting import Spy
+from vbon_lightning.modules import forward_term
 from vbon_lightning.rewards import RewardCalls
 from vbon_lightning.types import Responses
 
@@ -226,3 +228,12 @@ def test_a_named_value_model_has_no_part_in_it(files: Path) -> None:
     forward: Any = make_module("forward", data)
     jeffreys: Any = make_module("jeffreys", data)
     assert (forward.uses_value_model, jeffreys.uses_value_model) == (False, True)
+
+
+def test_ties_among_the_best_are_broken_by_noise_of_their_own(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batch = setting("forward", files)
+    asked = Spy(forward_term.pick_best)
+    monkeypatch.setattr(forward_term, "pick_best", asked)
+    module.training_step(batch, 0)
+    ((_, how),) = asked.calls
+    assert (how["stream"], how["seed"], how["step"]) == ("train/forward", module.seed, 0), "apart from what samples"

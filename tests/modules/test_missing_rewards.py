@@ -177,6 +177,18 @@ def test_a_rank_counts_for_the_responses_that_it_keeps(others: float, share: flo
     torch.testing.assert_close(updates(module, [forget(scored, LEFT)], [1.0])[0], alone * share)
 
 
+def test_what_an_evaluation_lacks_is_a_sum_over_it(files: Path) -> None:
+    module, scored = scored_by(files)
+    logged = attach(module, FakeTrainer())
+    rollout, _ = module._evaluate_responses(forget(scored, LEFT))
+    module.log_missing(rollout, "val")
+    value, options = logged["val/reward/missing"]
+    assert value == int((~rollout.judged & rollout.prompts.valid[:, None]).sum()) > 0
+    assert options == {
+        "on_step": False, "on_epoch": True, "reduce_fx": "sum", "sync_dist": True, "batch_size": 1
+    }  # fmt: skip
+
+
 def test_rows_that_even_out_the_ranks_are_not_counted_missing(files: Path) -> None:
     module, scored = scored_by(files)
     logged = attach(module, FakeTrainer())

@@ -109,6 +109,25 @@ def test_a_prompt_that_keeps_fewer_than_three_is_left_out(files: Path) -> None:
     assert logged["train/reward/missing"][0] == sum(4 - count for count in counts)
 
 
+def test_a_rank_counts_for_the_prompts_that_it_learns_from(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batch, _ = stepped(files, prompts=6, reward=Picky("abcd"), samples_per_prompt=4)
+    learnt: list[list[bool]] = []
+
+    def share(mask: Tensor) -> Tensor:
+        learnt.append(mask.flatten().tolist())
+        return torch.tensor(0.25)
+
+    module.on_train_batch_start(batch, 0)
+    alone = module.training_step(batch, 0)["loss"]
+    module.batches_seen = 0
+    monkeypatch.setattr(module, "_share", share)
+    loss = module.training_step(batch, 0)["loss"]
+    counts = module.last_rollout.judged.sum(1).tolist()
+    assert 2 in counts and max(counts) > 2, "a pair without a third to judge it says nothing"
+    assert learnt == [[count > 2 for count in counts]]
+    torch.testing.assert_close(loss, alone * 0.25)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

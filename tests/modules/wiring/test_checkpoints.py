@@ -239,7 +239,7 @@ def test_a_checkpoint_with_other_bins_is_evaluated_by_its_own(files: Path) -> No
         assert torch.equal(again.scorer.bins.edges, trained._bins.edges)
 
 
-@pytest.mark.parametrize("kind", ["vbon", "bond"])
+@pytest.mark.parametrize("kind", ["vbon", "bond", "sft"])
 def test_weights_are_loaded_into_the_parameters_that_are_there(kind: str, files: Path) -> None:
     module, _ = moved(files, kind)
     state = {name: value.clone() + 1 for name, value in module.state_dict().items()}
