@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,34 @@ def test_what_ends_the_program_while_it_is_imported_is_named(
     arguments = ("--policies", "{mine: a}", "--data.policy", "a", "--data.reward")
     line = said("compare", *arguments, "leaving.Reward")
     assert "sys.exit(0)" in line and "leaving.py, line 8" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "said_of_it"),
+    [
+        ("x = 1\nraise RuntimeError('boom')\n", "(RuntimeError in {file}, line 2)"),
+        ("import nowhere.at_all\n", "(ModuleNotFoundError in {file}, line 1)"),
+        ("\ndef f(:\n", "(SyntaxError in {file}, line 2)"),
+    ],
+)
+def test_a_module_of_ones_own_that_breaks_is_named_with_its_line(
+    source: str, said_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"mine_{abs(hash(source))}"
+    file = tmp_path / f"{name}.py"
+    file.write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for asked, expected in ((f"{name}.Method", said_of_it.format(file=file)), ("absent.Method", "")):
+        monkeypatch.setattr(sys, "argv", ["vbon", "fit", "--model", asked])
+        monkeypatch.setenv("VBON_TRACEBACK", "0")
+        with pytest.raises(SystemExit):
+            cli.main()
+        printed = capsys.readouterr().err
+        assert (
+            printed.count("\n") == 1 and printed.rstrip().endswith(expected) and ("line" in printed) == bool(expected)
+        )
+    monkeypatch.setenv("VBON_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["vbon", "fit", "--model", f"{name}.Method"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f'File "{file}", line' in capsys.readouterr().err

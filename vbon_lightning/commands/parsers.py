@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
+import traceback
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -34,6 +36,7 @@ PADDING = (
 
 
 _UNKNOWN = re.compile(r"[Uu]nrecognized arguments: (--\S+)")
+_CLASS_PATH = re.compile(r"(?:Given value: |class_path ')'?([A-Za-z_]\w*(?:\.\w+)+)")
 _MOST_NAMED = 3
 
 
@@ -57,9 +60,13 @@ class OneLineErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with the reason in one line, without a page of usage before it."""
+        broken = broken_import(message) if self.exit_on_error else None
+        if broken is not None and wants_traceback():
+            traceback.print_exception(broken)
         if not self.exit_on_error or wants_traceback():
             super().error(message, ex)  # type: ignore[misc]
-        self.exit(2, visible(f"vbon: {_brief(message)}{_meant(self, message)}\n"))  # type: ignore[attr-defined]
+        where = "" if broken is None else f" ({type(broken).__name__} in {_last_line(broken)})"
+        self.exit(2, visible(f"vbon: {_brief(message)}{where}{_meant(self, message)}\n"))  # type: ignore[attr-defined]
         raise AssertionError("unreachable")
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +79,31 @@ class OneLineErrors:
 
 class ArgumentParser(OneLineErrors, jsonargparse.ArgumentParser):
     """The parser of a command of this package."""
+
+
+def broken_import(message: str) -> Exception | None:
+    """Import the modules of the classes that an error names again, and return what one raises: the error hides it.
+
+    Args:
+        message: What jsonargparse says.
+    """
+    for name in dict.fromkeys(_CLASS_PATH.findall(message)):
+        module = name.rpartition(".")[0]
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as missing:
+            if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+                return missing
+        except Exception as problem:
+            return problem
+    return None
+
+
+def _last_line(problem: Exception) -> str:
+    if isinstance(problem, SyntaxError):
+        return f"{problem.filename}, line {problem.lineno}"
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def _meant(parser: Any, message: str) -> str:
