@@ -68,18 +68,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of one file together, or its fixtures would be made again and again."""
+    """Keep the tests of one file together, or its fixtures would be made again and again.
+
+    Where all run the quick ones have passed before: those that are named as the changed file come first, they last.
+    """
     files = {item.path: place for place, item in reversed(list(enumerate(items)))}
     first = {name: place for place, name in enumerate(QUICK)}
+    only_quick = os.environ.get("MUTATION_QUICK_ONLY") == "1"
+    own = f"test_{os.environ.get('MUTANT_UNDER_TEST', '').partition('.x')[0].rpartition('.')[2]}.py"
 
-    def order(item: pytest.Item) -> tuple[int, int]:
-        quick = min(first.get(name, len(QUICK)) for name in (item.path.name, item.path.parent.name))
-        return quick, files[item.path]
+    def quickness(item: pytest.Item) -> int:
+        return min(first.get(name, len(QUICK)) for name in (item.path.name, item.path.parent.name))
+
+    def order(item: pytest.Item) -> tuple[bool, int, int]:
+        quick = quickness(item)
+        return item.path.name != own, quick if only_quick else -quick, files[item.path]
 
     items.sort(key=order)
-    if os.environ.get("MUTATION_QUICK_ONLY") == "1":
-        slow = [item for item in items if order(item)[0] == len(QUICK)]
-        items[:] = [item for item in items if order(item)[0] < len(QUICK)]
+    if only_quick:
+        slow = [item for item in items if quickness(item) == len(QUICK)]
+        items[:] = [item for item in items if quickness(item) < len(QUICK)]
         if slow:
             slow[0].config.hook.pytest_deselected(items=slow)
 
