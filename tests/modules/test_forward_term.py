@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.helpers import readable
 from tests.models.setting import make_valued_files
+from tests.modules.fake import FakeTrainer, attach
 from tests.modules.setting import Picky, VowelReward, make_data, make_module, make_trainer, prepared
 from tests.modules.test_policy_gradient import TEMPERATURE, hand_written_loss
 from tests.modules.wiring.setting import Spy
@@ -120,6 +121,7 @@ def test_the_forward_divergence_alone_samples_nothing_from_the_policy(
     forward = (weights * nll(module, prompts, responses)).sum(-1).mean()
     assert_same_gradient(module, loss, forward / (N - 1))
     assert set(logged) == {"train/objective", "train/forward_nll"}
+    assert logged["train/objective"].item() == pytest.approx(-loss.item())
     assert logged["train/forward_nll"].item() == pytest.approx(forward.item(), rel=1e-4)
     assert module.batches_seen == 1
 
@@ -237,3 +239,25 @@ def test_ties_among_the_best_are_broken_by_noise_of_their_own(files: Path, monke
     module.training_step(batch, 0)
     ((_, how),) = asked.calls
     assert (how["stream"], how["seed"], how["step"]) == ("train/forward", module.seed, 0), "apart from what samples"
+
+
+def test_the_forward_kl_alone_learns_from_the_anchor_where_it_moves(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options, moves in (({}, False), ({"anchor_rate": 0.1}, True)):
+        module, batch = setting("forward", files, **options)
+        asked = Spy(module.loaded.reference_responses)
+        monkeypatch.setattr(module.loaded, "reference_responses", asked)
+        module.training_step(batch, 0)
+        module.training_step(batch, 1)
+        assert [(how["anchored"], how["step"]) for _, how in asked.calls] == [(moves, 0), (moves, 1)]
+
+
+def test_what_is_skipped_goes_with_batches_that_are_not_accumulated(files: Path, tmp_path: Path) -> None:
+    data = make_data(files, val=None, reward=Picky("a"), reward_calls=RewardCalls(on_missing="skip"))
+    module: Any = make_module("forward", data)
+    attach(module, FakeTrainer(datamodule=data))
+    module.setup("fit")
+    attach(module, FakeTrainer(datamodule=data, accumulate_grad_batches=2))
+    with pytest.raises(ValueError, match=r"^data\.reward_calls\.on_missing=skip weighs accumulated batches"):
+        module.setup("fit")

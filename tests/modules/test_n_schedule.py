@@ -13,10 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.one_update import set_up
-from tests.modules.setting import make_data, make_files, make_module, make_trainer
+from tests.modules.setting import Picky, make_data, make_files, make_module, make_trainer
 from tests.modules.test_policy_gradient import Record
 from vbon_lightning import VBoN
 from vbon_lightning.modules import NSchedule
+from vbon_lightning.rewards import RewardCalls
 
 LINEAR = NSchedule(start=2.0, updates=4, shape="linear")
 FITTING = SimpleNamespace(fn=TrainerFn.FITTING)
@@ -194,3 +195,27 @@ def test_a_resume_knows_the_n_of_its_rollout(files: Path, tmp_path: Path) -> Non
 def older(kept: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds that does not say when its rollout was sampled."""
     return {name: value for name, value in kept.items() if name != "updates_before"}
+
+
+def test_the_length_of_a_training_is_told_in_updates(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = make_module(
+        "annealed", make_data(files), n=6.0, n_schedule=LINEAR, estimator="clipped", epochs_per_rollout=3
+    )
+    asked: list[tuple[tuple[float, ...], dict[str, int]]] = []
+    monkeypatch.setattr(NSchedule, "check_length", lambda self, *given, **how: asked.append((given, how)))
+    attach(module, FakeTrainer(estimated_stepping_batches=7, accumulate_grad_batches=2))
+    module.on_train_start()
+    assert asked == [((6.0, 7), {"batches_per_update": 2, "batches_per_rollout": 3})]
+
+
+@pytest.mark.filterwarnings("ignore:the reward says None or NaN")
+def test_what_is_missing_is_counted_beside_n(files: Path) -> None:
+    data = make_data(files, val=None, reward=Picky("a"), reward_calls=RewardCalls(on_missing="skip"))
+    module: Any = make_module("annealed", data)
+    module.configure_model()
+    logged = attach(module, FakeTrainer(world_size=1))
+    batch = data._collate_prompts([(i, True, row) for i, row in enumerate(data.prompts("train")[:4])])
+    module.on_train_batch_start(batch, 0)
+    module.training_step(batch, 0)
+    assert logged["train/reward/missing"][0] == int((~module.last_rollout.judged).sum()) > 0
+    assert logged["train/n"][0] == 1.5
