@@ -83,6 +83,7 @@ def test_a_large_beta_makes_it_a_sample(actors: Actors) -> None:
     drawn = actors.sample(actors.policy, batch_of([PROMPT]), num_samples=200, **OPTIONS)
     assert torch.equal(found.tokens[0, :, : drawn.tokens.shape[-1]], drawn.tokens[0, ::4])
     assert found.cost.reward_calls == 50 * (3 + 3), "which took one round each"
+    assert found.cost.fallbacks == 0
 
 
 def test_a_small_beta_takes_only_the_best(actors: Actors) -> None:
@@ -93,11 +94,14 @@ def test_a_small_beta_takes_only_the_best(actors: Actors) -> None:
     first = actors.sample(actors.policy, batch_of([PROMPT]), stream="test/level", **options)
     fresh = actors.sample(actors.policy, batch_of([PROMPT]), **(OPTIONS | {"num_samples": (n + 1) * samples}))
     known, new = ([tuple(ids) for ids in actors.token_ids(drawn)[0]] for drawn in (first, fresh))
+    refused = 0
     for place, response in enumerate(actors.token_ids(found)[0]):
         best = max(map(reward_of, known[n * place : n * place + n]))
         mine = new[(n + 1) * place : (n + 1) * place + n + 1]
         good = [one for one in mine[:n] if reward_of(one) >= best - 1e-6]
         assert tuple(response) == (good[0] if good else mine[n])
+        refused += not good
+    assert found.cost.fallbacks == refused > 0
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
@@ -187,6 +191,17 @@ def test_texts_are_read_behind_their_prompts_and_luck_is_its_own(actors: Actors,
     decode(InferenceTimePessimism(3), actors, 5)
     assert len(behind) > 1 and all(behind)
     assert streams == {"test/acceptance"}
+
+
+def test_nothing_stands_behind_an_end(files: Path) -> None:
+    """Also where the responses that were drawn together are shorter than they may be."""
+    actors, decoder, short = load(files, 6), InferenceTimePessimism(2, at_once=1), 0
+    for step in range(30):
+        found = decoder(actors, batch_of([PROMPT]), num_samples=1, **(OPTIONS | {"step": step}))
+        ids = found.tokens[0, 0][found.mask[0, 0]].tolist()
+        assert actors.end_ids[0] not in ids[:-1] and (ids[-1] == actors.end_ids[0]) == bool(found.finished[0, 0])
+        short += len(ids) < 6
+    assert short > 5
 
 
 def test_what_is_known_of_a_response(actors: Actors) -> None:

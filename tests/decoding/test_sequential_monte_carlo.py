@@ -290,6 +290,29 @@ def test_the_least_threshold_and_one_particle_are_taken() -> None:
     assert SequentialMonteCarlo(1, threshold=0.5).n == 1, "a plain sample, whatever else is asked for"
 
 
+def test_what_does_not_fit_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"^data\.max_rows is 4, and SequentialMonteCarlo makes a response of 8 rows"):
+        SequentialMonteCarlo(8).check_fits(longest=16, max_rows=4)
+    SequentialMonteCarlo(8).check_fits(longest=16, max_rows=8)
+    with pytest.raises(ValueError, match="^every is 4, and a response has at most 4 tokens"):
+        SequentialMonteCarlo(2, threshold=0.9).check_fits(longest=4, max_rows=None)
+
+
+def test_particles_that_weigh_the_same_are_not_resampled(files: Path) -> None:
+    """Not even at the highest threshold: rounding alone makes them no less than all."""
+    actors = load(files, 4, reward=Same())
+    found = decode(SequentialMonteCarlo(3, every=1, threshold=1.0, resampling="multinomial"), actors, 60)
+    never = decode(SequentialMonteCarlo(3, threshold=0.0), actors, 60)
+    assert torch.equal(found.tokens, never.tokens)
+
+
+class Same(Told):
+    """Gives all responses, whole or not, one reward."""
+
+    def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> torch.Tensor:
+        return torch.full_like(super().__call__(prompts, responses, token_ids), 0.3)
+
+
 def test_a_plain_sample_has_no_kl(actors: Actors) -> None:
     for temperature, bound in ((math.inf, 0.0), (1e9, 2 * math.log(4))):
         decoder = SequentialMonteCarlo(4, temperature=temperature, every=1)

@@ -70,10 +70,20 @@ def test_by_default_it_judges_at_each_quarter(length: int, every: int, files: Pa
 
 @pytest.mark.parametrize(("length", "every"), [(2, 2), (2, 16), (1, None)])
 def test_an_interval_at_which_nothing_is_judged(length: int, every: int | None, files: Path) -> None:
-    message = f"^every is {every or 1}, and a response has at most {length} tokens: nothing would be judged on the way"
+    message = (
+        f"^every is {every or 1}, and a response has at most {length} tokens: nothing would be judged on the way. Give "
+        "a smaller every, or ask for Best-of-N, which is BestOfN or alpha: 0$"
+    )
+    with pytest.raises(ValueError, match=message):
+        SpeculativeRejection(2, every=every).check_fits(longest=length, max_rows=None)
     with pytest.raises(ValueError, match=message):
         decode(SpeculativeRejection(4, every=every), load(files, length), 1)
     decode(SpeculativeRejection(1, every=every), load(files, length), 1)  # of one there is nothing to reject
+
+
+def test_more_rows_than_there_may_be_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"^data\.max_rows is 4, and SpeculativeRejection makes a response of 8 rows"):
+        SpeculativeRejection(8, every=2).check_fits(longest=16, max_rows=4)
 
 
 def test_the_least_that_is_rejected_is_one(actors: Actors) -> None:
@@ -141,6 +151,7 @@ def test_what_is_not_said() -> None:
         ({"n": 0}, "n must be an integer >= 1, got 0"),
         ({"alpha": 1.0}, "alpha must be less than 1, got 1.0"),
         ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
+        ({"n": 2, "alpha": 0.2}, "alpha=0.2 rejects none of n=2 responses, which is Best-of-N: raise one.*"),
         ({"every": 0}, "every must be an integer >= 1, got 0"),
         ({"alpha": 0.0, "every": 2}, f"every=2 has no effect with alpha=0: {REMEDY}"),
         (

@@ -111,3 +111,15 @@ def test_it_samples_what_the_sampler_samples() -> None:
     for one, other in zip(timed, sample_completions(model, asked), strict=True):
         assert torch.equal(one, other)
     assert TimedSampler(sample_completions).mismatch is None
+
+
+def test_what_is_scored_is_read_behind_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = Actors(tiny_llama(), None, None, tiny_tokenizer(), (2,), 5, 1.0)
+    asked: list[object] = []
+    monkeypatch.setattr(Actors, "decode", lambda self, ids, prompts=None: asked.append(prompts))
+    monkeypatch.setattr(Actors, "score", lambda *_: torch.zeros(()))
+    prompts = prompt_batch(2)
+    tokens = torch.full((2, 1, 3), 4)
+    found = Completions(tokens, tokens.bool(), torch.zeros(2, 1, dtype=torch.bool), torch.zeros(2, 1, 3))
+    scoring_seconds(actors, prompts, found)
+    assert asked == [prompts]
