@@ -256,6 +256,13 @@ def test_what_is_not_said() -> None:
     assert (default.n, default.twist, default.temperature, default.aim) == (8, "reward", 1.0, None)
     assert (default.every, default.threshold, default.resampling) == (4, 0.5, "systematic")
     assert default.amortised is False and default.rows == 8
+    for options, needs in (
+        ({}, (True, False, False)),
+        ({"twist": "value"}, (False, True, True)),
+        ({"twist": "value", "amortised": True}, (False, True, False)),
+    ):
+        one = SequentialMonteCarlo(**options)  # type: ignore[arg-type]
+        assert (one.needs_reward, one.needs_value_model, one.reads_table) == needs
 
 
 @pytest.mark.parametrize(
