@@ -145,6 +145,11 @@ def _results(part: str) -> list[Path]:
     return [meta for source in sources if (meta := source.with_name(f"{source.name}.meta")).exists()]
 
 
+def _file_of(part: str, meta: Path) -> str:
+    """Return the file, below the package, that the results are of."""
+    return meta.with_suffix("").relative_to(RUNS / part / "mutants" / "vbon_lightning").as_posix()
+
+
 def read(part: str) -> list[Mutant]:
     """The mutants of a part that were tried."""
     where = RUNS / part
@@ -152,7 +157,7 @@ def read(part: str) -> list[Mutant]:
     for meta in _results(part):
         codes = json.loads(meta.read_text())["exit_code_by_key"]
         tried = [(name, code) for name, code in codes.items() if code is not None]
-        file = meta.with_suffix("").relative_to(where / "mutants" / "vbon_lightning").as_posix()
+        file = _file_of(part, meta)
         mutants += [_read_mutant(where, file, name, code in KILLED) for name, code in tried]
     return mutants
 
@@ -238,7 +243,7 @@ def _left(part: str) -> dict[str, int]:
     for meta in _results(part):
         codes = json.loads(meta.read_text())["exit_code_by_key"].values()
         if left := sum(code is None for code in codes):
-            found[meta.with_suffix("").relative_to(RUNS / part / "mutants" / "vbon_lightning").as_posix()] = left
+            found[_file_of(part, meta)] = left
     return found
 
 

@@ -103,7 +103,9 @@ def test_scoring_is_timed_for_a_response() -> None:
     prompts = prompt_batch(2)
     found = actors.sample(actors.policy, prompts, num_samples=3, seed=0, stream="x", step=0)
     began = time.perf_counter()
-    assert 0.01 <= scoring_seconds(actors, prompts, found) < time.perf_counter() - began
+    assert 0.01 <= scoring_seconds(actors, prompts, found) <= (time.perf_counter() - began) / 6, (
+        "each of six has its share"
+    )
     assert [len(group) for group in asked] == [3, 3]
 
 

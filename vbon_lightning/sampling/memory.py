@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import Cache
+
+Meter = TypeVar("Meter")
 
 
 class CacheMeter:
@@ -28,14 +31,23 @@ _METER: ContextVar[CacheMeter | None] = ContextVar("meter", default=None)
 
 
 @contextmanager
-def metered_caches() -> Iterator[CacheMeter]:
-    """Measure the caches of what runs inside."""
-    meter = CacheMeter()
-    token = _METER.set(meter)
+def asking(asked: ContextVar[Meter | None], meter: Meter) -> Iterator[Meter]:
+    """Let a meter hear what runs inside; one inside another hears it alone.
+
+    Args:
+        asked: Where those who have something to tell find the meter.
+        meter: The meter.
+    """
+    token = asked.set(meter)
     try:
         yield meter
     finally:
-        _METER.reset(token)
+        asked.reset(token)
+
+
+def metered_caches() -> AbstractContextManager[CacheMeter]:
+    """Measure the caches of what runs inside."""
+    return asking(_METER, CacheMeter())
 
 
 def note_cache(cache: Cache) -> None:

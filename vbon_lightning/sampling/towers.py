@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vbon_lightning.models.tilted import TiltedLM
+from vbon_lightning.sampling.memory import asking
 
 
 class TowerMeter:
@@ -22,15 +22,9 @@ class TowerMeter:
 _METER: ContextVar[TowerMeter | None] = ContextVar("towers", default=None)
 
 
-@contextmanager
-def metered_towers() -> Iterator[TowerMeter]:
+def metered_towers() -> AbstractContextManager[TowerMeter]:
     """Count what towers read in what runs inside; one inside another counts for itself."""
-    meter = TowerMeter()
-    token = _METER.set(meter)
-    try:
-        yield meter
-    finally:
-        _METER.reset(token)
+    return asking(_METER, TowerMeter())
 
 
 def note_read(model: PreTrainedModel, tokens: int | Tensor) -> None:
