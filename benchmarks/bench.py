@@ -29,7 +29,7 @@ def isolated(script: str, job: dict[str, Any], *, threads: int) -> dict[str, Any
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
     command = [sys.executable, script, "--job", json.dumps(job)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.data.test_module import ALPHABET, Lengths, write_table
 from tests.helpers import save_tiny_model
 from tests.models.setting import save_value_model
+from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors, ActorSpec
 from vbon_lightning.data import AlignmentDataModule
 from vbon_lightning.data.sources import TextSource
@@ -31,6 +32,11 @@ class Counting(Lengths):
     """A judge that knows how many responses it has scored."""
 
     scored = 0
+    place: Any = None
+
+    def to(self, device: Any) -> Counting:
+        self.place = device
+        return self
 
     def __call__(self, prompts: Any, responses: Any, token_ids: Any) -> Tensor:
         self.scored += sum(len(row) for row in responses)
@@ -68,6 +74,19 @@ def test_the_judge_of_the_table(tmp_path: Path, judge_table: bool, table_samples
     held = table_samples or 6
     assert reports[0].samples == held
     assert judge.scored == 3 * 5 + (3 * held if judge_table else 0)
+    assert judge.place == torch.device("cpu"), "it scores where the policies are"
+
+
+def test_what_the_judge_says_comes_to_the_prompts_device(tmp_path: Path) -> None:
+    """Whatever device it answers from: "meta" stands for a GPU."""
+    save_tiny_model(tmp_path / "model", alphabet=ALPHABET)
+    spec = ActorSpec(policy=str(tmp_path / "model"), reward=Lengths(), max_new_tokens=4)
+    actors = Actors.load(spec, trainable=False, reference=False)
+    prompts = batch_of([[3, 4]])
+    elsewhere = prompts._replace(tokens=prompts.tokens.to("meta"))
+    for batch, device in ((prompts, "cpu"), (elsewhere, "meta")):
+        found = command._judged(actors, Counting(), batch, [["a", "bb"]], [[[3], [4, 4]]])
+        assert found.device.type == device and found.shape == (1, 2)
 
 
 @pytest.fixture

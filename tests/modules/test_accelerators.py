@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.helpers import save_tiny_classifier
 from tests.models.setting import make_valued_files
-from tests.modules.setting import as_made_in, make_data, make_module, make_trainer, weights
+from tests.modules.setting import VowelReward, as_made_in, make_data, make_module, make_trainer, weights
 from vbon_lightning import ReferenceSampler, TextSource
 from vbon_lightning.callbacks import BestOfNWinRate, DialCalibration, KLMonitor, PolicyExport, RewardMonitor
 from vbon_lightning.decoding import BestOfN, ValueGuided
@@ -23,7 +23,11 @@ from vbon_lightning.rewards import ClassifierReward
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-ONLINE = ("vbon", "clipped", "ppo", "klrl", "valuecritic", "astarpo", "qrpo2", "jeffreys", "bond", "jbond")
+SIBLINGS = ("annealed", "infalign", "maxatk", "grpo", "rloo", "pfppo")
+ONLINE = (
+    *("vbon", "clipped", "ppo", "klrl", "valuecritic", "astarpo", "qrpo2", "jeffreys", "bond", "jbond"),
+    *SIBLINGS,
+)
 SAMPLING = (*ONLINE, "on policy")
 CACHED = ("bonsft", "dpo", "qrpo", "bonregression", "forward")
 KINDS = (*ONLINE, *CACHED, "wind", "sft", "valuemodelling", "distillation", "tilted", "on policy")
@@ -72,7 +76,8 @@ def train(kind: str, files: Path, directory: Path, accelerator: str, **changes: 
     data, module = setting(kind, files, **changes)
     record = Record()
     watching = [] if kind in ("sft", "valuemodelling") else [KLMonitor()]
-    watching += [RewardMonitor(), BestOfNWinRate(n=[2, 4])] if kind in ONLINE else []
+    few = kind == "jbond"  # two reference rewards a prompt
+    watching += [RewardMonitor(), BestOfNWinRate(n=[2] if few else [2, 4])] if kind in ONLINE else []
     watching += [DialCalibration(n=[2, 4])] if kind == "tilted" else []
     trainer = make_trainer(
         directory, record, *watching, PolicyExport(str(directory / "export")), steps=3, accelerator=accelerator
@@ -81,9 +86,7 @@ def train(kind: str, files: Path, directory: Path, accelerator: str, **changes: 
     return record, {name: value.cpu() for name, value in weights(module).items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "sampler"), [*((kind, "eager") for kind in KINDS), *((kind, "graph") for kind in SAMPLING)]
-)
+@pytest.mark.parametrize(("kind", "sampler"), CASES)
 def test_three_steps_are_those_of_the_cpu(kind: str, sampler: str, files: Path, tmp_path: Path) -> None:
     theirs, expected = train(kind, files, tmp_path / "cpu", "cpu")
     ours, found = train(kind, files, tmp_path / DEVICE, DEVICE, sampler=sampler)
@@ -96,8 +99,15 @@ def test_three_steps_are_those_of_the_cpu(kind: str, sampler: str, files: Path, 
         torch.testing.assert_close(found[name], value, atol=2e-3, rtol=1e-2, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        (kind, precision)
+        for kind in KINDS
+        for precision in ("bf16-mixed", "16-mixed", "bf16-true")
+        if (kind, precision) != ("jbond", "bf16-true")  # refused: an average would be rounded away
+    ],
+)
 def test_lower_precision_runs(kind: str, precision: Any, files: Path, tmp_path: Path) -> None:
     table = {} if kind == "sft" else {"reference_table": as_made_in(precision, files / "table", tmp_path)}
     data, module = setting(kind, files, **table)
@@ -161,6 +171,7 @@ def test_a_comparison_is_that_of_the_cpu(files: Path, tmp_path: Path) -> None:
         reports[device] = compare(
             data,
             {"gpt": str(files / "llama")},
+            judge=VowelReward(scale=2.0),
             decoders={"Guided": ValueGuided(n=4.0, top=2, draws=2), "Best": BestOfN(n=4)},
             output=str(tmp_path / device),
             n=[2, 4],
@@ -170,5 +181,7 @@ def test_a_comparison_is_that_of_the_cpu(files: Path, tmp_path: Path) -> None:
     for ours, theirs in zip(reports[DEVICE], reports["cpu"], strict=True):
         assert ours.name == theirs.name
         assert ours.reward.mean == pytest.approx(theirs.reward.mean, abs=1e-3)
+        assert ours.judge_reward is not None and theirs.judge_reward is not None
+        assert ours.judge_reward.mean == pytest.approx(2 * theirs.reward.mean, abs=1e-3)
         if theirs.kl is not None:
             assert ours.kl.mean == pytest.approx(theirs.kl.mean, abs=1e-3)

@@ -403,6 +403,28 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured():
     with pytest.warns(UserWarning, match="could not be captured and runs uncaptured"):
         compare_on_cuda(sampler, model)
     compare_on_cuda(sampler, model)
+    (decoder,) = sampler._decoders[model].values()
+    assert decoder.graph is None
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+@cuda
+@pytest.mark.filterwarnings("default:.*data.sampler=graph.*")
+def test_after_a_capture_that_breaks_off_all_goes_on():
+    """Of such a wait torch knows nothing until the capture is under way; the next capture, and dropout, must work."""
+    model = model_of("llama").cuda()
+    model.register_forward_hook(lambda module, given, output: (torch.cuda.synchronize(), output)[1])
+    torch.manual_seed(3)
+    expected = torch.randn(4, device="cuda")
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="could not be captured and runs uncaptured"):
+        compare_on_cuda(GraphSampler(), model)
+    assert torch.equal(torch.randn(4, device="cuda"), expected)
+    sampler, model = GraphSampler(), model_of("llama").cuda()
+    compare_on_cuda(sampler, model)
+    (decoder,) = sampler._decoders[model].values()
+    assert decoder.graph is not None
+    assert torch.nn.functional.dropout(torch.ones(100, device="cuda")).count_nonzero() < 100
 
 
 def test_a_capture_that_fails_falls_back(monkeypatch):
@@ -421,10 +443,67 @@ def test_a_capture_that_fails_falls_back(monkeypatch):
         sampler._capture(decoder, model)
     assert decoder.graph is None
     assert model in sampler._uncaptured, "not tried again for other shapes"
+    assert sampler._pool is None, "in use by the broken one"
     compare(sampler, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampler._capture(decoder, model)  # told once
+
+
+def test_a_capture_that_breaks_off_is_mended_and_one_that_does_not_begin_is_not(monkeypatch):
+    """Driven without CUDA: what is called, in which case."""
+
+    class Nothing:
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *args: object) -> None: ...
+        def wait_stream(self, stream: Any) -> None: ...
+        def clone_state(self) -> str:
+            return "a copy"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            called.append(state)
+
+    class Broken(Nothing):
+        def __enter__(self) -> None:
+            called.append("begun")
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    called: list[Any] = []
+    fakes = dict.fromkeys(("CUDAGraph", "Stream", "device", "stream"), Nothing)
+    fakes |= {"current_stream": lambda device=None: Nothing(), "graph": Broken, "default_generators": [Nothing()]}
+    fakes |= {"get_sync_debug_mode": lambda: 1, "set_sync_debug_mode": called.append}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *given, name=name: called.append((name, *given)), raising=False)
+    sampler, model = GraphSampler(), model_of("llama")
+    compare(sampler, model)
+    (decoder,) = sampler._decoders[model].values()
+    decoder.logits = Placed(decoder.logits)
+    monkeypatch.setattr(decoder, "restart", lambda: None)
+    monkeypatch.setattr(decoder, "step", lambda model: None)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        decoder.capture(model, "pool")
+    ends = [("_cuda_endAllocateToPool", 0, "pool"), ("_cuda_releasePool", 0, "pool")]
+    assert called == ["error", 1, "begun", "a copy", *ends]
+    assert decoder.graph is None
+    called.clear()
+
+    def waits(model: Any) -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(decoder, "step", waits)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        decoder.capture(model, "pool")
+    assert called == []
+
+
+class Placed:
+    """Logits that say they are on a GPU."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.device = torch.device("cuda:0")
 
 
 def test_a_captured_step_is_replayed_and_counted_right():

@@ -154,6 +154,8 @@ def compare(
     if rewards is not None:
         data.table().check_tokens(vocabulary_size(actors.policy), actors.end_ids)
     _move(actors.policy, place)
+    if judge is not None and hasattr(judge, "to"):  # any callable with the protocol's words will do
+        judge.to(place)
     actors.reference = actors.policy
     judged = None if judge is None else _judge(actors, judge)
     scorer = actors.value if rewards is None else None
@@ -321,7 +323,7 @@ def _best_of_n(
         responses = [list(row.responses[used]) for row in rows]
         ids = [[list(tokens) for tokens in row.response_tokens[used]] for row in rows]
         with RewardCaller(judge, data.actors.reward_calls, CallRecord(), ahead=False) as caller:
-            judged = caller.start(texts, responses, ids, data.prompt_batch(prompts).beside).result().rewards
+            judged = caller.start(texts, responses, ids, data.prompt_batch(prompts).beside).result().rewards.cpu()
     return bon_reports(rewards, n_values=n, lengths=lengths, finished=finished, judge_rewards=judged)
 
 
@@ -335,9 +337,10 @@ def _judge(actors: Actors, judge: RewardModel) -> Judge:
 def _judged(
     actors: Actors, judge: RewardModel, prompts: PromptBatch, texts: list[list[str]], ids: list[list[list[int]]]
 ) -> Tensor:
-    """Return the judge's rewards of responses, ``[B, G]``."""
+    """Return the judge's rewards of responses, ``[B, G]``, on the prompts' device."""
     with RewardCaller(judge, actors.reward_calls, actors.record, ahead=False) as caller:
-        return caller.start(prompts.text, texts, ids, prompts.beside).result().rewards
+        scores = caller.start(prompts.text, texts, ids, prompts.beside).result().rewards
+    return scores.to(prompts.tokens.device)
 
 
 def _keep(rollouts: Iterator[Rollout], kept: list[Rollout], prompts: int) -> Iterator[Rollout]:

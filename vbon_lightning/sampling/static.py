@@ -5,8 +5,8 @@ they read. A CUDA graph launches them all at once, but replays the same kernels 
 change, nothing may wait for the host. So the cache has room for every token from the start, finished rows stay, and
 where to write is a tensor. Rows and prompt widths are padded to a few sizes, so that a graph serves many batches.
 
-On the CPU, and where a capture fails, the same step runs uncaptured. Nothing of the CUDA path was run while it was
-written, for want of a GPU: the step is tested on the CPU, the capture by tests that need CUDA.
+On the CPU, and where a capture fails, the same step runs uncaptured. The step is tested on the CPU, the capture by
+tests that need CUDA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -177,22 +177,29 @@ class StaticDecoder:
             model: The model.
             pool: Memory that graphs share: none of them leaves anything in it between two steps.
         """
-        device = self.logits.device
+        device, graph, begun = self.logits.device, torch.cuda.CUDAGraph(), False
         # The last context is for a capture that fails: it would leave its own stream the current one.
         current = torch.cuda.current_stream(device)
-        with torch.cuda.device(device), _without_cast_cache(device), torch.cuda.stream(current):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # libraries set themselves up in their first calls
+        try:
+            with torch.cuda.device(device), _without_cast_cache(device), torch.cuda.stream(current):
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
                     self.restart()
+                    self.step(model)  # libraries set themselves up in their first calls
+                    self.restart()
+                    with _waiting_refused():
+                        self.step(model)
+                torch.cuda.current_stream().wait_stream(stream)
+                self.restart()
+                begun = True
+                # Threads of their own may score or load meanwhile.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self.step(model)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.restart()
-            graph = torch.cuda.CUDAGraph()
-            # Threads of their own may score or load meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self.step(model)
+        except Exception:
+            if begun:
+                _mend_after_broken_capture(device, pool)
+            raise
         self.graph = graph
 
     def run(self, model: PreTrainedModel) -> None:
@@ -301,6 +308,7 @@ class GraphSampler:
             decoder.capture(model, self._pool)
         except Exception as problem:  # whatever the model does that a capture forbids: it still runs uncaptured
             decoder.graph = None
+            self._pool = None  # a broken capture leaves it in use
             self._uncaptured.add(model)
             self._warn(f"a decode step of {type(model).__name__} could not be captured and runs uncaptured: {problem}")
 
@@ -326,6 +334,30 @@ def _how_it_computes(model: PreTrainedModel, device: torch.device) -> tuple[Hash
     where = hash(tuple(tensor.data_ptr() for tensor in tensors))
     config = model.config.get_text_config()
     return casts, model.training, adapters_active(model), config._attn_implementation, where
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Let what waits for the device raise, as far as torch sees it: before a capture, and so without breaking one."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _mend_after_broken_capture(device: torch.device, pool: Any) -> None:
+    """Undo what torch takes for still being captured after a capture broke off.
+
+    Its generator, of which every draw would raise until the process ends, dropout's too: a copy of its state draws on
+    from the same place. And its allocator, which would give back no memory that another stream has used.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+    with suppress(RuntimeError, AttributeError):  # what torch.cuda.use_mem_pool ends by; not for everyone to call
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 @contextmanager
