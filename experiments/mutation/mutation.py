@@ -73,7 +73,8 @@ source_paths = ["vbon_lightning"]
 only_mutate = {files}
 also_copy = ["configs", "docs", "README.md", "conftest.py"]
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow"]
+# A test that a mutant hangs in has failed.
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:warnings", "-m", "not slow", "--timeout", "60"]
 process_isolation = "forkserver"
 timeout_constant = 60.0
 do_not_mutate_patterns = {texts}

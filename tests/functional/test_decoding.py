@@ -97,8 +97,8 @@ def test_mixed_logits() -> None:
 
 def test_a_strength_beyond_all_numbers() -> None:
     """Large ones are as exact as float32, whatever the logits' precision; what is infinite is no mixture."""
-    policy, reference = torch.tensor([[30.0, 2.0, -INF]]), torch.tensor([[29.75, 2.0, 0.0]])
-    expected = [[40 * 30.0 - 39 * 29.75, 2.0, -INF]]
+    policy, reference = torch.tensor([[30.25, 2.0, -INF]]), torch.tensor([[29.75, 2.0, 0.0]])
+    expected = [[40 * 30.25 - 39 * 29.75, 2.0, -INF]]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert realigned_logits(policy.to(dtype), reference.to(dtype), strength=40.0).tolist() == expected
     for strength in (1e39, -1e308):
@@ -118,6 +118,9 @@ def test_places_are_dealt_to_the_better_nodes_first(branches: int) -> None:
         dealt = [node for node in order for _ in range(1 if ended[node] else branches)]
         assert places == sorted(dealt[:6])
     assert found[:, -1].tolist() == [list(range(6))] * 2, "of leaves alone each is kept"
+    message = r"^finished must have the shape of scores, \[2, 20, 6\], got \[20, 6\]$"
+    with pytest.raises(ValueError, match=message):
+        branch_places(scores, finished[0], branches=branches)
 
 
 def test_from_one_n_to_another() -> None:

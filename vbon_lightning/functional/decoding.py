@@ -101,9 +101,9 @@ def pessimistic_acceptance(rewards: Tensor, level: Tensor, best: Tensor, *, beta
     check_real("beta", beta, above=0)
     weight = ((rewards.double() - level.double()[..., None]) / beta).clamp(min=0)
     most = (best.double() - level.double()) / beta
-    # So small a beta that the level is the bound, rounded: the best are accepted, for their weight is the bound's.
+    # At the bound or above it. A small beta may round the level to the bound: the best are accepted then too.
     reached = rewards.double() >= torch.maximum(best, level).double()[..., None]
-    return torch.where(reached, 1.0, weight / most[..., None]).clamp(max=1).nan_to_num(nan=0.0)
+    return torch.where(reached, 1.0, weight / most[..., None]).nan_to_num(nan=0.0)
 
 
 def realigned_logits(policy: Tensor, reference: Tensor, *, strength: float) -> Tensor:
@@ -207,7 +207,7 @@ def branch_places(scores: Tensor, finished: Tensor, *, branches: int) -> Tensor:
     check_float("scores", scores)
     check_mask("finished", finished)
     check_same_shape("finished", finished, "scores", scores)
-    order = scores.nan_to_num(nan=-math.inf).argsort(dim=-1, descending=True, stable=True)
+    order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
     wanted = torch.where(finished, 1, branches).gather(-1, order)
     before = wanted.cumsum(-1) - wanted
     dealt = torch.minimum(wanted, (scores.shape[-1] - before).clamp(min=0))

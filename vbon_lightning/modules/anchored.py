@@ -32,6 +32,9 @@ class Anchored(AlignmentModule):
     reads_reference_rewards: bool = False
     """Whether the method learns from rewards of the reference's, or the anchor's, responses."""
 
+    reference_samples: int = 0
+    """How many of these responses a prompt are sampled at every step; 0 where a table's are read."""
+
     def __init__(
         self,
         actors: ActorSpec,
@@ -52,6 +55,11 @@ class Anchored(AlignmentModule):
         """Return whether the reference of training is not that of evaluation."""
         return self.anchor_every > 0 or self.anchor_rate > 0
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Return how many updates are made on one rollout."""
+        return 1
+
     def record_settings(self, **settings: Any) -> None:
         """Record how the anchor moves, if it does."""
         moving = {"anchor_every": self.anchor_every, "anchor_rate": self.anchor_rate} if self.anchor_moves else {}
@@ -67,12 +75,12 @@ class Anchored(AlignmentModule):
                 f"a value model knows the rewards of the reference and not of an anchor that moves: set "
                 f"model.value_model to false, or {option} to 0"
             )
-        if self.reads_reference_rewards and not getattr(self, "reference_samples", 0):
+        if self.reads_reference_rewards and not self.reference_samples:
             raise ValueError(
                 f"{option} moves the anchor away from the reference whose rewards a table holds: set "
                 "model.reference_samples to how many responses a prompt are sampled from the anchor at each step"
             )
-        several = getattr(self, "updates_per_rollout", 1)
+        several = self.updates_per_rollout
         between = self.anchor_every and self.anchor_every % several == 0 and self.trainer.accumulate_grad_batches == 1
         if several > 1 and not between:
             raise ValueError(
