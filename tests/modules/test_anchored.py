@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from tests.helpers import readable, save_tiny_model
 from tests.models.setting import make_valued_files
+from tests.modules.fake import FakeTrainer, attach
 from tests.modules.setting import (
     ALPHABET,
     make_data,
@@ -22,6 +23,7 @@ from tests.modules.setting import (
 )
 from vbon_lightning.callbacks import PolicyExport
 from vbon_lightning.models import ModelSpec, load_causal_lm
+from vbon_lightning.modules.anchored import Anchored
 from vbon_lightning.types import Rollout
 
 MOVING = ("bond", "jbond", "wind")
@@ -279,3 +281,10 @@ def test_a_reference_of_its_own_may_be_followed(files: Path, tmp_path: Path) -> 
     for ours, theirs in zip(module.anchor.parameters(), module.actors.reference.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         assert ours is not theirs
+
+
+def test_what_says_nothing_of_its_rollouts_makes_one_update_on_each(files: Path) -> None:
+    """A method of one's own: its anchor may then follow at every update."""
+    module = Anchored(make_data(files).actors, anchor_rate=0.5)
+    attach(module, FakeTrainer(precision="32-true"))
+    module.setup("fit")

@@ -254,7 +254,7 @@ def _drawn(
     if rewards is None and actors.reward is not None:
         rewards = actors.score(batch, texts, ids, found.finished)
     scores = None if rewards is None else known_rewards(rewards)
-    sums = torch.where(found.mask, log_probs, 0.0).sum(-1).tolist()
+    sums, ends = torch.where(found.mask, log_probs, 0.0).sum(-1).tolist(), found.finished.tolist()
     for row, place in enumerate(batch.index.tolist()):
         for number in range(samples):
             yield Drawn(
@@ -265,7 +265,7 @@ def _drawn(
                 reward=None if scores is None else scores[row][number],
                 log_prob=sums[row][number],
                 tokens=ids[row][number],
-                finished=bool(found.finished[row, number]),
+                finished=ends[row][number],
             )
 
 
