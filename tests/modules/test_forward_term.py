@@ -89,6 +89,8 @@ def test_the_gradient_of_the_mixture(table: bool, forward_responses: int | None,
         assert each.shape == (3, 3)
         forward = each.mean()
     assert_same_gradient(module, loss, B * backward + (1 - B) / (N - 1) * forward)
+    held = [value for value in rollout if isinstance(value, Tensor)]
+    assert not any(value.requires_grad for value in held), "what callbacks see holds no graph of the policy's passes"
     torch.testing.assert_close(logs["forward_nll"], forward.detach(), rtol=1e-4, atol=1e-4)
     want = B * objective - (1 - B) / (N - 1) * forward.detach()
     torch.testing.assert_close(logs["objective"], want, rtol=1e-4, atol=1e-4)
@@ -223,6 +225,13 @@ def test_what_it_cannot_learn_from_is_refused_before_it_starts(
     run = make_trainer(tmp_path, steps=1, **trainer)
     with pytest.raises(ValueError, match=message):
         run.fit(make_module("jeffreys", brought, **options), brought)
+
+
+def test_prompts_of_a_loader_alone_bring_no_responses_to_learn_from(files: Path) -> None:
+    module: Any = make_module("jeffreys", make_data(files, value_model=str(files / "value")), reference_samples=0)
+    attach(module, FakeTrainer(precision="32-true"))  # without a data module
+    with pytest.raises(ValueError, match=r"^model\.divergence=jeffreys learns from .*: name a table"):
+        module.setup("fit")
 
 
 def test_a_named_value_model_has_no_part_in_it(files: Path) -> None:
