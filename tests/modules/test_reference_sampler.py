@@ -366,12 +366,22 @@ def test_a_failing_reward_names_the_prompt_and_keeps_what_is_done(workers: int, 
 
 @pytest.mark.filterwarnings("ignore:the reward says None")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_response_without_a_reward_is_replaced_by_a_further_draw(workers: int, files: Path, tmp_path: Path) -> None:
-    calls = RewardCalls(workers=workers, on_missing="skip")
+def test_a_response_without_a_reward_is_replaced_by_a_further_draw(
+    workers: int, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, draw = RewardCalls(workers=workers, on_missing="skip"), ReferenceSampler._draw
+    noise: set[tuple[str, bool]] = set()
+
+    def drawing(self: Any, *given: Any, stream: str, step: int) -> Any:
+        noise.add((stream, step > 0))
+        return draw(self, *given, stream=stream, step=step)
+
+    monkeypatch.setattr(ReferenceSampler, "_draw", drawing)
     sampler = fill(files, tmp_path / "one" / "table", Picky("bdfh"), samples=16, reward_calls=calls)
     found = rows_of(tmp_path / "one" / "table")
     assert len(found) == PROMPTS
     assert sampler.loaded.record.missing > 20
+    assert noise == {("table", False), ("table/further", True)}
     fill(files, tmp_path / "all" / "table", VowelReward(), samples=16)
     kept = 0
     for row, whole in zip(sorted(found), sorted(rows_of(tmp_path / "all" / "table")), strict=True):
@@ -385,7 +395,18 @@ def test_a_response_without_a_reward_is_replaced_by_a_further_draw(workers: int,
                 assert row.log_probs[place] == whole.log_probs[place]  # type: ignore[index]
         scored = VowelReward()([row.prompt], [row.responses], [row.response_tokens])
         assert row.rewards == pytest.approx(scored[0].tolist())
+        expected = [log_prob_of(sampler, row.prompt, tokens) for tokens in row.response_tokens]
+        assert row.log_probs == pytest.approx(expected, abs=1e-4), "they are those of what replaced them"
     assert 0 < kept < 16 * PROMPTS
+
+
+def log_prob_of(sampler: ReferenceSampler, prompt: str, response: Sequence[int]) -> float:
+    """Return the log-probability of a response from a plain pass."""
+    actors = sampler.loaded
+    begun = actors.tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        logits = actors.policy(input_ids=torch.tensor([[*begun, *response]])).logits[0, len(begun) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum())
 
 
 @pytest.mark.filterwarnings("ignore:the reward says None")

@@ -166,10 +166,12 @@ def test_what_a_dead_one_had_is_made_when_the_lease_is_over(
         monkeypatch.setattr(reference_sampler.time, "sleep", sleep)
         with pytest.raises(Killed):
             predict(files, table, lease_s=60.0)
+        assert waited == [1.0, 1.0], "it looks every second, however long a lease is"
         assert len(rows_of(table)) == PROMPTS - 3
         waited.clear()
         predict(files, table, lease_s=0.3)
         assert 0 < sum(waited) < 1  # on a loaded machine a wait takes longer than it says
+        assert set(waited) == {0.3 / 10}, "ten times in a lease that is short"
     assert rows_of(table) == alone
 
 
@@ -185,9 +187,9 @@ def test_a_limited_run_waits_for_nobody(limit: float, rows: int, files: Path, tm
 def test_what_is_left_at_the_end_is_made_in_the_same_way(
     overlap: bool, files: Path, alone: list[TableRow], tmp_path: Path
 ) -> None:
-    """All batches but one are another's, who gives them back."""
+    """All batches but one are another's, who gives them back; the last is shorter."""
     table = tmp_path / "table"
-    data = data_of(files, table)
+    data = data_of(files, table, eval_batch_size=4)
     sampler = ReferenceSampler(data.actors, samples=4, rows_per_pass=8, overlap_scoring=overlap)
     taken: list[list[str]] = []
     take = sampler.writer.take
@@ -197,8 +199,17 @@ def test_what_is_left_at_the_end_is_made_in_the_same_way(
         return take(keys) if len(taken) > 3 else []
 
     sampler.writer.take = none_at_first  # type: ignore[method-assign, assignment]
+    sizes: list[int] = []
+    whole = sampler.call_whole
+
+    def sized(name: str, prompts: Any, *further: Any) -> Any:
+        sizes.append(len(prompts.text))
+        return whole(name, prompts, *further)
+
+    sampler.call_whole = sized  # type: ignore[method-assign]
     make_trainer(tmp_path).predict(sampler, data, return_predictions=False)
     assert rows_of(table) == alone
+    assert len(sizes) > 1 and set(sizes) == {4}, "processes that hold the reference together make the same passes"
 
 
 def test_other_settings_of_the_same_table_share_it_too(files: Path, alone: list[TableRow], tmp_path: Path) -> None:
@@ -206,7 +217,7 @@ def test_other_settings_of_the_same_table_share_it_too(files: Path, alone: list[
     table, reward = tmp_path / "table", Counting()
     with another(files, table, 1) as (writer, leases, keys):
         threading.Timer(0.5, lambda: (writer.write([r for r in alone if r.key in keys]), leases.release(keys))).start()
-        predict(files, table, reward=reward, eval_batch_size=5)
+        predict(files, table, reward=reward, eval_batch_size=4)
     assert len(reward.prompts) == PROMPTS - 3
     assert [row._replace(log_probs=None) for row in rows_of(table)] == [row._replace(log_probs=None) for row in alone]
 

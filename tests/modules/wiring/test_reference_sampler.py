@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -137,6 +138,39 @@ def test_of_a_group_only_what_is_this_processs_goes_on(files: Path) -> None:
         finished=whole.finished[1:2], log_probs=whole.log_probs[1:2],
     )  # fmt: skip
     assert whole._replace(first=2).of([1]).first == 2
+
+
+def test_rows_are_made_of_what_is_taken_and_keys_computed_once(
+    files: Path, spy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReferenceSampler, "_in_blocks", False)  # as on a GPU
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=3, rows_per_pass=6)
+    module.configure_model()
+    attach(module, FakeTrainer(world_size=1))
+    rows = data.prompts("train")[:6]
+    batch = data.prompt_batch(rows)
+    module.writer.taken = {rows[1].key, rows[4].key}
+    groups = list(module._groups(batch))
+    asked = spy(reference_sampler, "batch_keys")
+    assert [row.key for row in module.make_rows(batch)] == [rows[1].key, rows[4].key]
+    assert len(asked.calls) == 1, "a prompt's key is a hash of all that its rewards depend on"
+    # Beside others that hold the reference with it a process may have none of a group, and some of the next.
+    monkeypatch.setattr(module, "_groups", lambda _: iter([(*groups[0][:2], []), groups[1]]))
+    assert [row.key for row in module.make_rows(batch)] == [rows[4].key]
+
+
+@pytest.mark.parametrize(("retries", "missing"), [(0, 0), (1, 0), (0, 2), (1, 2)])
+def test_what_calling_the_reward_came_to_is_said_if_anything(
+    retries: int, missing: int, files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = ReferenceSampler(make_data(files).actors)
+    module.configure_model()
+    module.loaded.record.retries, module.loaded.record.missing = retries, missing
+    with caplog.at_level(logging.INFO):
+        module.on_predict_end()
+    said = f"reward: {retries} calls made again; {missing} responses without a reward" in caplog.text
+    assert said == bool(retries + missing)
 
 
 def test_cached_responses_are_scored_anew(files: Path) -> None:
