@@ -18,6 +18,7 @@ from tests.modules.setting import VowelReward, make_data
 from vbon_lightning import ReferenceSampler
 from vbon_lightning.data.collating import batch_keys
 from vbon_lightning.modules import reference_sampler
+from vbon_lightning.rewards import RewardError
 from vbon_lightning.sampling import SamplingRequest, prompt_noise
 
 
@@ -158,6 +159,48 @@ def test_rows_are_made_of_what_is_taken_and_keys_computed_once(
     # Beside others that hold the reference with it a process may have none of a group, and some of the next.
     monkeypatch.setattr(module, "_groups", lambda _: iter([(*groups[0][:2], []), groups[1]]))
     assert [row.key for row in module.make_rows(batch)] == [rows[4].key]
+
+
+def test_processes_that_hold_the_reference_together_make_the_same_passes(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data(files)
+    module, asked, elsewhere = ReferenceSampler(data.actors), [], 0
+
+    def most(number: int, device: torch.device) -> int:
+        asked.append((number, device))
+        return max(number, elsewhere)
+
+    monkeypatch.setattr(reference_sampler, "most", most)
+    assert (module._anywhere(True), module._anywhere(False), asked) == (True, False, []), "alone nobody is asked"
+    monkeypatch.setattr(ReferenceSampler, "_is_shared", True)
+    assert (module._anywhere(True), module._anywhere(False)) == (True, False)
+    elsewhere = 1
+    assert module._anywhere(False) is True
+    assert asked == [(1, module.device), (0, module.device), (0, module.device)]
+    batch = data.prompt_batch(data.prompts("train")[:4])
+    batch = batch._replace(valid=torch.tensor([True, True, False, True]))
+    assert module._kinds(batch, batch_keys(batch), ()) == [[0, 1, 2, 3]], "whoever takes them, and what fills up"
+
+
+@pytest.mark.parametrize(("problem", "wait"), [(RewardError("no"), True), (KeyboardInterrupt(), False)])
+def test_only_where_a_reward_fails_the_calls_that_run_are_waited_for(
+    problem: BaseException, wait: bool, files: Path, spy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(sampled: Any) -> Any:
+        raise problem
+
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=2)
+    module.configure_model()
+    attach(module, FakeTrainer(world_size=1))
+    rows = data.prompts("train")[:1]
+    module.writer.taken = {rows[0].key}
+    monkeypatch.setattr(module, "_ask", ask)
+    stopped = spy(module, "_stop_scoring")
+    with pytest.raises(type(problem)):
+        module.make_rows(data.prompt_batch(rows))
+    assert stopped.calls == [((), {"wait": wait})]
 
 
 @pytest.mark.parametrize(("retries", "missing"), [(0, 0), (1, 0), (0, 2), (1, 2)])
