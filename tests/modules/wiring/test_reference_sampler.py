@@ -183,6 +183,20 @@ def test_processes_that_hold_the_reference_together_make_the_same_passes(
     assert module._kinds(batch, batch_keys(batch), ()) == [[0, 1, 2, 3]], "whoever takes them, and what fills up"
 
 
+def test_prompts_of_which_as_many_responses_are_held_are_topped_up_together(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one of which fewer are held, responses would be sampled that are there already."""
+    data = make_data(files)
+    module = ReferenceSampler(data.actors)
+    batch = data.prompt_batch(data.prompts("train")[:5])
+    keys = batch_keys(batch)
+    assert module._kinds(batch, keys, {0, 1, 3, 4}) == [[0, 1, 3, 4]], "of none any are held"
+    held = dict(zip(keys, (0, 4, 0, 8, 4), strict=True))
+    monkeypatch.setattr(module.writer, "table", SimpleNamespace(count=held.__getitem__))
+    assert module._kinds(batch, keys, {0, 1, 2, 3, 4}) == [[0, 2], [1, 4], [3]]
+
+
 @pytest.mark.parametrize(("problem", "wait"), [(RewardError("no"), True), (KeyboardInterrupt(), False)])
 def test_only_where_a_reward_fails_the_calls_that_run_are_waited_for(
     problem: BaseException, wait: bool, files: Path, spy: Any, monkeypatch: pytest.MonkeyPatch
