@@ -173,7 +173,9 @@ def test_processes_that_hold_the_reference_together_make_the_same_passes(
 
     monkeypatch.setattr(reference_sampler, "most", most)
     assert (module._anywhere(True), module._anywhere(False), asked) == (True, False, []), "alone nobody is asked"
+    assert module._in_blocks, "alone on a CPU each prompt is sampled by itself"
     monkeypatch.setattr(ReferenceSampler, "_is_shared", True)
+    assert not module._in_blocks
     assert (module._anywhere(True), module._anywhere(False)) == (True, False)
     elsewhere = 1
     assert module._anywhere(False) is True
@@ -195,6 +197,16 @@ def test_prompts_of_which_as_many_responses_are_held_are_topped_up_together(
     held = dict(zip(keys, (0, 4, 0, 8, 4), strict=True))
     monkeypatch.setattr(module.writer, "table", SimpleNamespace(count=held.__getitem__))
     assert module._kinds(batch, keys, {0, 1, 2, 3, 4}) == [[0, 2], [1, 4], [3]]
+
+
+def test_what_an_interrupted_run_was_scoring_is_not_waited_for(files: Path, spy: Any) -> None:
+    data = make_data(files)
+    module = ReferenceSampler(data.actors)
+    module.configure_model()
+    attach(module, FakeTrainer(datamodule=data))
+    stopped = spy(module, "_stop_scoring")
+    module.on_predict_start()
+    assert stopped.calls == [((), {"wait": False})]
 
 
 @pytest.mark.parametrize(("problem", "wait"), [(RewardError("no"), True), (KeyboardInterrupt(), False)])
