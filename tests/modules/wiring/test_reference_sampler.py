@@ -199,6 +199,39 @@ def test_prompts_of_which_as_many_responses_are_held_are_topped_up_together(
     assert module._kinds(batch, keys, {0, 1, 2, 3, 4}) == [[0, 2], [1, 4], [3]]
 
 
+def test_who_holds_the_reference_is_asked_of_the_reference(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ReferenceSampler(make_data(files).actors)
+    assert not module._is_shared, "nothing is loaded"
+    module.configure_model()
+    assert not module._is_shared
+    monkeypatch.setattr(reference_sampler, "is_sharded", lambda model: model is module.loaded.policy)
+    assert module._is_shared
+
+
+def test_a_row_that_is_topped_up_is_that_of_the_prompts_text(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table refuses the row of another text that has the same tokens."""
+    asked: list[tuple[str, str]] = []
+
+    class Table:
+        def __contains__(self, key: str) -> bool:
+            return key != keys[1]
+
+        def row(self, key: str, text: str) -> Any:
+            asked.append((key, text))
+            return SimpleNamespace(rewards=[0.0, 0.0])
+
+    data = make_data(files)
+    module = ReferenceSampler(data.actors, samples=3)
+    module.configure_model()
+    attach(module, FakeTrainer(world_size=1))
+    batch = data.prompt_batch(data.prompts("train")[:3])
+    keys = batch_keys(batch)
+    monkeypatch.setattr(module.writer, "table", Table())
+    assert module._sample(batch).first == 0, "one of them has none"
+    assert asked == [(keys[0], batch.text[0]), (keys[2], batch.text[2])]
+    assert module._sample(batch, ours=[0, 2]).first == 2
+
+
 def test_what_an_interrupted_run_was_scoring_is_not_waited_for(files: Path, spy: Any) -> None:
     data = make_data(files)
     module = ReferenceSampler(data.actors)
