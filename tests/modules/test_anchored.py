@@ -234,7 +234,9 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ),
     ("clipped", {"anchor_every": 6}, {}, {}, "must not move amid the 4 updates of a rollout: set model.anchor_every"),
     ("ppo", {"anchor_rate": 0.5}, {}, {}, "must not move amid the 4 updates of a rollout"),
+    ("ppo", {"anchor_rate": 0.5, "minibatches": 1}, {}, {}, "must not move amid the 2 updates of a rollout"),
     ("klrl", {"anchor_rate": 0.5}, {}, {"precision": "bf16-true"}, "rounds an average away that moves by 0.5 a step"),
+    ("klrl", {"anchor_rate": 0.5}, {}, {"precision": "16-true"}, "rounds an average away that moves by 0.5 a step"),
 ]
 
 
