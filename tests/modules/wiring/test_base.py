@@ -15,6 +15,7 @@ from tests.modules.setting import make_data, make_module
 from vbon_lightning.modules import (
     base,
 )
+from vbon_lightning.rewards import RewardCalls
 
 
 def test_the_optimizer_gets_what_is_trained_and_no_more(files: Path) -> None:
@@ -137,3 +138,13 @@ def test_the_table_must_end_where_the_policy_does(files: Path, monkeypatch: pyte
     module.needs_reference = False
     module.check_ends()
     assert checked == [("size of policy", (2,))]
+
+
+def test_what_calling_the_reward_came_to_is_logged_once_a_rollout(files: Path) -> None:
+    """Not again at each further update on the same rollout."""
+    module: Any = make_module("ppo", make_data(files, reward_calls=RewardCalls(retries=2)))
+    module.configure_model()
+    module.loaded.record.retries, module.loaded.sampler_mismatch = 3, 0.5
+    told = module._sampling_logs(None, new=True)
+    assert {name: float(value) for name, value in told.items()} == {"reward/retries": 3.0, "sampler_mismatch": 0.5}
+    assert module._sampling_logs(None, new=False) == {}
