@@ -144,6 +144,7 @@ def test_minibatches_keep_their_own_prompts_responses(files: Path) -> None:
         loss, _, logs = module._minibatch_update(part)
         expected = nll(module, part.rollout.prompts, part.rollout.extra).mean()
         assert logs["forward_nll"].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert {"clip_fraction", "ratio", "update_kl"} < set(logs), "beside what the backward divergence logs"
         assert loss.requires_grad
 
 
