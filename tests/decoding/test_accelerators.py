@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.decoding.setting import OPTIONS, load, save_models
-from tests.decoding.test_base import DECODERS, LENGTH, NEEDS_ONE, PROMPTS
+from tests.decoding import test_base
+from tests.decoding.setting import save_models
+from tests.decoding.test_base import DECODERS, NEEDS_ONE, PROMPTS, load_valued, prompts_of
 from tests.helpers import save_tiny_classifier
-from tests.models.setting import new_model, scramble
-from tests.sampling.test_decode import batch_of
 from vbon_lightning.actors import Actors
 from vbon_lightning.decoding import Decoded
+from vbon_lightning.decoding.drawing import on_device
 from vbon_lightning.models import ModelSpec
-from vbon_lightning.prefix_scorer import PrefixScorer
 from vbon_lightning.rewards import ClassifierReward
-from vbon_lightning.types import PromptBatch
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -31,21 +29,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_at(files: Path, device: str, dtype: torch.dtype | None = None, **changes: Any) -> Actors:
     """Load the policy and a value model to a device: the reference, the reward and the value follow the policy."""
-    actors = load(files, LENGTH, temperature=0.9, **changes)
-    actors.value = PrefixScorer(scramble(new_model(str(files / "other"), longest=LENGTH)))
+    actors = load_valued(files, **changes)
     torch.nn.Module.to(actors.policy, device=device, dtype=dtype)
     actors.place()
     return actors
 
 
-def decode(name: str, files: Path, actors: Actors, samples: int = 3) -> Decoded:
-    device = next(actors.policy.parameters()).device
-    prompts = batch_of(PROMPTS)
-    moved: dict[str, Any] = {
-        field: getattr(prompts, field).to(device) for field in ("index", "valid", "tokens", "mask")
-    }
-    batch: PromptBatch = prompts._replace(**moved)
-    return DECODERS[name](files)(actors, batch, num_samples=samples, **OPTIONS)
+def decode(name: str, files: Path, actors: Actors) -> Decoded:
+    return test_base.decode(DECODERS[name](files), actors, on_device(prompts_of(PROMPTS), actors.policy.device))
 
 
 @pytest.mark.parametrize("sampler", ["eager", "graph"])

@@ -66,11 +66,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture(scope="module")
-def actors(files: Path) -> Actors:
-    found = load(files, LENGTH, temperature=0.9)
+def load_valued(files: Path, **changes: Any) -> Actors:
+    """Load the policy, and a value model beside it."""
+    found = load(files, LENGTH, temperature=0.9, **changes)
     found.value = PrefixScorer(scramble(new_model(str(files / "other"), longest=LENGTH)))
     return found
+
+
+@pytest.fixture(scope="module")
+def actors(files: Path) -> Actors:
+    return load_valued(files)
 
 
 @pytest.fixture(params=DECODERS)

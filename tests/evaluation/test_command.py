@@ -85,7 +85,7 @@ def test_what_the_judge_says_comes_to_the_prompts_device(tmp_path: Path) -> None
     prompts = batch_of([[3, 4]])
     elsewhere = prompts._replace(tokens=prompts.tokens.to("meta"))
     for batch, device in ((prompts, "cpu"), (elsewhere, "meta")):
-        found = command._judged(actors, Counting(), batch, [["a", "bb"]], [[[3], [4, 4]]])
+        found = command._judged(Counting(), RewardCalls(), actors.record, batch, [["a", "bb"]], [[[3], [4, 4]]])
         assert found.device.type == device and found.shape == (1, 2)
 
 

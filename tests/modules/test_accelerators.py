@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.helpers import save_tiny_classifier
 from tests.models.setting import make_valued_files
-from tests.modules.setting import VowelReward, as_made_in, make_data, make_module, make_trainer, weights
+from tests.modules.setting import SIBLINGS, VowelReward, as_made_in, make_data, make_module, make_trainer, weights
 from vbon_lightning import ReferenceSampler, TextSource
 from vbon_lightning.callbacks import BestOfNWinRate, DialCalibration, KLMonitor, PolicyExport, RewardMonitor
 from vbon_lightning.decoding import BestOfN, ValueGuided
@@ -23,10 +23,9 @@ from vbon_lightning.rewards import ClassifierReward
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-SIBLINGS = ("annealed", "infalign", "maxatk", "grpo", "rloo", "pfppo")
 ONLINE = (
     *("vbon", "clipped", "ppo", "klrl", "valuecritic", "astarpo", "qrpo2", "jeffreys", "bond", "jbond"),
-    *SIBLINGS,
+    *("annealed", "infalign", *SIBLINGS),
 )
 SAMPLING = (*ONLINE, "on policy")
 CACHED = ("bonsft", "dpo", "qrpo", "bonregression", "forward")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -480,7 +481,7 @@ def test_a_capture_that_breaks_off_is_mended_and_one_that_does_not_begin_is_not(
     sampler, model = GraphSampler(), model_of("llama")
     compare(sampler, model)
     (decoder,) = sampler._decoders[model].values()
-    decoder.logits = Placed(decoder.logits)
+    decoder.logits = SimpleNamespace(device=torch.device("cuda:0"))
     monkeypatch.setattr(decoder, "restart", lambda: None)
     monkeypatch.setattr(decoder, "step", lambda model: None)
     with pytest.raises(RuntimeError, match="previous error during capture"):
@@ -497,13 +498,6 @@ def test_a_capture_that_breaks_off_is_mended_and_one_that_does_not_begin_is_not(
     with pytest.raises(RuntimeError, match="synchronizing"):
         decoder.capture(model, "pool")
     assert called == []
-
-
-class Placed:
-    """Logits that say they are on a GPU."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.device = torch.device("cuda:0")
 
 
 def test_a_captured_step_is_replayed_and_counted_right():

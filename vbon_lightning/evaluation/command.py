@@ -55,7 +55,7 @@ from vbon_lightning.models import (
 )
 from vbon_lightning.paths import PACKAGE_PREFIX
 from vbon_lightning.reference_table import ReferenceTableError
-from vbon_lightning.rewards import RewardModel
+from vbon_lightning.rewards import RewardCalls, RewardModel
 from vbon_lightning.rewards.calls import CallRecord, RewardCaller
 from vbon_lightning.types import Completions, PromptBatch, Rollout
 
@@ -300,7 +300,7 @@ def _decode(
     texts = actors.decode(ids, batch)
     known = decoded.rewards
     rewards = actors.score(batch, texts, ids, decoded.finished) if known is None else known
-    judged = None if judge is None else _judged(actors, judge, batch, texts, ids)
+    judged = None if judge is None else _judged(judge, actors.reward_calls, actors.record, batch, texts, ids)
     return DecodedBatch(batch, decoded, texts, rewards, judged)
 
 
@@ -322,23 +322,28 @@ def _best_of_n(
     if judge is not None:
         responses = [list(row.responses[used]) for row in rows]
         ids = [[list(tokens) for tokens in row.response_tokens[used]] for row in rows]
-        with RewardCaller(judge, data.actors.reward_calls, CallRecord(), ahead=False) as caller:
-            judged = caller.start(texts, responses, ids, data.prompt_batch(prompts).beside).result().rewards.cpu()
+        judged = _judged(judge, data.actors.reward_calls, CallRecord(), data.prompt_batch(prompts), responses, ids)
     return bon_reports(rewards, n_values=n, lengths=lengths, finished=finished, judge_rewards=judged)
 
 
 def _judge(actors: Actors, judge: RewardModel) -> Judge:
     def score(rollout: Rollout) -> Tensor:
-        return _judged(actors, judge, rollout.prompts, rollout.responses, actors.token_ids(rollout.completions))
+        ids = actors.token_ids(rollout.completions)
+        return _judged(judge, actors.reward_calls, actors.record, rollout.prompts, rollout.responses, ids)
 
     return score
 
 
 def _judged(
-    actors: Actors, judge: RewardModel, prompts: PromptBatch, texts: list[list[str]], ids: list[list[list[int]]]
+    judge: RewardModel,
+    calls: RewardCalls,
+    record: CallRecord,
+    prompts: PromptBatch,
+    texts: list[list[str]],
+    ids: list[list[list[int]]],
 ) -> Tensor:
     """Return the judge's rewards of responses, ``[B, G]``, on the prompts' device."""
-    with RewardCaller(judge, actors.reward_calls, actors.record, ahead=False) as caller:
+    with RewardCaller(judge, calls, record, ahead=False) as caller:
         scores = caller.start(prompts.text, texts, ids, prompts.beside).result().rewards
     return scores.to(prompts.tokens.device)
 
