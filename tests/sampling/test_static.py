@@ -436,7 +436,7 @@ def test_a_capture_that_fails_falls_back(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(static_module.StaticDecoder, "capture", fails)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     sampler, model = GraphSampler(), model_of("llama")
     compare(sampler, model)
     (decoder,) = sampler._decoders[model].values()
