@@ -1,6 +1,6 @@
 """Break every line of the mathematics and of the modules, one at a time, and count what their tests notice.
 
-python -m experiments.mutation.mutation             # all parts, then the report; it resumes
+python -m experiments.mutation.mutation             # all parts, then the report
 python -m experiments.mutation.mutation functional  # one part
 python -m experiments.mutation.mutation report      # what there is so far: docs/mutation.md
 
@@ -9,10 +9,15 @@ vbon_lightning/functional are tried by tests/functional, those of vbon_lightning
 single files elsewhere (ELSEWHERE) by the tests of these names, alone. The text of errors and warnings is not
 mutated. What survives for a reason has it in reasons.yaml, by regular expressions of what is removed and what is added,
 for a file or for all.
+
+A run goes on where the last one ended: it tries what is not tried yet, or has survived without a reason. Where there is
+no folder of earlier runs, what result.json says of files that are the same now is taken from there. With neither, all
+is tried anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,6 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.utils.file_utils import change_cwd
 
 from experiments.mutation.decorators import move_decorators
 from vbon_lightning._markdown import markdown_table
@@ -87,11 +94,14 @@ TEXTS = [
     r'^\s*f?"[^"]* [^"]*"\)?,?$',
 ]
 KILLED = (1, 24, 36, 152, -24)  # a test failed, or ran for far longer than it should
+SURVIVED = 0
 
 
 class Mutant(NamedTuple):
     """One change and what the tests made of it."""
 
+    name: str
+    """Which numbers it among those of its function."""
     file: str
     function: str
     removed: str
@@ -100,13 +110,14 @@ class Mutant(NamedTuple):
 
     @property
     def change(self) -> str:
-        """What is changed, which names a mutant for good: numbers move with the code around them."""
+        """What is changed, which says more than the name: numbers move with the code around them."""
         return f"{self.function}: {self.removed}  ->  {self.added}"
 
 
 def run(part: str) -> None:
-    """Try all mutants of a part that were not tried since its code last changed."""
+    """Try all mutants of a part that were not tried since its code last changed, or survived without a reason."""
     where = RUNS / part
+    begun = (where / "mutants").exists()
     for folder in ("vbon_lightning", "tests", "configs", "docs"):
         for old in (where / folder, where / "mutants" / folder):
             if folder != "vbon_lightning" or old.parent == where:  # beside the mutants stand their results
@@ -121,20 +132,58 @@ def run(part: str) -> None:
     (where / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     # Which test calls what is found anew: functions move, and tests that stay would be remembered for their old places.
     (where / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
+    if not begun and RESULT.exists():
+        _recall(part)
+    reasons = yaml.safe_load(REASONS.read_text())
+    # Before the first pass: what only the quick tests did not notice is tried by all, be there a reason or not.
+    explained = {mutant.name for mutant in read(part) if not mutant.killed and _reason(reasons, mutant)}
     for quick in PARTS[part].passes:
-        _try_mutants(part, quick)
+        _try_mutants(part, quick, explained)
 
 
 def _sources(part: str, root: Path) -> list[Path]:
     return sorted(path for pattern in PARTS[part].files for path in (root / "vbon_lightning").glob(pattern))
 
 
-def _try_mutants(part: str, quick: bool) -> None:
+def _recall(part: str) -> None:
+    """Write the mutants of a part, with what the committed result knows of those whose file is still the same."""
+    known = json.loads(RESULT.read_text())
+    if known["mutmut"] != version("mutmut"):  # which may number its mutants in another way
+        return
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("generate.py"))],
+        cwd=RUNS / part,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    rows = {row["file"]: row for row in known["files"]}
+    survived = {row["name"] for row in known["survivors"]}
+    for meta in _results(part):
+        row = rows.get(_file_of(part, meta), {})
+        if row.get("source") != _source_hash(part, meta):
+            continue
+        found = json.loads(meta.read_text())
+        found["exit_code_by_key"] = {
+            name: None if name in row["waiting"] else SURVIVED if name in survived else KILLED[0]
+            for name in found["exit_code_by_key"]
+        }
+        meta.write_text(json.dumps(found))
+
+
+def _source_hash(part: str, meta: Path) -> str:
+    """Return what tells the text that the mutants of a file are of from any other."""
+    source = RUNS / part / "vbon_lightning" / _file_of(part, meta)
+    return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def _try_mutants(part: str, quick: bool, explained: set[str]) -> None:
     for meta in _results(part):
         found = json.loads(meta.read_text())
         codes = found["exit_code_by_key"]
-        # What survived is tried again: the tests may be others now.
-        found["exit_code_by_key"] = {name: code if code in KILLED else None for name, code in codes.items()}
+        # What else survived is tried again: the tests may be others now.
+        found["exit_code_by_key"] = {
+            name: code if code in KILLED or name in explained else None for name, code in codes.items()
+        }
         meta.write_text(json.dumps(found))
     cores = str(len(os.sched_getaffinity(0)))
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", cores]
@@ -153,39 +202,42 @@ def _file_of(part: str, meta: Path) -> str:
 
 def read(part: str) -> list[Mutant]:
     """The mutants of a part that were tried."""
-    where = RUNS / part
     mutants = []
     for meta in _results(part):
         codes = json.loads(meta.read_text())["exit_code_by_key"]
         tried = [(name, code) for name, code in codes.items() if code is not None]
         file = _file_of(part, meta)
-        mutants += [_read_mutant(where, file, name, code in KILLED) for name, code in tried]
+        mutants += [_read_mutant(part, file, name, code in KILLED) for name, code in tried]
     return mutants
 
 
-def _read_mutant(where: Path, file: str, name: str, killed: bool) -> Mutant:
+def _read_mutant(part: str, file: str, name: str, killed: bool) -> Mutant:
     function = name.split(".")[-1].split("__mutmut_")[0].removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
     if killed:
-        return Mutant(file, function, "", "", True)
-    shown = subprocess.run(
-        [sys.executable, "-m", "mutmut", "show", name], cwd=where, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    lines = [line for line in shown if not line.startswith(("---", "+++"))]
+        return Mutant(name, file, function, "", "", True)
+    with change_cwd(RUNS / part):
+        shown = get_diff_for_mutant(name, path=f"vbon_lightning/{file}")
+    lines = [line for line in shown.splitlines() if not line.startswith(("---", "+++"))]
     removed, added = ([line[1:].strip() for line in lines if line.startswith(sign)] for sign in "-+")
-    return Mutant(file, function, " ".join(removed), " ".join(added), False)
+    return Mutant(name, file, function, " ".join(removed), " ".join(added), False)
 
 
 def report() -> None:
     """Write docs/mutation.md and the result beside this file."""
     reasons: dict[str, Any] = yaml.safe_load(REASONS.read_text())
     parts = {part: read(part) for part in PARTS if (RUNS / part / "mutants").exists()}
-    rows, survivors, stale, missing, waiting = [], [], [], [], []
+    rows, survivors = [], []
+    stale: list[str] = []
+    missing: list[str] = []
+    sources: dict[str, str] = {}
+    untold: dict[str, list[str]] = {}
     for part, mutants in parts.items():
+        sources |= {_file_of(part, meta): _source_hash(part, meta) for meta in _results(part)}
+        untold |= _waiting(part)
         counts = Counter(mutant.file for mutant in mutants)
         killed = Counter(mutant.file for mutant in mutants if mutant.killed)
         changed, untried = _since_then(part, set(counts))
         stale, missing = stale + changed, missing + untried
-        waiting += [f"{file}: {left}" for file, left in _left(part).items()]
         rows += [
             [file, str(count), str(count - killed[file]), f"{killed[file] / count:.1%}"]
             for file, count in counts.items()
@@ -195,9 +247,16 @@ def report() -> None:
         rows.append([f"all of {name}", str(len(mutants)), str(len(mutants) - total), f"{total / len(mutants):.1%}"])
         survivors += [mutant for mutant in mutants if not mutant.killed]
     listed = [
-        {"file": mutant.file, "change": mutant.change, "reason": _reason(reasons, mutant)} for mutant in survivors
+        {"file": mutant.file, "change": mutant.change, "reason": _reason(reasons, mutant), "name": mutant.name}
+        for mutant in survivors
     ]
-    summary = [dict(zip(("file", "mutants", "survived", "killed"), row, strict=True)) for row in rows]
+    summary: list[dict[str, Any]] = [
+        dict(zip(("file", "mutants", "survived", "killed"), row, strict=True)) for row in rows
+    ]
+    for row in summary:
+        if row["file"] in sources:  # what a run in another folder goes on from
+            row |= {"source": sources[row["file"]], "waiting": untold.get(row["file"], [])}
+    waiting = [f"{file}: {len(names)}" for file, names in untold.items()]
     RESULT.write_text(json.dumps({"mutmut": version("mutmut"), "files": summary, "survivors": listed}, indent=1) + "\n")
     text = [
         "# Tests that can fail\n\n",
@@ -238,12 +297,12 @@ def _since_then(part: str, tried: set[str]) -> tuple[list[str], list[str]]:
     return changed, untried
 
 
-def _left(part: str) -> dict[str, int]:
-    """Return of how many mutants nothing is known yet, by file."""
+def _waiting(part: str) -> dict[str, list[str]]:
+    """Return of which mutants nothing is known yet, by file."""
     found = {}
     for meta in _results(part):
-        codes = json.loads(meta.read_text())["exit_code_by_key"].values()
-        if left := sum(code is None for code in codes):
+        codes = json.loads(meta.read_text())["exit_code_by_key"]
+        if left := [name for name, code in codes.items() if code is None]:
             found[_file_of(part, meta)] = left
     return found
 
