@@ -72,6 +72,7 @@ class Project:
 
 
 GENERATE = Path(mutation.__file__).with_name("generate.py")
+RESULT = mutation.RESULT
 
 
 def test_a_run_goes_on_from_the_committed_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,3 +124,16 @@ def test_a_reason_does_not_save_what_only_the_quick_tests_left(tmp_path: Path, m
     verdicts = iter([0, 0, 0, 1, 1, 1])
     project.run(lambda change: next(verdicts))
     assert "| functional/twice.py | 3 | 0 | 100.0% |" in project.page.read_text()
+
+
+def test_the_readme_says_what_was_tried_and_that_all_is_explained() -> None:
+    """The numbers are those of the committed result, and so is the claim."""
+    result = json.loads(RESULT.read_text())
+    rows = {row["file"]: row for row in result["files"]}
+    killed = [rows[f"all of {part}"]["killed"] for part in ("functional/", "modules/", "elsewhere")]
+    tried = sum(int(row["mutants"]) for name, row in rows.items() if name.startswith("all of "))
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    assert f"were tried on {tried:,} mistakes made on purpose" in readme
+    assert "they notice {}, {} and {}, and each".format(*killed) in readme
+    assert [row["change"] for row in result["survivors"] if not row["reason"]] == []
+    assert [row["file"] for row in result["files"] if row.get("waiting")] == []

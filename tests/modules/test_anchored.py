@@ -290,3 +290,10 @@ def test_what_says_nothing_of_its_rollouts_makes_one_update_on_each(files: Path)
     module = Anchored(make_data(files).actors, anchor_rate=0.5)
     attach(module, FakeTrainer(precision="32-true"))
     module.setup("fit")
+
+
+def test_a_method_of_ones_own_has_an_anchor_only_where_it_asks_for_one(files: Path) -> None:
+    actors = make_data(files).actors
+    module = Anchored(actors)
+    assert (module.anchor_every, module.anchor_rate, module.anchor_moves, module.seed) == (0, 0.0, False, 0)
+    assert Anchored(actors, anchor_rate=1).anchor_moves, "at a rate of 1 it is the policy"

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.modules.fake import FakeTrainer, attach
 from tests.modules.one_update import assert_same_gradient, gradient, move, set_up, token_log_probs
 from tests.modules.setting import make_data, make_files
-from vbon_lightning import GRPO
+from vbon_lightning import GRPO, PFPPO, RLOO
 from vbon_lightning.types import Rollout
 
 BETA, CLIP = 0.3, 0.1
@@ -123,6 +123,11 @@ def test_a_mean_over_tokens_is_over_those_of_all_ranks(files: Path) -> None:
 def test_options_that_make_no_sense(changes: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):
         GRPO(make_data(files).actors, **changes)
+
+
+@pytest.mark.parametrize("method", [GRPO, PFPPO, RLOO])
+def test_two_responses_are_a_group(method: Any, files: Path) -> None:
+    assert method(make_data(files).actors, samples_per_prompt=2).samples_per_prompt == 2
 
 
 def said(text: str) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def test_the_optimizer_gets_what_is_trained_and_no_more(files: Path) -> None:
         module.configure_optimizers()
 
 
+def test_before_the_first_batch_nothing_was_seen(files: Path) -> None:
+    module: Any = make_module("vbon", make_data(files))
+    assert (module.batches_seen, module.updates, module.last_rollout) == (0, 0, None)
+
+
 def test_schedulers_go_by_steps_and_those_that_watch_by_validations(files: Path) -> None:
     from lightning.pytorch.cli import ReduceLROnPlateau
 
