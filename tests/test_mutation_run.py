@@ -53,8 +53,6 @@ class Project:
         def tried(command: list[str], **options: Any) -> Any:
             if "mutmut" not in command:
                 return start(command, **options)
-            if not mutation._results("functional"):
-                mutation.subprocess.run([command[0], str(GENERATE)], cwd=options["cwd"], check=True)
             (meta,) = mutation._results("functional")
             found = json.loads(meta.read_text())
             for name, code in found["exit_code_by_key"].items():
@@ -71,7 +69,6 @@ class Project:
         return before
 
 
-GENERATE = Path(mutation.__file__).with_name("generate.py")
 RESULT = mutation.RESULT
 
 
@@ -124,6 +121,15 @@ def test_a_reason_does_not_save_what_only_the_quick_tests_left(tmp_path: Path, m
     verdicts = iter([0, 0, 0, 1, 1, 1])
     project.run(lambda change: next(verdicts))
     assert "| functional/twice.py | 3 | 0 | 100.0% |" in project.page.read_text()
+
+
+def test_nor_where_the_run_ended_before_all_tests_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project(tmp_path, monkeypatch)
+    report = mutation.report
+    monkeypatch.setattr(mutation, "report", lambda: None)
+    project.run(lambda change: 0)
+    monkeypatch.setattr(mutation, "report", report)
+    assert set(project.run(lambda change: 1).values()) == {None}
 
 
 def test_the_readme_says_what_was_tried_and_that_all_is_explained() -> None:

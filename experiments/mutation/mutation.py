@@ -132,11 +132,11 @@ def run(part: str) -> None:
     (where / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     # Which test calls what is found anew: functions move, and tests that stay would be remembered for their old places.
     (where / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
-    if not begun and RESULT.exists():
-        _recall(part)
-    reasons = yaml.safe_load(REASONS.read_text())
-    # Before the first pass: what only the quick tests did not notice is tried by all, be there a reason or not.
-    explained = {mutant.name for mutant in read(part) if not mutant.killed and _reason(reasons, mutant)}
+    known = _known(part)
+    if not begun:
+        _recall(part, known)
+    # Only what a report has: what the quick tests alone did not notice is tried by all, be there a reason or not.
+    explained = {name for row in known.values() for name, reason in row["survivors"].items() if reason}
     for quick in PARTS[part].passes:
         _try_mutants(part, quick, explained)
 
@@ -145,35 +145,48 @@ def _sources(part: str, root: Path) -> list[Path]:
     return sorted(path for pattern in PARTS[part].files for path in (root / "vbon_lightning").glob(pattern))
 
 
-def _recall(part: str) -> None:
-    """Write the mutants of a part, with what the committed result knows of those whose file is still the same."""
-    known = json.loads(RESULT.read_text())
-    if known["mutmut"] != version("mutmut"):  # which may number its mutants in another way
-        return
+def _known(part: str) -> dict[str, dict[str, Any]]:
+    """Return what the committed result says of the files of a part that are still the same."""
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if result.get("mutmut") != version("mutmut"):  # another one may number its mutants in another way
+        return {}
+    hashes = _source_hashes(part)
+    return {
+        row["file"]: {
+            "waiting": row["waiting"],
+            "survivors": {one["name"]: one["reason"] for one in result["survivors"] if one["file"] == row["file"]},
+        }
+        for row in result["files"]
+        if "source" in row and row["source"] == hashes.get(row["file"])
+    }
+
+
+def _source_hashes(part: str) -> dict[str, str]:
+    """Return, by file, what tells the text that its mutants are of from any other."""
+    package = RUNS / part / "vbon_lightning"
+    return {
+        source.relative_to(package).as_posix(): hashlib.sha256(source.read_bytes()).hexdigest()
+        for source in _sources(part, RUNS / part)
+    }
+
+
+def _recall(part: str, known: dict[str, dict[str, Any]]) -> None:
+    """Write the mutants of a part, with what is known of them."""
     subprocess.run(
         [sys.executable, str(Path(__file__).with_name("generate.py"))],
         cwd=RUNS / part,
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    rows = {row["file"]: row for row in known["files"]}
-    survived = {row["name"] for row in known["survivors"]}
     for meta in _results(part):
-        row = rows.get(_file_of(part, meta), {})
-        if row.get("source") != _source_hash(part, meta):
+        if not (row := known.get(_file_of(part, meta))):
             continue
         found = json.loads(meta.read_text())
         found["exit_code_by_key"] = {
-            name: None if name in row["waiting"] else SURVIVED if name in survived else KILLED[0]
+            name: None if name in row["waiting"] else SURVIVED if name in row["survivors"] else KILLED[0]
             for name in found["exit_code_by_key"]
         }
         meta.write_text(json.dumps(found))
-
-
-def _source_hash(part: str, meta: Path) -> str:
-    """Return what tells the text that the mutants of a file are of from any other."""
-    source = RUNS / part / "vbon_lightning" / _file_of(part, meta)
-    return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def _try_mutants(part: str, quick: bool, explained: set[str]) -> None:
@@ -232,7 +245,7 @@ def report() -> None:
     sources: dict[str, str] = {}
     untold: dict[str, list[str]] = {}
     for part, mutants in parts.items():
-        sources |= {_file_of(part, meta): _source_hash(part, meta) for meta in _results(part)}
+        sources |= _source_hashes(part)
         untold |= _waiting(part)
         counts = Counter(mutant.file for mutant in mutants)
         killed = Counter(mutant.file for mutant in mutants if mutant.killed)
